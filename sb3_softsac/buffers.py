@@ -1,0 +1,344 @@
+"""Replay storage: float32, one copy of each observation, and a random state of its own.
+
+SB3's buffer stores every observation twice, in the environment's dtype (float64 for MuJoCo). Here the next
+observation of a row is the observation of the row after it. Where it is not (an episode ended, or the environment was
+reset between two ``learn()``), the next observation is kept on the side; that of the newest row is kept apart until the
+row after it is written. So time limits bootstrap from the right observation, unlike with SB3's
+``optimize_memory_usage`` (SB3 issue 934).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from numpy.lib.mixins import NDArrayOperatorsMixin
+from stable_baselines3.common.buffers import BaseBuffer
+from stable_baselines3.common.buffers import ReplayBuffer as SB3ReplayBuffer
+from stable_baselines3.common.type_aliases import DictReplayBufferSamples, ReplayBufferSamples
+from stable_baselines3.common.vec_env import VecNormalize
+
+Obs = np.ndarray | dict[str, np.ndarray]
+
+
+def map_obs(function: Callable[..., Any], *observations: Any) -> Any:
+    """
+    Apply a function to arrays, or key by key to dicts of arrays.
+
+    :param function: takes one array from each of ``observations``
+    :param observations: arrays, or dicts with the same keys
+    :return: result, or dict of results
+    """
+    if isinstance(observations[0], dict):
+        return {key: function(*(obs[key] for obs in observations)) for key in observations[0]}
+    return function(*observations)
+
+
+class ReplayBuffer(SB3ReplayBuffer):
+    """
+    Default replay buffer of SoftSAC, for array and Dict observations, any number of environments and n-step returns.
+
+    It has the interface and the attributes of SB3's ``ReplayBuffer``. ``next_observations`` is a read-only view that
+    gathers what is indexed.
+
+    :param buffer_size: capacity in transitions, over all environments
+    :param observation_space: observation space; float64 is stored as float32, other dtypes as they are
+    :param action_space: action space
+    :param device: device of the sampled batches
+    :param n_envs: number of environments, E
+    :param optimize_memory_usage: accepted for SB3's sake; nothing is left to do
+    :param handle_timeout_termination: treat time limits as truncation (bootstrap), not termination
+    :param n_steps: K, length of the returns; shorter at the end of an episode and at the newest row
+    :param gamma: discount factor within the returns
+    """
+
+    observations: Obs  # type: ignore[assignment]
+
+    def __init__(
+        self,
+        buffer_size: int,
+        observation_space: spaces.Space,
+        action_space: spaces.Space,
+        device: th.device | str = "auto",
+        n_envs: int = 1,
+        optimize_memory_usage: bool = False,
+        handle_timeout_termination: bool = True,
+        n_steps: int = 1,
+        gamma: float = 0.99,
+    ):
+        # SB3's ReplayBuffer.__init__ would allocate its own storage
+        BaseBuffer.__init__(self, buffer_size, observation_space, action_space, device, n_envs=n_envs)
+        if n_steps < 1:
+            raise ValueError(f"n_steps={n_steps} must be at least 1.")
+        self.buffer_size = max(buffer_size // n_envs, 1)
+        self.optimize_memory_usage = False
+        self.handle_timeout_termination = handle_timeout_termination
+        self.n_steps = n_steps
+        self.gamma = gamma
+
+        # np.zeros takes memory only where it is written: a model loaded to predict costs nothing
+        rows = (self.buffer_size, self.n_envs)
+        self.observations = self._zeros_obs(rows)
+        self.actions = np.zeros((*rows, self.action_dim), dtype=_storage_dtype(action_space.dtype))
+        self.rewards = np.zeros(rows, dtype=np.float32)
+        self.dones = np.zeros(rows, dtype=np.float32)
+        self.timeouts = np.zeros(rows, dtype=np.float32)
+        # Next observations that are not the next row's observation: slot + 1 in _side_obs, or 0
+        self._side_slot = np.zeros(rows, dtype=np.int32)
+        self._side_obs = self._zeros_obs((0,))
+        self._free_slots: list[int] = []
+        self._newest_next_obs = self._zeros_obs((self.n_envs,))
+        self.seed(None)
+
+    def seed(self, seed: int | None) -> None:
+        """
+        Set the random state that ``sample`` draws from.
+
+        :param seed: None: drawn from NumPy's global state, so that ``set_random_seed`` reaches it
+        """
+        self.rng = np.random.default_rng(np.random.randint(2**31) if seed is None else seed)
+
+    @property
+    def next_observations(self) -> Any:  # type: ignore[override]
+        """
+        :return: what SB3's array (or dict of arrays) of this name holds, gathered when it is indexed
+        """
+        if isinstance(self.observations, dict):
+            return {key: NextObservations(self, key) for key in self.observations}
+        return NextObservations(self, None)
+
+    @property
+    def nbytes(self) -> int:
+        """
+        :return: bytes of storage allocated, whether written yet or not
+        """
+        arrays = [self.actions, self.rewards, self.dones, self.timeouts, self._side_slot]
+        for obs in (self.observations, self._side_obs, self._newest_next_obs):
+            arrays += obs.values() if isinstance(obs, dict) else [obs]
+        return sum(array.nbytes for array in arrays)
+
+    def add(  # type: ignore[override]
+        self,
+        obs: Obs,
+        next_obs: Obs,
+        action: np.ndarray,
+        reward: np.ndarray,
+        done: np.ndarray,
+        infos: list[dict[str, Any]],
+    ) -> None:
+        """
+        Store one transition of each environment. Nothing is kept by reference.
+
+        :param obs: (E, ...)
+        :param next_obs: (E, ...); for a finished episode the terminal observation, not the reset's
+        :param action: scaled actions, (E, A)
+        :param reward: (E,)
+        :param done: 1 where the episode ended, terminated or truncated, (E,)
+        :param infos: E dicts; ``TimeLimit.truncated`` marks truncation
+        """
+        obs, next_obs = self._as_rows(obs), self._as_rows(next_obs)
+        pos = self.pos
+        if pos > 0 or self.full:
+            self._keep_where_stream_broke((pos - 1) % self.buffer_size, obs)
+        self._release_slots(pos)
+
+        map_obs(lambda storage, new: storage.__setitem__(pos, new), self.observations, obs)
+        self.actions[pos] = np.asarray(action).reshape(self.n_envs, self.action_dim)
+        self.rewards[pos] = reward
+        self.dones[pos] = done
+        if self.handle_timeout_termination:
+            self.timeouts[pos] = [info.get("TimeLimit.truncated", False) for info in infos]
+        map_obs(lambda storage, new: storage.__setitem__(..., new), self._newest_next_obs, next_obs)
+        for env_index in np.flatnonzero(done):
+            self._keep_on_side(pos, env_index)
+
+        self.pos += 1
+        if self.pos == self.buffer_size:
+            self.full = True
+            self.pos = 0
+
+    def reset(self) -> None:
+        """Forget all rows."""
+        super().reset()
+        self._side_slot[:] = 0
+        self._side_obs = self._zeros_obs((0,))
+        self._free_slots = []
+
+    def sample(  # type: ignore[override]
+        self, batch_size: int, env: VecNormalize | None = None
+    ) -> ReplayBufferSamples | DictReplayBufferSamples:
+        """
+        Draw transitions uniformly, with replacement, from the buffer's own random state.
+
+        :param batch_size: B
+        :param env: normalises observations and rewards, if given
+        :return: batch on the buffer's device; ``discounts`` is gamma^k with n-step returns, else None
+        :raises ValueError: if the buffer is empty
+        """
+        if self.size() == 0:
+            raise ValueError("The replay buffer is empty: nothing to sample. Add transitions first.")
+        return self._get_samples(self.rng.integers(self.size(), size=batch_size), env=env)
+
+    def _get_samples(  # type: ignore[override]
+        self, batch_inds: np.ndarray, env: VecNormalize | None = None
+    ) -> ReplayBufferSamples | DictReplayBufferSamples:
+        env_indices = self.rng.integers(self.n_envs, size=len(batch_inds))
+        rewards, last_inds, discounts = self._returns(batch_inds, env_indices, env)
+        dones = self.dones[last_inds, env_indices] * (1.0 - self.timeouts[last_inds, env_indices])
+        obs = map_obs(lambda storage: storage[batch_inds, env_indices], self.observations)
+        next_obs = self._get_next_obs(last_inds, env_indices)
+
+        def tensor(array: np.ndarray) -> th.Tensor:
+            return self.to_torch(array, copy=False)  # indexing has copied
+
+        batch_class: Any = DictReplayBufferSamples if isinstance(self.observations, dict) else ReplayBufferSamples
+        return batch_class(
+            observations=map_obs(tensor, self._normalize_obs(obs, env)),
+            actions=tensor(self.actions[batch_inds, env_indices]),
+            next_observations=map_obs(tensor, self._normalize_obs(next_obs, env)),
+            dones=tensor(dones.reshape(-1, 1)),
+            rewards=tensor(rewards.reshape(-1, 1)),
+            discounts=None if discounts is None else tensor(discounts.reshape(-1, 1)),
+        )
+
+    def _returns(
+        self, batch_inds: np.ndarray, env_indices: np.ndarray, env: VecNormalize | None
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        """
+        Discounted sums of up to ``n_steps`` rewards.
+
+        :return: returns (B,); rows of the last reward in each (B,); gamma^k with k its number of rewards (B,)
+        """
+        if self.n_steps == 1:
+            return self._normalize_reward(self.rewards[batch_inds, env_indices], env), batch_inds, None
+        steps = np.arange(self.n_steps)
+        rows = (batch_inds[:, None] + steps) % self.buffer_size  # (B, K)
+        envs = env_indices[:, None]
+        # The sequence ends with the first row that has no successor: an episode's last, or the newest
+        ends = (self._side_slot[rows, envs] != 0) | (rows == (self.pos - 1) % self.buffer_size)
+        last_step = np.where(ends.any(axis=1), ends.argmax(axis=1), self.n_steps - 1)
+        rewards = self._normalize_reward(self.rewards[rows, envs], env)
+        gammas = self.gamma ** np.arange(self.n_steps + 1, dtype=np.float32)
+        returns = np.where(steps <= last_step[:, None], rewards * gammas[:-1], np.float32(0.0)).sum(axis=1)
+        return returns, (batch_inds + last_step) % self.buffer_size, gammas[last_step + 1]
+
+    def _get_next_obs(self, rows: np.ndarray, env_indices: np.ndarray) -> Any:
+        """
+        :param rows: (B,)
+        :param env_indices: (B,)
+        :return: next observations (B, ...), or a dict of them
+        """
+        slots = self._side_slot[rows, env_indices]
+        on_side = np.flatnonzero(slots)
+        newest = np.flatnonzero((rows == (self.pos - 1) % self.buffer_size) & (slots == 0))
+
+        def gather(storage: np.ndarray, side: np.ndarray, newest_next: np.ndarray) -> np.ndarray:
+            next_obs: np.ndarray = storage[(rows + 1) % self.buffer_size, env_indices]
+            next_obs[on_side] = side[slots[on_side] - 1]
+            next_obs[newest] = newest_next[env_indices[newest]]
+            return next_obs
+
+        return map_obs(gather, self.observations, self._side_obs, self._newest_next_obs)
+
+    def _keep_where_stream_broke(self, previous: int, obs: Obs) -> None:
+        """The newest row loses its kept next observation now: move it to the side unless ``obs`` equals it."""
+        broken = np.zeros(self.n_envs, dtype=bool)
+
+        def compare(expected: np.ndarray, new: np.ndarray) -> None:
+            np.logical_or(broken, (expected != new).reshape(self.n_envs, -1).any(axis=1), out=broken)
+
+        map_obs(compare, self._newest_next_obs, obs)
+        for env_index in np.flatnonzero(broken & (self._side_slot[previous] == 0)):
+            self._keep_on_side(previous, env_index)
+
+    def _keep_on_side(self, row: int, env_index: int) -> None:
+        if not self._free_slots:
+            self._grow_side()
+        slot = self._free_slots.pop()
+        map_obs(
+            lambda side, newest_next: side.__setitem__(slot, newest_next[env_index]),
+            self._side_obs,
+            self._newest_next_obs,
+        )
+        self._side_slot[row, env_index] = slot + 1
+
+    def _release_slots(self, row: int) -> None:
+        slots = self._side_slot[row]
+        if slots.any():
+            self._free_slots += (slots[slots > 0] - 1).tolist()
+            self._side_slot[row] = 0
+
+    def _grow_side(self) -> None:
+        side = self._side_obs
+        old = len(next(iter(side.values())) if isinstance(side, dict) else side)
+        new = min(max(2 * old, 16), self.buffer_size * self.n_envs)
+        grown = self._zeros_obs((new,))
+        map_obs(lambda storage, kept: storage.__setitem__(slice(old), kept), grown, side)
+        self._side_obs = grown
+        self._free_slots = list(range(new - 1, old - 1, -1))
+
+    def _as_rows(self, obs: Obs) -> Obs:
+        """Cast to the storage's dtype; (E,) of Discrete spaces becomes (E, 1)."""
+        if isinstance(self.observations, dict):
+            obs = {key: obs[key] for key in self.observations}  # type: ignore[call-overload]
+        rows: Obs = map_obs(
+            lambda new, storage: np.asarray(new).reshape(storage.shape[1:]).astype(storage.dtype), obs, self.observations
+        )
+        return rows
+
+    def _zeros_obs(self, leading: tuple[int, ...]) -> Obs:
+        if isinstance(self.observation_space, spaces.Dict):
+            shapes: Any = self.obs_shape
+            return {
+                key: np.zeros((*leading, *shapes[key]), dtype=_storage_dtype(space.dtype))
+                for key, space in self.observation_space.spaces.items()
+            }
+        return np.zeros((*leading, *self.obs_shape), dtype=_storage_dtype(self.observation_space.dtype))
+
+
+class NextObservations(NDArrayOperatorsMixin):
+    """
+    Read-only stand-in for the array ``next_observations`` of SB3's buffer.
+
+    Indexing gathers just what is asked for; ``np.asarray`` gathers all.
+
+    :param buffer: where the observations are
+    :param key: of Dict observations, or None
+    """
+
+    def __init__(self, buffer: ReplayBuffer, key: str | None):
+        self._buffer = buffer
+        self._key = key
+        storage: Any = buffer.observations if key is None else buffer.observations[key]  # type: ignore[call-overload]
+        self.shape: tuple[int, ...] = storage.shape
+        self.dtype: np.dtype = storage.dtype
+        self.ndim: int = storage.ndim
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        if not isinstance(index, tuple):
+            index = (index,)
+        simple = all(isinstance(part, int | slice) or np.issubdtype(np.asarray(part).dtype, np.integer) for part in index[:2])
+        if not simple or any(not isinstance(part, int | slice) for part in index[2:]):
+            return np.asarray(np.asarray(self)[index])  # masks, ellipses, ...: leave it to NumPy
+        buffer = self._buffer
+        rows_envs = np.arange(buffer.buffer_size * buffer.n_envs).reshape(buffer.buffer_size, buffer.n_envs)[index[:2]]
+        rows, env_indices = np.divmod(rows_envs.ravel(), buffer.n_envs)
+        next_obs = buffer._get_next_obs(rows, env_indices)
+        next_obs = next_obs if self._key is None else next_obs[self._key]
+        next_obs = next_obs.reshape(*rows_envs.shape, *self.shape[2:])
+        return np.asarray(next_obs[(slice(None),) * rows_envs.ndim + index[2:]])
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return self[:].astype(self.dtype if dtype is None else dtype, copy=False)
+
+    def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **kwargs: Any) -> Any:
+        arrays = [np.asarray(x) if isinstance(x, NextObservations) else x for x in inputs]
+        return getattr(ufunc, method)(*arrays, **kwargs)
+
+
+def _storage_dtype(dtype: Any) -> Any:
+    return np.float32 if dtype == np.float64 else dtype

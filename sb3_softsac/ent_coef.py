@@ -1,0 +1,76 @@
+"""The entropy coefficient (alpha, temperature), fixed or learned, behind one interface."""
+
+import torch as th
+
+
+class FixedEntCoef:
+    """
+    A constant entropy coefficient.
+
+    :param value: the coefficient, >= 0
+    :param device: where it lives
+    """
+
+    log_ent_coef: th.Tensor | None = None
+    optimizer: th.optim.Optimizer | None = None
+
+    def __init__(self, value: float, device: th.device):
+        self.tensor: th.Tensor | None = th.tensor(value, device=device)
+
+    def value(self) -> th.Tensor:
+        """
+        :return: the coefficient, detached, scalar
+        """
+        assert self.tensor is not None
+        return self.tensor
+
+
+class LearnedEntCoef:
+    """
+    An entropy coefficient whose logarithm is optimised (https://arxiv.org/abs/1812.05905, section 5).
+
+    :param init_value: first value of the coefficient, > 0
+    :param learning_rate: Adam's first learning rate
+    :param device: where it lives
+    """
+
+    tensor: th.Tensor | None = None
+
+    def __init__(self, init_value: float, learning_rate: float, device: th.device):
+        self.log_ent_coef: th.Tensor | None = th.log(th.ones(1, device=device) * init_value).requires_grad_(True)
+        self.optimizer: th.optim.Optimizer | None = th.optim.Adam([self.log_ent_coef], lr=learning_rate)
+
+    def value(self) -> th.Tensor:
+        """
+        :return: the coefficient, detached, shape (1,)
+        """
+        assert self.log_ent_coef is not None
+        return th.exp(self.log_ent_coef.detach())
+
+
+EntCoef = FixedEntCoef | LearnedEntCoef
+
+
+def make_ent_coef(ent_coef: str | float, learning_rate: float, device: th.device) -> EntCoef:
+    """
+    Read SB3's ``ent_coef`` argument.
+
+    :param ent_coef: a number (fixed), ``"auto"`` (learned, from 1) or ``"auto_0.1"`` (learned, from 0.1)
+    :param learning_rate: first learning rate, if it is learned
+    :param device: where it lives
+    :raises ValueError: if it is none of these, or out of range
+    """
+    text = str(ent_coef)
+    learned = text == "auto" or text.startswith("auto_")
+    try:
+        value = 1.0 if text == "auto" else float(text.removeprefix("auto_"))
+    except ValueError:
+        value = float("nan")
+    if learned and 0.0 < value < float("inf"):
+        return LearnedEntCoef(value, learning_rate, device)
+    if not learned and 0.0 <= value < float("inf"):
+        return FixedEntCoef(value, device)
+    raise ValueError(
+        f"ent_coef={ent_coef!r} is not valid: use a number >= 0, 'auto', or 'auto_<first value>' with a value > 0 "
+        "(for instance 'auto_0.1')."
+    )

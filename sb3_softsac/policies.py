@@ -1,0 +1,357 @@
+"""Actor, critics and policies: SB3's networks and names, with the exact log-probability and SoftSAC's options.
+
+SB3's ``Actor``, ``ContinuousCritic`` and ``SACPolicy`` build the networks, so parameter names are theirs and an SB3
+``SAC`` zip loads. What is replaced is everything between the networks' outputs and the losses.
+"""
+
+from typing import Any
+
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.distributions import StateDependentNoiseDistribution
+from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.torch_layers import (
+    BaseFeaturesExtractor,
+    CombinedExtractor,
+    FlattenExtractor,
+    NatureCNN,
+    create_mlp,
+)
+from stable_baselines3.common.type_aliases import Schedule
+from stable_baselines3.common.utils import get_parameters_by_name
+from stable_baselines3.sac import policies as sb3_policies
+from torch import nn
+
+from sb3_softsac import distributions
+from sb3_softsac.type_aliases import PolicySample, TorchObs
+
+LOG_STD_BOUNDS = (-20.0, 2.0)  # SB3's clamp
+WEIGHT_INITS = (None, "xavier", "orthogonal")
+
+
+class Actor(sb3_policies.Actor):
+    """
+    Squashed-Gaussian actor. Arguments are those of SB3's ``Actor``, and:
+
+    :param log_std_bounds: lower and upper bound of log_std (natural logarithm of the standard deviation before tanh)
+    :param log_std_bounding: ``"clamp"`` (SB3; no gradient outside) or ``"tanh"`` (smooth rescaling, as in CleanRL)
+    :param separate_log_std_net: give log_std a trunk of its own instead of the mean's
+    :raises ValueError: for other values, or for options that gSDE (``use_sde``) does not use
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        log_std_bounds: tuple[float, float] = LOG_STD_BOUNDS,
+        log_std_bounding: str = "clamp",
+        separate_log_std_net: bool = False,
+        **kwargs: Any,
+    ):
+        low, high = log_std_bounds
+        if not low < high:
+            raise ValueError(f"log_std_bounds={log_std_bounds} must be (low, high) with low < high, e.g. (-20, 2).")
+        if log_std_bounding not in ("clamp", "tanh"):
+            raise ValueError(f"log_std_bounding={log_std_bounding!r} is unknown: use 'clamp' or 'tanh'.")
+        super().__init__(*args, **kwargs)
+        defaults = ((low, high), log_std_bounding, separate_log_std_net) == (LOG_STD_BOUNDS, "clamp", False)
+        if self.use_sde and not defaults:
+            raise ValueError(
+                "use_sde=True learns one log_std per latent feature and exploration dimension: log_std_bounds, "
+                "log_std_bounding and separate_log_std_net have no effect on it. Leave them out, or use use_sde=False."
+            )
+        self.log_std_bounds = (low, high)
+        self.log_std_bounding = log_std_bounding
+        self.separate_log_std_net = separate_log_std_net
+        if separate_log_std_net:
+            self.latent_log_std = nn.Sequential(*create_mlp(self.features_dim, -1, self.net_arch, self.activation_fn))
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        return super()._get_constructor_parameters() | {
+            "log_std_bounds": self.log_std_bounds,
+            "log_std_bounding": self.log_std_bounding,
+            "separate_log_std_net": self.separate_log_std_net,
+        }
+
+    def get_action_dist_params(self, obs: TorchObs) -> tuple[th.Tensor, th.Tensor, dict[str, th.Tensor]]:
+        """
+        Parameters of the Gaussian before tanh.
+
+        :param obs: batch of observations
+        :return: mean (B, A); log_std (B, A), or the parameter (latent dim, A) with gSDE; and, with gSDE, the latent
+            features (B, latent dim) that multiply the exploration matrix
+        """
+        features = self.extract_features(obs, self.features_extractor)
+        latent_pi = self.latent_pi(features)
+        mean_actions = self.mu(latent_pi)
+        if self.use_sde:
+            assert isinstance(self.log_std, nn.Parameter)
+            return mean_actions, self.log_std, {"latent_sde": latent_pi}
+        assert isinstance(self.log_std, nn.Module)
+        log_std = self.log_std(self.latent_log_std(features) if self.separate_log_std_net else latent_pi)
+        low, high = self.log_std_bounds
+        if self.log_std_bounding == "tanh":
+            log_std = low + 0.5 * (high - low) * (th.tanh(log_std) + 1.0)
+        else:
+            log_std = th.clamp(log_std, low, high)
+        return mean_actions, log_std, {}
+
+    def sample(self, obs: TorchObs, noise: th.Tensor | None = None) -> PolicySample:
+        """
+        Draw reparametrised actions.
+
+        :param obs: batch of observations
+        :param noise: standard normal noise (B, A); None: drawn here. Not used by gSDE, whose noise is the exploration
+            matrix of the last ``reset_noise()``
+        :return: scaled actions, their log-density and log_std
+        """
+        mean_actions, log_std, extra = self.get_action_dist_params(obs)
+        if self.use_sde:
+            gaussian_actions, log_std = self._sample_sde(mean_actions, log_std, extra["latent_sde"])
+            log_prob = distributions.log_prob(gaussian_actions, mean_actions, log_std)
+        else:
+            noise = th.randn_like(mean_actions) if noise is None else noise
+            gaussian_actions, log_prob = distributions.sample(mean_actions, log_std, noise)
+        return PolicySample(distributions.squash(gaussian_actions), log_prob.unsqueeze(1), log_std)
+
+    def forward(self, obs: TorchObs, deterministic: bool = False) -> th.Tensor:
+        """
+        :param obs: batch of observations
+        :param deterministic: ``tanh(mean)`` instead of a sample
+        :return: scaled actions, (B, A)
+        """
+        mean_actions, log_std, extra = self.get_action_dist_params(obs)
+        if deterministic:
+            return distributions.squash(mean_actions)
+        if self.use_sde:
+            assert isinstance(self.action_dist, StateDependentNoiseDistribution)
+            return distributions.squash(mean_actions + self.action_dist.get_noise(extra["latent_sde"]))
+        return distributions.squash(mean_actions + th.exp(log_std) * th.randn_like(mean_actions))
+
+    def action_log_prob(self, obs: TorchObs) -> tuple[th.Tensor, th.Tensor]:
+        """
+        SB3's name for ``sample``.
+
+        :param obs: batch of observations
+        :return: scaled actions (B, A) and their log-density (B,)
+        """
+        actions, log_prob, _ = self.sample(obs)
+        return actions, log_prob.squeeze(1)
+
+    def evaluate_actions(self, obs: TorchObs, actions: th.Tensor) -> th.Tensor:
+        """
+        Log-density of given actions, such as demonstrations. The gaussian sample behind a saturated action is not
+        known: see ``distributions.unsquash`` for the clamp. Where the sample is known, use ``sample``.
+
+        :param obs: batch of observations
+        :param actions: scaled actions in [-1, 1], as a replay buffer holds them, (B, A)
+        :return: (B,)
+        """
+        mean_actions, log_std, extra = self.get_action_dist_params(obs)
+        if self.use_sde:
+            log_std = self._sde_log_std(log_std, extra["latent_sde"])
+        return distributions.log_prob(distributions.unsquash(actions), mean_actions, log_std)
+
+    def _sample_sde(
+        self, mean_actions: th.Tensor, log_std: th.Tensor, latent_sde: th.Tensor
+    ) -> tuple[th.Tensor, th.Tensor]:
+        assert isinstance(self.action_dist, StateDependentNoiseDistribution)
+        gaussian_actions = mean_actions + self.action_dist.get_noise(latent_sde)
+        return gaussian_actions, self._sde_log_std(log_std, latent_sde)
+
+    def _sde_log_std(self, log_std: th.Tensor, latent_sde: th.Tensor) -> th.Tensor:
+        """Standard deviation that the exploration matrix gives each action (gSDE, https://arxiv.org/abs/2005.05719)."""
+        assert isinstance(self.action_dist, StateDependentNoiseDistribution)
+        std = self.action_dist.get_std(log_std)
+        variance = th.mm(latent_sde.square(), std.square())
+        return 0.5 * th.log(variance + self.action_dist.epsilon)
+
+
+class SoftSACPolicy(sb3_policies.SACPolicy):
+    """
+    Policy (actor, critics, target critics) of SoftSAC. Arguments are those of SB3's ``SACPolicy``, and:
+
+    :param log_std_bounds: see ``Actor``
+    :param log_std_bounding: see ``Actor``
+    :param separate_log_std_net: see ``Actor``
+    :param weight_init: None (PyTorch's default), ``"xavier"`` (uniform, zero biases) or ``"orthogonal"`` (gain sqrt(2)
+        as in jaxrl, zero biases), for all linear and convolutional layers
+    :param use_actor_target: also hold a slowly moving copy of the actor; set by ``SoftSAC(use_actor_target=True)``
+    :raises ValueError: for other values
+    """
+
+    actor: Actor
+    actor_target: Actor | None
+
+    def __init__(
+        self,
+        observation_space: spaces.Space,
+        action_space: spaces.Box,
+        lr_schedule: Schedule,
+        net_arch: list[int] | dict[str, list[int]] | None = None,
+        activation_fn: type[nn.Module] = nn.ReLU,
+        use_sde: bool = False,
+        log_std_init: float = -3,
+        use_expln: bool = False,
+        clip_mean: float = 2.0,
+        features_extractor_class: type[BaseFeaturesExtractor] = FlattenExtractor,
+        features_extractor_kwargs: dict[str, Any] | None = None,
+        normalize_images: bool = True,
+        optimizer_class: type[th.optim.Optimizer] = th.optim.Adam,
+        optimizer_kwargs: dict[str, Any] | None = None,
+        n_critics: int = 2,
+        share_features_extractor: bool = False,
+        *,
+        log_std_bounds: tuple[float, float] = LOG_STD_BOUNDS,
+        log_std_bounding: str = "clamp",
+        separate_log_std_net: bool = False,
+        weight_init: str | None = None,
+        use_actor_target: bool = False,
+    ):
+        if weight_init not in WEIGHT_INITS:
+            raise ValueError(f"weight_init={weight_init!r} is unknown: use one of {WEIGHT_INITS}.")
+        if n_critics < 1:
+            raise ValueError(f"n_critics={n_critics} must be at least 1.")
+        # SACPolicy.__init__ builds the networks, so what they are built from is set before it
+        self.log_std_kwargs = {
+            "log_std_bounds": (float(log_std_bounds[0]), float(log_std_bounds[1])),
+            "log_std_bounding": log_std_bounding,
+            "separate_log_std_net": separate_log_std_net,
+        }
+        self.weight_init = weight_init
+        self.use_actor_target = use_actor_target
+        super().__init__(
+            observation_space,
+            action_space,
+            lr_schedule,
+            net_arch,
+            activation_fn,
+            use_sde,
+            log_std_init,
+            use_expln,
+            clip_mean,
+            features_extractor_class,
+            features_extractor_kwargs,
+            normalize_images,
+            optimizer_class,
+            optimizer_kwargs,
+            n_critics,
+            share_features_extractor,
+        )
+
+    def _build(self, lr_schedule: Schedule) -> None:
+        super()._build(lr_schedule)
+        if self.weight_init is not None:
+            init_weights(self.actor, self.weight_init)
+            init_weights(self.critic, self.weight_init)
+            self.critic_target.load_state_dict(self.critic.state_dict())
+        self.actor_target = None
+        if self.use_actor_target:
+            self.actor_target = self.make_actor()
+            self.actor_target.load_state_dict(self.actor.state_dict())
+            self.actor_target.set_training_mode(False)
+
+    def make_actor(self, features_extractor: BaseFeaturesExtractor | None = None) -> Actor:
+        actor_kwargs = self._update_features_extractor(self.actor_kwargs, features_extractor)
+        return Actor(**actor_kwargs, **self.log_std_kwargs).to(self.device)
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        return (
+            super()._get_constructor_parameters()
+            | self.log_std_kwargs
+            | {
+                "share_features_extractor": self.share_features_extractor,  # SB3 forgets it
+                "weight_init": self.weight_init,
+                "use_actor_target": self.use_actor_target,
+            }
+        )
+
+    def load_state_dict(self, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in torch; a state without target actor (an SB3 zip, say) starts the target from its actor."""
+        if self.actor_target is not None and not any(name.startswith("actor_target.") for name in state_dict):
+            targets = {f"actor_target.{k[6:]}": v for k, v in state_dict.items() if k.startswith("actor.")}
+            state_dict = {**state_dict, **targets}
+        return super().load_state_dict(state_dict, *args, **kwargs)
+
+    def targets(self) -> list[tuple[nn.Module, nn.Module]]:
+        """
+        :return: pairs of a network and its slowly moving copy
+        """
+        pairs: list[tuple[nn.Module, nn.Module]] = [(self.critic, self.critic_target)]
+        if self.actor_target is not None:
+            pairs.append((self.actor, self.actor_target))
+        return pairs
+
+    def evaluate_actions(self, obs: TorchObs, actions: th.Tensor) -> th.Tensor:
+        """See ``Actor.evaluate_actions``."""
+        return self.actor.evaluate_actions(obs, actions)
+
+
+MlpPolicy = SoftSACPolicy
+
+
+class CnnPolicy(SoftSACPolicy):
+    """``SoftSACPolicy`` for images: the features extractor is ``NatureCNN`` unless another is given."""
+
+    def __init__(
+        self,
+        observation_space: spaces.Space,
+        action_space: spaces.Box,
+        lr_schedule: Schedule,
+        *args: Any,
+        features_extractor_class: type[BaseFeaturesExtractor] = NatureCNN,
+        **kwargs: Any,
+    ):
+        super().__init__(
+            observation_space, action_space, lr_schedule, *args, features_extractor_class=features_extractor_class, **kwargs
+        )
+
+
+class MultiInputPolicy(SoftSACPolicy):
+    """``SoftSACPolicy`` for Dict observations: ``CombinedExtractor`` unless another is given."""
+
+    def __init__(
+        self,
+        observation_space: spaces.Space,
+        action_space: spaces.Box,
+        lr_schedule: Schedule,
+        *args: Any,
+        features_extractor_class: type[BaseFeaturesExtractor] = CombinedExtractor,
+        **kwargs: Any,
+    ):
+        super().__init__(
+            observation_space, action_space, lr_schedule, *args, features_extractor_class=features_extractor_class, **kwargs
+        )
+
+
+COUNTERPARTS: dict[type[BasePolicy], type[SoftSACPolicy]] = {
+    sb3_policies.SACPolicy: SoftSACPolicy,
+    sb3_policies.CnnPolicy: CnnPolicy,
+    sb3_policies.MultiInputPolicy: MultiInputPolicy,
+}
+"""SB3's policy classes, as an SB3 zip names them, and ours."""
+
+
+def init_weights(network: nn.Module, weight_init: str) -> None:
+    """
+    Initialise all linear and convolutional layers in place, biases to zero.
+
+    :param network: actor or critic
+    :param weight_init: ``"xavier"`` (uniform) or ``"orthogonal"`` (gain sqrt(2))
+    """
+    for layer in network.modules():
+        if not isinstance(layer, nn.Linear | nn.Conv2d):
+            continue
+        if weight_init == "xavier":
+            nn.init.xavier_uniform_(layer.weight)
+        else:
+            nn.init.orthogonal_(layer.weight, gain=2**0.5)
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)
+
+
+def running_statistics(network: nn.Module) -> list[th.Tensor]:
+    """
+    :param network: actor or critic
+    :return: its batch-norm running means and variances, which targets copy instead of averaging (SB3 issue 996)
+    """
+    return get_parameters_by_name(network, ["running_"])

@@ -1,0 +1,431 @@
+"""``SoftSAC``: the algorithm's arguments, its parts and their wiring."""
+
+import warnings
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any, ClassVar, TypeVar
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.base_class import maybe_make_env
+from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer
+from stable_baselines3.common.buffers import ReplayBuffer as SB3ReplayBuffer
+from stable_baselines3.common.noise import ActionNoise
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+from stable_baselines3.common.policies import BasePolicy, ContinuousCritic
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
+from stable_baselines3.common.utils import FloatSchedule, update_learning_rate
+
+from sb3_softsac.buffers import ReplayBuffer
+from sb3_softsac.distributions import log_action_scale
+from sb3_softsac.ent_coef import EntCoef, make_ent_coef
+from sb3_softsac.gradient_step import UpdateOptions, gradient_step
+from sb3_softsac.policies import COUNTERPARTS, Actor, CnnPolicy, MlpPolicy, MultiInputPolicy, SoftSACPolicy
+
+SelfSoftSAC = TypeVar("SelfSoftSAC", bound="SoftSAC")
+
+WIDE_ACTION_BOUNDS = 10.0
+
+
+class SoftSAC(OffPolicyAlgorithm):
+    """
+    Soft Actor-Critic (https://arxiv.org/abs/1812.05905) with an exact log-probability, lean replay memory and the
+    options that SAC users ask for. The positional arguments are those of SB3's ``SAC``; the keyword-only ones leave
+    plain SAC unchanged by default.
+
+    :param policy: ``"MlpPolicy"``, ``"CnnPolicy"``, ``"MultiInputPolicy"`` or a subclass of ``SoftSACPolicy``
+    :param env: environment (bounded ``Box`` actions), its id, or None when loading to predict
+    :param learning_rate: learning rate of all optimisers; float or function of the remaining progress (1 to 0)
+    :param buffer_size: capacity of the replay buffer, in transitions
+    :param learning_starts: environment steps before the first gradient update
+    :param batch_size: minibatch size, B
+    :param tau: Polyak coefficient of the targets, in [0, 1]
+    :param gamma: discount factor, in [0, 1]
+    :param train_freq: environment steps (or ``(n, "episode")``) between updates
+    :param gradient_steps: updates after each rollout; -1: as many as steps were collected
+    :param action_noise: noise added to the scaled actions
+    :param replay_buffer_class: None: ``sb3_softsac.buffers.ReplayBuffer``
+    :param replay_buffer_kwargs: keyword arguments of the replay buffer
+    :param optimize_memory_usage: for other buffers; the default one already stores each observation once
+    :param n_steps: length of the returns (default buffer only, Dict observations included)
+    :param ent_coef: entropy coefficient: a number, ``"auto"`` or ``"auto_<first value>"``
+    :param target_update_interval: updates between target updates, counted over the whole run: unlike with SB3's SAC it
+        works with ``gradient_steps=1`` (SB3 issue 2158)
+    :param target_entropy: entropy that a learned coefficient aims at, in nats; ``"auto"``: minus the action dimension
+    :param use_sde: generalised state-dependent exploration (https://arxiv.org/abs/2005.05719)
+    :param sde_sample_freq: steps between new exploration matrices; -1: once for each rollout
+    :param use_sde_at_warmup: explore with gSDE instead of uniformly in the first ``random_steps``
+    :param stats_window_size: episodes that the logged means are taken over
+    :param tensorboard_log: folder of the TensorBoard log, or None
+    :param policy_kwargs: arguments of the policy, see ``SoftSACPolicy``
+    :param verbose: 0 nothing, 1 information, 2 debugging
+    :param seed: seed of all random states
+    :param device: ``"auto"``, ``"cpu"``, ``"cuda"``, ...
+    :param _init_setup_model: build networks and buffer at once
+    :param qf_learning_rate: learning rate of the critics; None: ``learning_rate``
+    :param ent_coef_learning_rate: learning rate of the entropy coefficient; None: ``learning_rate``
+    :param policy_delay: critic updates for each update of actor and entropy coefficient, counted over the whole run
+    :param policy_delay_compensation: do ``policy_delay`` actor updates in a row when one is due (CleanRL)
+    :param random_steps: environment steps with uniformly random actions; None: ``learning_starts``
+    :param use_actor_target: take the next actions of the critics' target from a Polyak-averaged actor
+    :param ent_coef_loss: ``"log"``: -log_ent_coef (log_prob + H); ``"exp"``: -ent_coef (log_prob + H), the paper's
+    :param entropy_space: ``"normalized"``: entropy of actions scaled to [-1, 1]; ``"env"``: of actions in the
+        environment's units, i.e. log_prob minus the sum of log((high - low) / 2)
+    :param max_grad_norm: clip the norm of each network's gradient; None: do not
+    :raises ValueError: for action spaces that are not bounded boxes, and for option values that are not valid
+    """
+
+    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
+        "MlpPolicy": MlpPolicy,
+        "CnnPolicy": CnnPolicy,
+        "MultiInputPolicy": MultiInputPolicy,
+    }
+    policy: SoftSACPolicy
+    actor: Actor
+    critic: ContinuousCritic
+    critic_target: ContinuousCritic
+    actor_target: Actor | None
+    action_space: spaces.Box
+
+    def __init__(
+        self,
+        policy: str | type[SoftSACPolicy],
+        env: GymEnv | str,
+        learning_rate: float | Schedule = 3e-4,
+        buffer_size: int = 1_000_000,
+        learning_starts: int = 100,
+        batch_size: int = 256,
+        tau: float = 0.005,
+        gamma: float = 0.99,
+        train_freq: int | tuple[int, str] = 1,
+        gradient_steps: int = 1,
+        action_noise: ActionNoise | None = None,
+        replay_buffer_class: type[SB3ReplayBuffer] | None = None,
+        replay_buffer_kwargs: dict[str, Any] | None = None,
+        optimize_memory_usage: bool = False,
+        n_steps: int = 1,
+        ent_coef: str | float = "auto",
+        target_update_interval: int = 1,
+        target_entropy: str | float = "auto",
+        use_sde: bool = False,
+        sde_sample_freq: int = -1,
+        use_sde_at_warmup: bool = False,
+        stats_window_size: int = 100,
+        tensorboard_log: str | None = None,
+        policy_kwargs: dict[str, Any] | None = None,
+        verbose: int = 0,
+        seed: int | None = None,
+        device: th.device | str = "auto",
+        _init_setup_model: bool = True,
+        *,
+        qf_learning_rate: float | Schedule | None = None,
+        ent_coef_learning_rate: float | Schedule | None = None,
+        policy_delay: int = 1,
+        policy_delay_compensation: bool = False,
+        random_steps: int | None = None,
+        use_actor_target: bool = False,
+        ent_coef_loss: str = "log",
+        entropy_space: str = "normalized",
+        max_grad_norm: float | None = None,
+    ):
+        if env is not None:
+            env = maybe_make_env(env, verbose)
+            check_action_space(env.action_space)
+        super().__init__(
+            policy,
+            env,
+            learning_rate,
+            buffer_size,
+            learning_starts,
+            batch_size,
+            tau,
+            gamma,
+            train_freq,
+            gradient_steps,
+            action_noise,
+            replay_buffer_class=replay_buffer_class,
+            replay_buffer_kwargs=replay_buffer_kwargs,
+            optimize_memory_usage=optimize_memory_usage,
+            n_steps=n_steps,
+            policy_kwargs=policy_kwargs,
+            stats_window_size=stats_window_size,
+            tensorboard_log=tensorboard_log,
+            verbose=verbose,
+            device=device,
+            seed=seed,
+            use_sde=use_sde,
+            sde_sample_freq=sde_sample_freq,
+            use_sde_at_warmup=use_sde_at_warmup,
+            supported_action_spaces=(spaces.Box,),
+            support_multi_env=True,
+        )
+        self.ent_coef = ent_coef
+        self.target_update_interval = target_update_interval
+        self.target_entropy = target_entropy
+        self.qf_learning_rate = qf_learning_rate
+        self.ent_coef_learning_rate = ent_coef_learning_rate
+        self.policy_delay = policy_delay
+        self.policy_delay_compensation = policy_delay_compensation
+        self.random_steps = random_steps
+        self.use_actor_target = use_actor_target
+        self.ent_coef_loss = ent_coef_loss
+        self.entropy_space = entropy_space
+        self.max_grad_norm = max_grad_norm
+
+        if _init_setup_model:
+            self._setup_model()
+
+    def _setup_model(self) -> None:
+        check_options(self)
+        self._adopt_sb3_classes()
+        if self.use_actor_target:
+            self.policy_kwargs = {**self.policy_kwargs, "use_actor_target": True}
+        if self.replay_buffer_class in (None, ReplayBuffer):
+            self._setup_default_buffer()
+            # OffPolicyAlgorithm would warn that no class but its own takes n_steps
+            n_steps, self.n_steps = self.n_steps, 1
+            super()._setup_model()
+            self.n_steps = n_steps
+        else:
+            super()._setup_model()
+        self._create_aliases()
+
+        if self.target_entropy == "auto":
+            self.target_entropy = -float(np.prod(self.action_space.shape))
+        self.target_entropy = float(self.target_entropy)
+        first_learning_rate = self._schedule(self.ent_coef_learning_rate)(1.0)
+        self._ent_coef: EntCoef = make_ent_coef(self.ent_coef, first_learning_rate, self.device)
+        if self.ent_coef_learning_rate is not None and self.log_ent_coef is None:
+            raise ValueError(
+                f"ent_coef_learning_rate={self.ent_coef_learning_rate} has no effect on the fixed ent_coef="
+                f"{self.ent_coef}: use ent_coef='auto_{self.ent_coef}' to learn it, or leave ent_coef_learning_rate out."
+            )
+
+    def _adopt_sb3_classes(self) -> None:
+        """A model saved by SB3's ``SAC`` names SB3's policy and buffer classes: take ours of the same role."""
+        if self.policy_class in COUNTERPARTS:
+            self.policy_class = COUNTERPARTS[self.policy_class]
+            if self.replay_buffer_class in (SB3ReplayBuffer, DictReplayBuffer, NStepReplayBuffer):
+                self.replay_buffer_class = None
+        elif not issubclass(self.policy_class, SoftSACPolicy):
+            raise ValueError(
+                f"policy={self.policy_class.__name__} is not a SoftSAC policy: use 'MlpPolicy', 'CnnPolicy', "
+                "'MultiInputPolicy', or derive your class from sb3_softsac.SoftSACPolicy."
+            )
+
+    def _setup_default_buffer(self) -> None:
+        self.replay_buffer_class = ReplayBuffer
+        self.optimize_memory_usage = False  # nothing left to do, and SB3 would cut the last episode for its sake
+        if self.replay_buffer is None:
+            self.replay_buffer = ReplayBuffer(
+                self.buffer_size,
+                self.observation_space,
+                self.action_space,
+                device=self.device,
+                n_envs=self.n_envs,
+                **{"n_steps": self.n_steps, "gamma": self.gamma, **self.replay_buffer_kwargs},
+            )
+
+    def _create_aliases(self) -> None:
+        self.actor = self.policy.actor
+        self.critic = self.policy.critic
+        self.critic_target = self.policy.critic_target
+        self.actor_target = self.policy.actor_target
+
+    @property
+    def log_ent_coef(self) -> th.Tensor | None:
+        """
+        :return: logarithm of the learned entropy coefficient, (1,); None if it is fixed
+        """
+        return self._ent_coef.log_ent_coef
+
+    @property
+    def ent_coef_optimizer(self) -> th.optim.Optimizer | None:
+        """
+        :return: optimiser of the learned entropy coefficient; None if it is fixed
+        """
+        return self._ent_coef.optimizer
+
+    @property
+    def ent_coef_tensor(self) -> th.Tensor | None:
+        """
+        :return: the fixed entropy coefficient, scalar; None if it is learned
+        """
+        return self._ent_coef.tensor
+
+    def set_random_seed(self, seed: int | None = None) -> None:
+        """
+        Seed Python, NumPy, PyTorch, environments, action space and replay sampling.
+
+        :param seed: None: leave all as they are
+        """
+        super().set_random_seed(seed)
+        if seed is not None and isinstance(self.replay_buffer, ReplayBuffer):
+            self.replay_buffer.seed(seed)
+
+    def train(self, gradient_steps: int, batch_size: int = 64) -> None:
+        """
+        Do some updates on freshly sampled minibatches and log their means.
+
+        :param gradient_steps: number of updates
+        :param batch_size: minibatch size, B
+        :raises ValueError: if a loss is not finite
+        """
+        assert self.replay_buffer is not None
+        self.policy.set_training_mode(True)
+        self._update_learning_rates()
+        options = self._update_options()
+
+        history: dict[str, list[th.Tensor]] = defaultdict(list)
+        for _ in range(gradient_steps):
+            batch = self.replay_buffer.sample(batch_size, env=self._vec_normalize_env)
+            metrics = gradient_step(self.policy, self._ent_coef, batch, options, self._n_updates)
+            self._n_updates += 1
+            for name, value in metrics.items():
+                history[name].append(value)
+
+        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+        means = th.stack([th.stack(values).mean() for values in history.values()]).tolist()  # the one transfer
+        for name, mean in zip(history, means, strict=True):
+            self.logger.record(f"train/{name}", mean)
+
+    def _update_options(self) -> UpdateOptions:
+        assert isinstance(self.target_entropy, float)
+        return UpdateOptions(
+            gamma=self.gamma,
+            tau=self.tau,
+            target_update_interval=self.target_update_interval,
+            policy_delay=self.policy_delay,
+            policy_delay_compensation=self.policy_delay_compensation,
+            target_entropy=self.target_entropy,
+            ent_coef_loss=self.ent_coef_loss,
+            log_action_scale=log_action_scale(self.action_space) if self.entropy_space == "env" else 0.0,
+            max_grad_norm=self.max_grad_norm,
+        )
+
+    def _schedule(self, learning_rate: float | Schedule | None) -> Callable[[float], float]:
+        return FloatSchedule(self.learning_rate if learning_rate is None else learning_rate)
+
+    def _update_learning_rates(self) -> None:
+        self._update_learning_rate(self.actor.optimizer)
+        for name, learning_rate, optimizer in (
+            ("qf_learning_rate", self.qf_learning_rate, self.critic.optimizer),
+            ("ent_coef_learning_rate", self.ent_coef_learning_rate, self.ent_coef_optimizer),
+        ):
+            value = (self.lr_schedule if learning_rate is None else FloatSchedule(learning_rate))(
+                self._current_progress_remaining
+            )
+            if optimizer is not None:
+                update_learning_rate(optimizer, value)
+            if learning_rate is not None:
+                self.logger.record(f"train/{name}", value)
+
+    def _sample_action(
+        self, learning_starts: int, action_noise: ActionNoise | None = None, n_envs: int = 1
+    ) -> tuple[np.ndarray, np.ndarray]:
+        # SB3's one number says both when learning starts and when random actions end
+        random_steps = learning_starts if self.random_steps is None else self.random_steps
+        return super()._sample_action(random_steps, action_noise, n_envs)
+
+    def learn(
+        self: SelfSoftSAC,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        log_interval: int = 4,
+        tb_log_name: str = "SoftSAC",
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+    ) -> SelfSoftSAC:
+        """
+        Train. The arguments are SB3's.
+
+        :param total_timesteps: environment steps to take
+        :param callback: callback, or list of callbacks
+        :param log_interval: episodes between log entries
+        :param tb_log_name: name of the run in TensorBoard
+        :param reset_num_timesteps: start the step count at 0
+        :param progress_bar: show one (tqdm and rich)
+        :return: self
+        """
+        return super().learn(
+            total_timesteps=total_timesteps,
+            callback=callback,
+            log_interval=log_interval,
+            tb_log_name=tb_log_name,
+            reset_num_timesteps=reset_num_timesteps,
+            progress_bar=progress_bar,
+        )
+
+    def _excluded_save_params(self) -> list[str]:
+        return [*super()._excluded_save_params(), "actor", "critic", "critic_target", "actor_target", "_ent_coef"]
+
+    def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
+        state_dicts = ["policy", "actor.optimizer", "critic.optimizer"]
+        if self.log_ent_coef is None:
+            return state_dicts, ["ent_coef_tensor"]
+        return [*state_dicts, "ent_coef_optimizer"], ["log_ent_coef"]
+
+
+def check_action_space(action_space: spaces.Space) -> None:
+    """
+    :param action_space: of the environment
+    :raises ValueError: unless it is a ``Box`` whose bounds are finite and apart; the message has the fix
+    """
+    if not isinstance(action_space, spaces.Box):
+        raise ValueError(
+            f"SoftSAC needs a Box action space, the environment has {action_space}: use an algorithm for discrete "
+            "actions (DQN, PPO), or give the environment continuous actions."
+        )
+    low, high = action_space.low.ravel(), action_space.high.ravel()
+    bad = ~(np.isfinite(low) & np.isfinite(high) & (low < high))
+    if bad.any():
+        i = int(np.flatnonzero(bad)[0])
+        raise ValueError(
+            f"Action dimension {i} has the bounds [{low[i]}, {high[i]}]; both must be finite, low below high. Wrap the "
+            "environment, for instance in gymnasium.wrappers.TransformAction with a bounded Box, or use "
+            "gymnasium.wrappers.RescaleAction(env, -1, 1) once the bounds are finite."
+        )
+    width = float((high.astype(np.float64) - low).max())
+    if width > WIDE_ACTION_BOUNDS:
+        warnings.warn(
+            f"The action bounds are up to {width:g} wide. SoftSAC explores the whole range from the first step; if the "
+            "useful actions are a small part of it, narrow the bounds.",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def check_options(model: SoftSAC) -> None:
+    """
+    :param model: with all options set
+    :raises ValueError: naming the option, its value and what is allowed
+    """
+
+    def require(condition: bool, name: str, allowed: str) -> None:
+        if not condition:
+            raise ValueError(f"{name}={getattr(model, name)!r} is not valid: it must be {allowed}.")
+
+    def is_int(value: Any, low: int) -> bool:
+        return isinstance(value, int | np.integer) and not isinstance(value, bool) and value >= low
+
+    for name in ("buffer_size", "batch_size", "n_steps", "target_update_interval", "policy_delay"):
+        require(is_int(getattr(model, name), 1), name, "an integer >= 1")
+    require(is_int(model.learning_starts, 0), "learning_starts", "an integer >= 0")
+    require(is_int(model.gradient_steps, -1), "gradient_steps", "an integer >= 0, or -1 for one for each step collected")
+    require(model.random_steps is None or is_int(model.random_steps, 0), "random_steps", "an integer >= 0, or None")
+    for name in ("tau", "gamma"):
+        require(0.0 <= getattr(model, name) <= 1.0, name, "in [0, 1]")
+    for name in ("learning_rate", "qf_learning_rate", "ent_coef_learning_rate"):
+        rate = getattr(model, name)
+        optional = name != "learning_rate" and rate is None
+        number = isinstance(rate, float | int) and 0.0 <= rate < float("inf")
+        require(optional or number or callable(rate), name, "a number >= 0 or a function of the remaining progress")
+    require(model.ent_coef_loss in ("log", "exp"), "ent_coef_loss", "'log' or 'exp'")
+    require(model.entropy_space in ("normalized", "env"), "entropy_space", "'normalized' or 'env'")
+    require(model.max_grad_norm is None or model.max_grad_norm > 0.0, "max_grad_norm", "a number > 0, or None")
+    try:
+        target_entropy_is_number = np.isfinite(float(model.target_entropy))
+    except ValueError:
+        target_entropy_is_number = False
+    require(model.target_entropy == "auto" or bool(target_entropy_is_number), "target_entropy", "a number or 'auto'")

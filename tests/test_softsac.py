@@ -1,0 +1,461 @@
+"""SoftSAC's own options, schedules, errors and log."""
+
+from collections.abc import Callable
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch as th
+from gymnasium import spaces
+from stable_baselines3 import SAC
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.logger import KVWriter, Logger
+from stable_baselines3.common.noise import NormalActionNoise, OrnsteinUhlenbeckActionNoise
+from stable_baselines3.common.vec_env import SubprocVecEnv
+
+import sb3_softsac.softsac
+from sb3_softsac import SoftSAC
+from sb3_softsac.distributions import log_action_scale
+from sb3_softsac.gradient_step import gradient_step
+
+SMALL = {"policy_kwargs": {"net_arch": [16]}, "buffer_size": 500, "device": "cpu", "seed": 0}
+
+
+class Records(KVWriter):
+    """A logger's output, kept."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+
+    def write(self, key_values: dict[str, Any], key_excluded: dict[str, Any], step: int = 0) -> None:
+        self.rows.append(dict(key_values))
+
+    def close(self) -> None:
+        pass
+
+
+def logged(model: SoftSAC) -> Records:
+    records = Records()
+    model.set_logger(Logger(folder=None, output_formats=[records]))
+    return records
+
+
+def pendulum(**kwargs: Any) -> SoftSAC:
+    """A small model with 64 random steps in its buffer, ready for ``train``."""
+    model = SoftSAC("MlpPolicy", "Pendulum-v1", learning_starts=1000, **{**SMALL, **kwargs})
+    logged(model)
+    model.learn(64)
+    return model
+
+
+def snapshot(model: SoftSAC) -> dict[str, th.Tensor]:
+    state = {name: value.clone() for name, value in model.policy.state_dict().items()}
+    if model.log_ent_coef is not None:
+        state["log_ent_coef"] = model.log_ent_coef.detach().clone()
+    return state
+
+
+def changes(model: SoftSAC, n_updates: int, chunk: int = 1) -> dict[str, list[int]]:
+    """In which of the updates (from 1) each network changed. ``chunk`` updates go into each ``train()``."""
+    seen: dict[str, list[int]] = {}
+    for first in range(0, n_updates, chunk):
+        updates = iter(range(first + 1, first + chunk + 1))
+        before = snapshot(model)
+
+        def spy(
+            *args: Any, before: dict[str, th.Tensor] = before, updates: Any = updates, step: Callable = gradient_step
+        ) -> Any:
+            metrics = step(*args)
+            update, after = next(updates), snapshot(model)
+            for name in after:
+                if not th.equal(before[name], after[name]):
+                    part = name.split(".")[0]
+                    if update not in seen.setdefault(part, []):
+                        seen[part].append(update)
+            before.update(after)
+            return metrics
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sb3_softsac.softsac, "gradient_step", spy)
+            model.train(gradient_steps=chunk, batch_size=16)
+    return seen
+
+
+def test_signature_starts_with_sb3s() -> None:
+    import inspect
+
+    ours = list(inspect.signature(SoftSAC.__init__).parameters.values())
+    sb3s = list(inspect.signature(SAC.__init__).parameters.values())
+    assert [(p.name, p.default, p.kind) for p in ours[: len(sb3s)]] == [(p.name, p.default, p.kind) for p in sb3s]
+    assert all(p.kind is p.KEYWORD_ONLY for p in ours[len(sb3s) :])
+    for name in ("learn", "save", "load", "set_env"):
+        ours_, sb3s_ = (inspect.signature(getattr(a, name)).parameters.keys() for a in (SoftSAC, SAC))
+        assert ours_ == sb3s_
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 6])
+def test_delays_and_intervals_count_updates(chunk: int) -> None:
+    model = pendulum(policy_delay=2, target_update_interval=3, use_actor_target=True)
+    seen = changes(model, 6, chunk)
+    assert seen == {
+        "critic": [1, 2, 3, 4, 5, 6],
+        "actor": [2, 4, 6],
+        "log_ent_coef": [2, 4, 6],
+        "critic_target": [1, 4],
+        "actor_target": [4],  # at update 1 the actor had not moved yet
+    }
+    assert model._n_updates == 6
+
+
+def test_policy_delay_compensation_does_the_updates_left_out() -> None:
+    steps = {}
+    for compensation in (False, True):
+        model = pendulum(policy_delay=3, policy_delay_compensation=compensation)
+        model.train(gradient_steps=6, batch_size=16)
+        steps[compensation] = {
+            name: next(iter(optimizer.state.values()))["step"].item()
+            for name, optimizer in (
+                ("actor", model.actor.optimizer),
+                ("critic", model.critic.optimizer),
+                ("ent_coef", model.ent_coef_optimizer),
+            )
+        }
+    assert steps == {
+        False: {"actor": 2, "critic": 6, "ent_coef": 2},
+        True: {"actor": 6, "critic": 6, "ent_coef": 6},
+    }
+
+
+@pytest.mark.parametrize(("random_steps", "learning_starts"), [(30, 10), (10, 30), (None, 20), (0, 15), (25, 0)])
+def test_random_steps_and_learning_starts_are_independent(random_steps: int | None, learning_starts: int) -> None:
+    model = SoftSAC(
+        "MlpPolicy", "Pendulum-v1", learning_starts=learning_starts, random_steps=random_steps, batch_size=4, **SMALL
+    )
+    predicted: list[int] = []
+    trained: list[int] = []
+    predict, train = model.predict, model.train
+
+    def spy_predict(*args: Any, **kwargs: Any) -> Any:
+        predicted.append(model.num_timesteps)
+        return predict(*args, **kwargs)
+
+    def spy_train(*args: Any, **kwargs: Any) -> None:
+        trained.append(model.num_timesteps)
+        train(*args, **kwargs)
+
+    model.predict, model.train = spy_predict, spy_train  # type: ignore[method-assign]
+    model.learn(40)
+    assert predicted == list(range(learning_starts if random_steps is None else random_steps, 40))
+    assert trained == list(range(learning_starts + 1, 41))
+
+
+def test_actor_target_gives_the_next_actions() -> None:
+    model = pendulum(use_actor_target=True, tau=0.0)
+    sampled: list[str] = []
+    for name in ("actor", "actor_target"):
+        actor = getattr(model, name)
+
+        def spy(obs: Any, noise: Any = None, name: str = name, sample: Any = actor.sample) -> Any:
+            sampled.append(name)
+            return sample(obs, noise)
+
+        actor.sample = spy
+    model.train(gradient_steps=1, batch_size=8)
+    assert sampled == ["actor", "actor_target"]
+    assert not model.actor_target.training
+
+
+def test_actor_target_follows_by_tau() -> None:
+    model = pendulum(use_actor_target=True, tau=0.25)
+    old = snapshot(model)
+    model.train(gradient_steps=1, batch_size=8)
+    new = snapshot(model)
+    for name in old:
+        if name.startswith("actor."):
+            target = name.replace("actor.", "actor_target.")
+            th.testing.assert_close(new[target], 0.75 * old[target] + 0.25 * new[name])
+
+
+def test_separate_learning_rates_and_schedules() -> None:
+    model = pendulum(
+        learning_rate=lambda progress: 1e-3 * progress,
+        qf_learning_rate=lambda progress: 2e-3 * progress,
+        ent_coef_learning_rate=5e-3,
+    )
+    model._current_progress_remaining = 0.5
+    model.train(gradient_steps=1, batch_size=8)
+    rates = [o.param_groups[0]["lr"] for o in (model.actor.optimizer, model.critic.optimizer, model.ent_coef_optimizer)]
+    assert rates == pytest.approx([5e-4, 1e-3, 5e-3])
+    values = model.logger.name_to_value
+    assert values["train/learning_rate"] == pytest.approx(5e-4)
+    assert values["train/qf_learning_rate"] == pytest.approx(1e-3)
+    assert values["train/ent_coef_learning_rate"] == pytest.approx(5e-3)
+
+
+def test_learning_rate_is_everybodys_by_default() -> None:
+    model = pendulum(learning_rate=7e-4)
+    model.train(gradient_steps=1, batch_size=8)
+    for optimizer in (model.actor.optimizer, model.critic.optimizer, model.ent_coef_optimizer):
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(7e-4)
+    assert "train/qf_learning_rate" not in model.logger.name_to_value
+
+
+@pytest.mark.parametrize("learned", [True, False])
+def test_entropy_space_shifts_every_density(learned: bool) -> None:
+    """Pendulum's actions are in [-2, 2]: densities are log 2 lower, so targets are ent_coef * log 2 higher."""
+    updated = {}
+    for space in ("normalized", "env"):
+        model = pendulum(entropy_space=space, ent_coef="auto_0.5" if learned else 0.5, target_entropy=-1.0)
+        assert isinstance(model.replay_buffer, sb3_softsac.ReplayBuffer)
+        model.replay_buffer.seed(0)
+        th.manual_seed(0)
+        model.train(gradient_steps=1, batch_size=32)
+        updated[space] = dict(model.logger.name_to_value)
+    shift = log_action_scale(spaces.Box(-2.0, 2.0, (1,)))
+    assert shift == pytest.approx(np.log(2.0))
+    plain, env = updated["normalized"], updated["env"]
+    assert env["train/entropy"] - plain["train/entropy"] == pytest.approx(shift, abs=1e-5)
+    assert env["train/target_q_value"] - plain["train/target_q_value"] == pytest.approx(0.99 * 0.5 * shift, abs=1e-4)
+    if learned:
+        difference = env["train/ent_coef_loss"] - plain["train/ent_coef_loss"]
+        assert difference == pytest.approx(np.log(0.5) * shift, abs=1e-5)
+
+
+def test_max_grad_norm_clips_each_network() -> None:
+    model = pendulum(max_grad_norm=1e-3, policy_kwargs={"net_arch": [16], "optimizer_class": th.optim.SGD})
+    before = snapshot(model)
+    model.train(gradient_steps=1, batch_size=32)
+    after = snapshot(model)
+    for network in ("actor.", "critic."):
+        step = [(after[name] - before[name]).flatten() for name in before if name.startswith(network)]
+        assert th.cat(step).norm().item() == pytest.approx(3e-4 * 1e-3, rel=1e-2)
+    assert model.logger.name_to_value["train/critic_grad_norm"] > 1e-3  # logged as it was before clipping
+
+
+def test_actor_step_leaves_no_gradient_in_the_critics() -> None:
+    model = pendulum(policy_delay=2)
+    model.train(gradient_steps=1, batch_size=8)
+    gradients = [parameter.grad.clone() for parameter in model.critic.parameters()]
+    model.train(gradient_steps=1, batch_size=8)  # with the actor's update, after the critics'
+    assert not any(th.equal(g, p.grad) for g, p in zip(gradients, model.critic.parameters(), strict=True))
+    model.critic.optimizer.zero_grad()
+    batch = model.replay_buffer.sample(8)
+    pi = model.actor.sample(batch.observations)
+    from sb3_softsac.gradient_step import _step_actor
+
+    _step_actor(model.policy, batch, pi, th.tensor(0.1), model._update_options(), {}, 0)
+    assert all(parameter.grad is None for parameter in model.critic.parameters())
+
+
+def test_frozen_parameters_stay() -> None:
+    model = pendulum()
+    frozen = model.actor.latent_pi[0].weight
+    frozen.requires_grad_(False)
+    before = frozen.clone()
+    model.train(gradient_steps=2, batch_size=8)
+    assert th.equal(before, frozen)
+
+
+LOG_KEYS = {
+    "actor_grad_norm", "actor_loss", "critic_grad_norm", "critic_loss", "ent_coef", "ent_coef_loss", "entropy",
+    "learning_rate", "log_std", "n_updates", "q_value", "saturated_actions", "target_q_value",
+}  # fmt: skip
+
+
+def test_log() -> None:
+    model = SoftSAC("MlpPolicy", "Pendulum-v1", learning_starts=100, batch_size=8, **SMALL)
+    records = logged(model)
+    model.learn(410, log_interval=1)
+    assert len(records.rows) == 2
+    row = records.rows[-1]
+    assert {key.removeprefix("train/") for key in row if key.startswith("train/")} == LOG_KEYS
+    assert all(np.isfinite(value) for value in row.values())
+    assert row["train/n_updates"] == 300 - 1
+    assert {"rollout/ep_rew_mean", "rollout/ep_len_mean", "time/fps", "time/total_timesteps"} <= row.keys()
+
+
+def test_log_means_are_over_the_updates_of_one_train() -> None:
+    model = pendulum(policy_delay=2)
+    kept: list[dict[str, th.Tensor]] = []
+
+    def spy(*args: Any) -> Any:
+        kept.append(gradient_step(*args))
+        return kept[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sb3_softsac.softsac, "gradient_step", spy)
+        model.train(gradient_steps=5, batch_size=8)
+    for key in ("critic_loss", "actor_loss", "entropy"):
+        values = [metrics[key].item() for metrics in kept if key in metrics]
+        assert len(values) == (5 if key == "critic_loss" else 2)
+        assert model.logger.name_to_value[f"train/{key}"] == pytest.approx(np.mean(values), rel=1e-5)
+
+
+@pytest.mark.parametrize("broken", ["rewards", "observations", "actor"])
+def test_non_finite_loss_stops_before_the_optimiser_step(broken: str) -> None:
+    model = pendulum()
+    model.train(gradient_steps=3, batch_size=8)
+    if broken == "rewards":
+        model.replay_buffer.rewards[:] = np.inf
+    elif broken == "observations":
+        model.replay_buffer.observations[:] = np.nan
+    else:
+        with th.no_grad():
+            model.actor.mu.bias.fill_(np.nan)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"critic_loss is (nan|inf) at update 4: its optimiser step was not taken"):
+        model.train(gradient_steps=1, batch_size=8)
+    after = snapshot(model)
+    assert all(th.equal(before[name], after[name]) or before[name].isnan().any() for name in before)
+    assert model._n_updates == 3
+
+
+def test_non_finite_actor_loss_leaves_the_actor_whole() -> None:
+    model = pendulum(ent_coef=0.1)
+    before = {name: value.clone() for name, value in model.actor.state_dict().items()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sb3_softsac.losses.actor_loss", lambda q, log_prob, ent_coef: log_prob.sum() * float("nan"))
+        with pytest.raises(ValueError, match="actor_loss is nan at update 1"):
+            model.train(gradient_steps=1, batch_size=8)
+    assert all(th.equal(before[name], value) for name, value in model.actor.state_dict().items())
+
+
+class BoxActions(gym.Env):
+    observation_space = spaces.Box(-1.0, 1.0, (2,))
+
+    def __init__(self, action_space: spaces.Space):
+        self.action_space = action_space
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:
+        super().reset(seed=seed)
+        return np.zeros(2, dtype=np.float32), {}
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
+        assert self.action_space.contains(action), action
+        return np.zeros(2, dtype=np.float32), float(action.sum()), False, False, {}
+
+
+@pytest.mark.filterwarnings("ignore:.*:UserWarning:gymnasium")
+@pytest.mark.parametrize(
+    ("space", "message"),
+    [
+        (spaces.Box(-np.inf, np.inf, (1,)), "dimension 0 has the bounds"),
+        (spaces.Box(np.array([-1.0, 0.0]), np.array([1.0, np.inf]), dtype=np.float64), "dimension 1 has the bounds"),
+        (spaces.Box(np.array([0.5]), np.array([0.5]), dtype=np.float64), "low below high"),
+        (spaces.Discrete(3), "Box action space"),
+    ],
+)
+def test_bad_action_spaces(space: spaces.Space, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SoftSAC("MlpPolicy", BoxActions(space))
+
+
+def test_nan_action_bounds() -> None:
+    space = spaces.Box(-1.0, 1.0, (2,))
+    space.high = np.array([1.0, np.nan], dtype=np.float32)
+    with pytest.raises(ValueError, match="dimension 1 has the bounds"):
+        SoftSAC("MlpPolicy", BoxActions(space))
+
+
+def test_wide_action_bounds_warn() -> None:
+    with pytest.warns(UserWarning, match="40 wide"):
+        SoftSAC("MlpPolicy", BoxActions(spaces.Box(-20.0, 20.0, (1,))), **SMALL)
+
+
+def test_uneven_action_bounds_are_kept() -> None:
+    """The environment's step asserts that each action is in its space."""
+    low, high = np.array([-3.0, 0.0, 2.0], dtype=np.float32), np.array([-1.0, 0.5, 9.0], dtype=np.float32)
+    model = SoftSAC("MlpPolicy", BoxActions(spaces.Box(low, high)), learning_starts=20, batch_size=8, **SMALL)
+    model.learn(100)
+    with th.no_grad():
+        model.actor.mu.bias += th.tensor([100.0, -100.0, 0.0])
+    action, _ = model.predict(np.zeros(2, dtype=np.float32), deterministic=True)
+    np.testing.assert_allclose(action[:2], [-1.0, 0.0], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("policy_delay", 0), ("policy_delay", 1.5), ("target_update_interval", 0), ("random_steps", -1),
+        ("ent_coef_loss", "exponential"), ("entropy_space", "real"), ("max_grad_norm", 0.0), ("max_grad_norm", -1.0),
+        ("qf_learning_rate", -1e-3), ("ent_coef_learning_rate", "fast"), ("learning_rate", float("nan")), ("tau", 1.5),
+        ("gamma", -0.1), ("batch_size", 0), ("n_steps", 0), ("buffer_size", 0), ("gradient_steps", -2),
+        ("learning_starts", -5), ("ent_coef", "automatic"), ("target_entropy", "low"), ("target_entropy", float("inf")),
+    ],
+)  # fmt: skip
+def test_bad_options(option: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"{option}={value!r}"):
+        SoftSAC("MlpPolicy", "Pendulum-v1", **{option: value})
+
+
+def test_options_that_exclude_each_other() -> None:
+    with pytest.raises(ValueError, match="ent_coef_learning_rate=0.001 has no effect on the fixed ent_coef"):
+        SoftSAC("MlpPolicy", "Pendulum-v1", ent_coef=0.1, ent_coef_learning_rate=1e-3)
+    with pytest.raises(ValueError, match="use_sde=True"):
+        SoftSAC("MlpPolicy", "Pendulum-v1", use_sde=True, policy_kwargs={"separate_log_std_net": True})
+
+
+@pytest.mark.parametrize("target_entropy", ["auto", -3, "-0.5", np.float32(-2)])
+def test_target_entropy(target_entropy: Any) -> None:
+    model = SoftSAC("MlpPolicy", "Pendulum-v1", target_entropy=target_entropy, **SMALL)
+    assert model.target_entropy == pytest.approx(-1.0 if target_entropy == "auto" else float(target_entropy))
+
+
+def test_gradient_steps_minus_one_with_episodes() -> None:
+    model = SoftSAC(
+        "MlpPolicy", "Pendulum-v1", train_freq=(1, "episode"), gradient_steps=-1, learning_starts=100, batch_size=4, **SMALL
+    )
+    model.learn(400)
+    assert model._n_updates == 400
+
+
+def test_gradient_steps_zero_learns_nothing() -> None:
+    model = SoftSAC("MlpPolicy", "Pendulum-v1", gradient_steps=0, learning_starts=0, **SMALL)
+    before = snapshot(model)
+    model.learn(20)
+    assert all(th.equal(value, before[name]) for name, value in snapshot(model).items())
+
+
+@pytest.mark.parametrize("vec_env_cls", [None, SubprocVecEnv])
+def test_many_environments(vec_env_cls: Any) -> None:
+    env = make_vec_env("Pendulum-v1", n_envs=3, vec_env_cls=vec_env_cls)
+    model = SoftSAC("MlpPolicy", env, train_freq=2, gradient_steps=-1, learning_starts=30, batch_size=8, **SMALL)
+    model.learn(120)
+    assert model.num_timesteps == 120
+    assert model._n_updates == 120 - 30
+    assert model.replay_buffer.observations.shape == (500 // 3, 3, 3)
+    env.close()
+
+
+@pytest.mark.parametrize("n_envs", [1, 2])
+@pytest.mark.parametrize("noise_class", [NormalActionNoise, OrnsteinUhlenbeckActionNoise])
+def test_action_noise(n_envs: int, noise_class: Any) -> None:
+    env = make_vec_env("Pendulum-v1", n_envs=n_envs)
+    noise = noise_class(np.zeros(1), 0.1 * np.ones(1))
+    model = SoftSAC("MlpPolicy", env, action_noise=noise, learning_starts=10, batch_size=8, **SMALL)
+    model.learn(420)
+    assert np.abs(model.replay_buffer.actions).max() <= 1.0
+
+
+@pytest.mark.filterwarnings("ignore:rich is experimental")
+def test_progress_bar() -> None:
+    pytest.importorskip("rich")
+    model = SoftSAC("MlpPolicy", "Pendulum-v1", learning_starts=10, batch_size=8, **SMALL)
+    model.learn(20, progress_bar=True)
+
+
+def test_tensorboard_log_is_named_after_the_algorithm(tmp_path: Any) -> None:
+    pytest.importorskip("tensorboard")
+    model = SoftSAC("MlpPolicy", "Pendulum-v1", tensorboard_log=str(tmp_path), learning_starts=10, batch_size=8, **SMALL)
+    model.learn(20)
+    assert [path.name for path in tmp_path.iterdir()] == ["SoftSAC_1"]
+
+
+def test_learns_pendulum_a_little() -> None:
+    """Not a benchmark: learning visibly works in 4,000 steps (random policy: about -1200)."""
+    model = SoftSAC("MlpPolicy", "Pendulum-v1", learning_rate=3e-3, batch_size=64, policy_kwargs={"net_arch": [32, 32]},
+                    buffer_size=10_000, seed=1, device="cpu")  # fmt: skip
+    model.learn(4000)
+    returns = [info["r"] for info in model.ep_info_buffer]
+    assert np.mean(returns[-4:]) > -500.0
