@@ -58,8 +58,8 @@ class ReplayBuffer(SB3ReplayBuffer):
     def __init__(
         self,
         buffer_size: int,
-        observation_space: spaces.Space,
-        action_space: spaces.Space,
+        observation_space: spaces.Space[Any],
+        action_space: spaces.Space[Any],
         device: th.device | str = "auto",
         n_envs: int = 1,
         optimize_memory_usage: bool = False,
@@ -118,7 +118,7 @@ class ReplayBuffer(SB3ReplayBuffer):
             arrays += obs.values() if isinstance(obs, dict) else [obs]
         return sum(array.nbytes for array in arrays)
 
-    def add(  # type: ignore[override]
+    def add(
         self,
         obs: Obs,
         next_obs: Obs,
@@ -150,7 +150,7 @@ class ReplayBuffer(SB3ReplayBuffer):
         if self.handle_timeout_termination:
             self.timeouts[pos] = [info.get("TimeLimit.truncated", False) for info in infos]
         map_obs(lambda storage, new: storage.__setitem__(..., new), self._newest_next_obs, next_obs)
-        for env_index in np.flatnonzero(done):
+        for env_index in np.flatnonzero(done).tolist():
             self._keep_on_side(pos, env_index)
 
         self.pos += 1
@@ -249,7 +249,7 @@ class ReplayBuffer(SB3ReplayBuffer):
             np.logical_or(broken, (expected != new).reshape(self.n_envs, -1).any(axis=1), out=broken)
 
         map_obs(compare, self._newest_next_obs, obs)
-        for env_index in np.flatnonzero(broken & (self._side_slot[previous] == 0)):
+        for env_index in np.flatnonzero(broken & (self._side_slot[previous] == 0)).tolist():
             self._keep_on_side(previous, env_index)
 
     def _keep_on_side(self, row: int, env_index: int) -> None:
@@ -281,9 +281,11 @@ class ReplayBuffer(SB3ReplayBuffer):
     def _as_rows(self, obs: Obs) -> Obs:
         """Cast to the storage's dtype; (E,) of Discrete spaces becomes (E, 1)."""
         if isinstance(self.observations, dict):
-            obs = {key: obs[key] for key in self.observations}  # type: ignore[call-overload]
+            obs = {key: obs[key] for key in self.observations}
         rows: Obs = map_obs(
-            lambda new, storage: np.asarray(new).reshape(storage.shape[1:]).astype(storage.dtype), obs, self.observations
+            lambda new, storage: np.asarray(new).reshape(storage.shape[1:]).astype(storage.dtype),
+            obs,
+            self.observations,
         )
         return rows
 
@@ -310,7 +312,7 @@ class NextObservations(NDArrayOperatorsMixin):
     def __init__(self, buffer: ReplayBuffer, key: str | None):
         self._buffer = buffer
         self._key = key
-        storage: Any = buffer.observations if key is None else buffer.observations[key]  # type: ignore[call-overload]
+        storage: Any = buffer.observations if key is None else buffer.observations[key]
         self.shape: tuple[int, ...] = storage.shape
         self.dtype: np.dtype = storage.dtype
         self.ndim: int = storage.ndim
@@ -321,7 +323,9 @@ class NextObservations(NDArrayOperatorsMixin):
     def __getitem__(self, index: Any) -> np.ndarray:
         if not isinstance(index, tuple):
             index = (index,)
-        simple = all(isinstance(part, int | slice) or np.issubdtype(np.asarray(part).dtype, np.integer) for part in index[:2])
+        simple = all(
+            isinstance(part, int | slice) or np.issubdtype(np.asarray(part).dtype, np.integer) for part in index[:2]
+        )
         if not simple or any(not isinstance(part, int | slice) for part in index[2:]):
             return np.asarray(np.asarray(self)[index])  # masks, ellipses, ...: leave it to NumPy
         buffer = self._buffer

@@ -11,7 +11,7 @@ from torch import nn
 
 from sb3_softsac import losses
 from sb3_softsac.ent_coef import EntCoef
-from sb3_softsac.policies import SoftSACPolicy, running_statistics
+from sb3_softsac.policies import Actor, SoftSACPolicy, running_statistics
 from sb3_softsac.type_aliases import Metrics, PolicySample, ReplayBatch
 
 SATURATED = 0.999  # an action this close to a bound counts as saturated: |u| > 3.8 before tanh
@@ -94,9 +94,9 @@ def gradient_step(
     return metrics
 
 
-def _sample(actor: nn.Module, batch: ReplayBatch, options: UpdateOptions) -> PolicySample:
+def _sample(actor: Actor, batch: ReplayBatch, options: UpdateOptions) -> PolicySample:
     """The policy's own actions, with densities in the units of the entropy."""
-    pi: PolicySample = actor.sample(batch.observations)
+    pi = actor.sample(batch.observations)
     return pi._replace(log_prob=pi.log_prob - options.log_action_scale)
 
 
@@ -168,6 +168,6 @@ def _require_finite(name: str, loss: th.Tensor, n_updates: int) -> None:
     if not th.isfinite(loss):
         raise ValueError(
             f"{name} is {loss.item()} at update {n_updates + 1}: its optimiser step was not taken, so the network is "
-            "as it was before. Check rewards and observations for NaN, infinite or huge values; else lower the learning "
-            "rate or set max_grad_norm."
+            "as it was before. Check rewards and observations for NaN, infinite or huge values; else lower the "
+            "learning rate or set max_grad_norm."
         )

@@ -4,7 +4,7 @@ SB3's ``Actor``, ``ContinuousCritic`` and ``SACPolicy`` build the networks, so p
 ``SAC`` zip loads. What is replaced is everything between the networks' outputs and the losses.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch as th
 from gymnasium import spaces
@@ -175,16 +175,18 @@ class SoftSACPolicy(sb3_policies.SACPolicy):
     :param separate_log_std_net: see ``Actor``
     :param weight_init: None (PyTorch's default), ``"xavier"`` (uniform, zero biases) or ``"orthogonal"`` (gain sqrt(2)
         as in jaxrl, zero biases), for all linear and convolutional layers
+    :param features_extractor_class: None: ``FlattenExtractor``, ``NatureCNN`` or ``CombinedExtractor``, by policy
     :param use_actor_target: also hold a slowly moving copy of the actor; set by ``SoftSAC(use_actor_target=True)``
     :raises ValueError: for other values
     """
 
+    default_features_extractor: ClassVar[type[BaseFeaturesExtractor]] = FlattenExtractor
     actor: Actor
     actor_target: Actor | None
 
     def __init__(
         self,
-        observation_space: spaces.Space,
+        observation_space: spaces.Space[Any],
         action_space: spaces.Box,
         lr_schedule: Schedule,
         net_arch: list[int] | dict[str, list[int]] | None = None,
@@ -193,7 +195,7 @@ class SoftSACPolicy(sb3_policies.SACPolicy):
         log_std_init: float = -3,
         use_expln: bool = False,
         clip_mean: float = 2.0,
-        features_extractor_class: type[BaseFeaturesExtractor] = FlattenExtractor,
+        features_extractor_class: type[BaseFeaturesExtractor] | None = None,
         features_extractor_kwargs: dict[str, Any] | None = None,
         normalize_images: bool = True,
         optimizer_class: type[th.optim.Optimizer] = th.optim.Adam,
@@ -212,7 +214,7 @@ class SoftSACPolicy(sb3_policies.SACPolicy):
         if n_critics < 1:
             raise ValueError(f"n_critics={n_critics} must be at least 1.")
         # SACPolicy.__init__ builds the networks, so what they are built from is set before it
-        self.log_std_kwargs = {
+        self.log_std_kwargs: dict[str, Any] = {
             "log_std_bounds": (float(log_std_bounds[0]), float(log_std_bounds[1])),
             "log_std_bounding": log_std_bounding,
             "separate_log_std_net": separate_log_std_net,
@@ -229,7 +231,7 @@ class SoftSACPolicy(sb3_policies.SACPolicy):
             log_std_init,
             use_expln,
             clip_mean,
-            features_extractor_class,
+            features_extractor_class or self.default_features_extractor,
             features_extractor_kwargs,
             normalize_images,
             optimizer_class,
@@ -290,37 +292,15 @@ MlpPolicy = SoftSACPolicy
 
 
 class CnnPolicy(SoftSACPolicy):
-    """``SoftSACPolicy`` for images: the features extractor is ``NatureCNN`` unless another is given."""
+    """``SoftSACPolicy`` for images."""
 
-    def __init__(
-        self,
-        observation_space: spaces.Space,
-        action_space: spaces.Box,
-        lr_schedule: Schedule,
-        *args: Any,
-        features_extractor_class: type[BaseFeaturesExtractor] = NatureCNN,
-        **kwargs: Any,
-    ):
-        super().__init__(
-            observation_space, action_space, lr_schedule, *args, features_extractor_class=features_extractor_class, **kwargs
-        )
+    default_features_extractor = NatureCNN
 
 
 class MultiInputPolicy(SoftSACPolicy):
-    """``SoftSACPolicy`` for Dict observations: ``CombinedExtractor`` unless another is given."""
+    """``SoftSACPolicy`` for Dict observations."""
 
-    def __init__(
-        self,
-        observation_space: spaces.Space,
-        action_space: spaces.Box,
-        lr_schedule: Schedule,
-        *args: Any,
-        features_extractor_class: type[BaseFeaturesExtractor] = CombinedExtractor,
-        **kwargs: Any,
-    ):
-        super().__init__(
-            observation_space, action_space, lr_schedule, *args, features_extractor_class=features_extractor_class, **kwargs
-        )
+    default_features_extractor = CombinedExtractor
 
 
 COUNTERPARTS: dict[type[BasePolicy], type[SoftSACPolicy]] = {

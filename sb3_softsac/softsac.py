@@ -199,7 +199,7 @@ class SoftSAC(OffPolicyAlgorithm):
         if self.ent_coef_learning_rate is not None and self.log_ent_coef is None:
             raise ValueError(
                 f"ent_coef_learning_rate={self.ent_coef_learning_rate} has no effect on the fixed ent_coef="
-                f"{self.ent_coef}: use ent_coef='auto_{self.ent_coef}' to learn it, or leave ent_coef_learning_rate out."
+                f"{self.ent_coef}: use ent_coef='auto_{self.ent_coef}' to learn it, or leave it out."
             )
 
     def _adopt_sb3_classes(self) -> None:
@@ -367,7 +367,7 @@ class SoftSAC(OffPolicyAlgorithm):
         return [*state_dicts, "ent_coef_optimizer"], ["log_ent_coef"]
 
 
-def check_action_space(action_space: spaces.Space) -> None:
+def check_action_space(action_space: spaces.Space[Any]) -> None:
     """
     :param action_space: of the environment
     :raises ValueError: unless it is a ``Box`` whose bounds are finite and apart; the message has the fix
@@ -407,12 +407,14 @@ def check_options(model: SoftSAC) -> None:
             raise ValueError(f"{name}={getattr(model, name)!r} is not valid: it must be {allowed}.")
 
     def is_int(value: Any, low: int) -> bool:
-        return isinstance(value, int | np.integer) and not isinstance(value, bool) and value >= low
+        return isinstance(value, int | np.integer) and not isinstance(value, bool) and bool(value >= low)
 
     for name in ("buffer_size", "batch_size", "n_steps", "target_update_interval", "policy_delay"):
         require(is_int(getattr(model, name), 1), name, "an integer >= 1")
     require(is_int(model.learning_starts, 0), "learning_starts", "an integer >= 0")
-    require(is_int(model.gradient_steps, -1), "gradient_steps", "an integer >= 0, or -1 for one for each step collected")
+    require(
+        is_int(model.gradient_steps, -1), "gradient_steps", "an integer >= 0, or -1 for one for each step collected"
+    )
     require(model.random_steps is None or is_int(model.random_steps, 0), "random_steps", "an integer >= 0, or None")
     for name in ("tau", "gamma"):
         require(0.0 <= getattr(model, name) <= 1.0, name, "in [0, 1]")

@@ -169,7 +169,8 @@ def test_attributes_equal_sb3s(space: spaces.Space, history: tuple[int, list[lis
     n_envs = history[0]
     sb3_class = DictReplayBuffer if isinstance(space, spaces.Dict) else SB3ReplayBuffer
     buffer, sb3_buffer = (
-        buffer_class(capacity * n_envs, space, ACTION_SPACE, "cpu", n_envs) for buffer_class in (ReplayBuffer, sb3_class)
+        buffer_class(capacity * n_envs, space, ACTION_SPACE, "cpu", n_envs)
+        for buffer_class in (ReplayBuffer, sb3_class)
     )
     play(history, [buffer, sb3_buffer], PlainBuffer(capacity, 1), space)
     assert (buffer.pos, buffer.full, buffer.size()) == (sb3_buffer.pos, sb3_buffer.full, sb3_buffer.size())
@@ -208,7 +209,8 @@ def test_next_observations_is_indexed_like_an_array() -> None:
     rows, envs = np.array([3, 0, 9]), np.array([1, 0, 1])
     indices: list[Any] = [
         0, -1, slice(2, 5), rows, (rows, envs), (rows, envs, slice(None)), (slice(None), 0), (4, 1, 2),
-        (slice(None), slice(None), 1), np.arange(10) > 2, array > 5.0, Ellipsis, (Ellipsis, 0), (rows, envs, np.array([0, 1, 2])),
+        (slice(None), slice(None), 1), np.arange(10) > 2, array > 5.0,
+        Ellipsis, (Ellipsis, 0), (rows, envs, np.array([0, 1, 2])),
     ]  # fmt: skip
     for index in indices:
         np.testing.assert_array_equal(lazy[index], array[index])

@@ -26,7 +26,7 @@ def exact_log_det_tanh(u: float) -> mpmath.mpf:
 def exact_log_prob(u: float, mean: float, log_std: float) -> mpmath.mpf:
     u, mean, log_std = mpmath.mpf(u), mpmath.mpf(mean), mpmath.mpf(log_std)
     noise = (u - mean) / mpmath.exp(log_std)
-    return -noise**2 / 2 - log_std - mpmath.log(2 * mpmath.pi) / 2 - exact_log_det_tanh(u)
+    return -(noise**2) / 2 - log_std - mpmath.log(2 * mpmath.pi) / 2 - exact_log_det_tanh(u)
 
 
 def assert_accurate(actual: float, exact: mpmath.mpf, scale: mpmath.mpf | None = None) -> None:

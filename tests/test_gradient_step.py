@@ -146,7 +146,9 @@ def assert_same_update(sb3_model: SAC, model: SoftSAC, gradient_steps: int, atol
     expected, actual = parameters(sb3_model), parameters(model)
     assert expected.keys() == actual.keys()
     for name in expected:
-        th.testing.assert_close(actual[name], expected[name], rtol=1e-5, atol=atol, msg=lambda m, name=name: f"{name}: {m}")
+        th.testing.assert_close(
+            actual[name], expected[name], rtol=1e-5, atol=atol, msg=lambda m, name=name: f"{name}: {m}"
+        )
     moved = [name for name in before if not th.equal(before[name], actual[name])]
     assert any(name.startswith("actor") for name in moved)
     assert any(name.startswith("critic_target") for name in moved)

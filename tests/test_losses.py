@@ -57,7 +57,9 @@ def test_ent_coef_forms() -> None:
     assert make_ent_coef("auto", 1e-3, CPU).value().item() == 1.0
 
 
-@pytest.mark.parametrize("value", ["auto_", "auto_0", "auto_-1", "auto0.1", "autox", "yes", -0.1, float("nan"), "auto_inf"])
+@pytest.mark.parametrize(
+    "value", ["auto_", "auto_0", "auto_-1", "auto0.1", "autox", "yes", -0.1, float("nan"), "auto_inf"]
+)
 def test_bad_ent_coef(value: str | float) -> None:
     with pytest.raises(ValueError, match="ent_coef="):
         make_ent_coef(value, 1e-3, CPU)

@@ -223,13 +223,15 @@ def test_entropy_space_shifts_every_density(learned: bool) -> None:
 
 
 def test_max_grad_norm_clips_each_network() -> None:
-    model = pendulum(max_grad_norm=1e-3, policy_kwargs={"net_arch": [16], "optimizer_class": th.optim.SGD})
+    model = pendulum(
+        learning_rate=1.0, max_grad_norm=1e-3, policy_kwargs={"net_arch": [16], "optimizer_class": th.optim.SGD}
+    )
     before = snapshot(model)
     model.train(gradient_steps=1, batch_size=32)
     after = snapshot(model)
     for network in ("actor.", "critic."):
         step = [(after[name] - before[name]).flatten() for name in before if name.startswith(network)]
-        assert th.cat(step).norm().item() == pytest.approx(3e-4 * 1e-3, rel=1e-2)
+        assert th.cat(step).norm().item() == pytest.approx(1e-3, rel=1e-3)
     assert model.logger.name_to_value["train/critic_grad_norm"] > 1e-3  # logged as it was before clipping
 
 
@@ -390,7 +392,7 @@ def test_bad_options(option: str, value: Any) -> None:
 
 
 def test_options_that_exclude_each_other() -> None:
-    with pytest.raises(ValueError, match="ent_coef_learning_rate=0.001 has no effect on the fixed ent_coef"):
+    with pytest.raises(ValueError, match="has no effect on the fixed ent_coef"):
         SoftSAC("MlpPolicy", "Pendulum-v1", ent_coef=0.1, ent_coef_learning_rate=1e-3)
     with pytest.raises(ValueError, match="use_sde=True"):
         SoftSAC("MlpPolicy", "Pendulum-v1", use_sde=True, policy_kwargs={"separate_log_std_net": True})
@@ -404,7 +406,13 @@ def test_target_entropy(target_entropy: Any) -> None:
 
 def test_gradient_steps_minus_one_with_episodes() -> None:
     model = SoftSAC(
-        "MlpPolicy", "Pendulum-v1", train_freq=(1, "episode"), gradient_steps=-1, learning_starts=100, batch_size=4, **SMALL
+        "MlpPolicy",
+        "Pendulum-v1",
+        train_freq=(1, "episode"),
+        gradient_steps=-1,
+        learning_starts=100,
+        batch_size=4,
+        **SMALL,
     )
     model.learn(400)
     assert model._n_updates == 400
@@ -447,7 +455,9 @@ def test_progress_bar() -> None:
 
 def test_tensorboard_log_is_named_after_the_algorithm(tmp_path: Any) -> None:
     pytest.importorskip("tensorboard")
-    model = SoftSAC("MlpPolicy", "Pendulum-v1", tensorboard_log=str(tmp_path), learning_starts=10, batch_size=8, **SMALL)
+    model = SoftSAC(
+        "MlpPolicy", "Pendulum-v1", tensorboard_log=str(tmp_path), learning_starts=10, batch_size=8, **SMALL
+    )
     model.learn(20)
     assert [path.name for path in tmp_path.iterdir()] == ["SoftSAC_1"]
 

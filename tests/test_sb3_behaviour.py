@@ -1,0 +1,423 @@
+"""What SB3's own suite asks of its SAC, asked of SoftSAC: saving, loading, environments, buffers, determinism."""
+
+import io
+import pathlib
+import warnings
+from copy import deepcopy
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch as th
+from stable_baselines3 import SAC, HerReplayBuffer
+from stable_baselines3.common.buffers import ReplayBuffer as SB3ReplayBuffer
+from stable_baselines3.common.callbacks import CheckpointCallback, EvalCallback
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.envs import BitFlippingEnv, IdentityEnvBox, SimpleMultiObsEnv
+from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.noise import NormalActionNoise
+from stable_baselines3.common.save_util import load_from_zip_file
+from stable_baselines3.common.utils import set_random_seed
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+
+from sb3_softsac import ReplayBuffer, SaveBestTrainingReturnCallback, SoftSAC
+from sb3_softsac.policies import CnnPolicy, MultiInputPolicy, SoftSACPolicy
+
+SMALL: dict[str, Any] = {
+    "policy_kwargs": {"net_arch": [16]},
+    "buffer_size": 500,
+    "learning_starts": 20,
+    "batch_size": 8,
+    "device": "cpu",
+}
+CASES: dict[str, dict[str, Any]] = {
+    "defaults": {},
+    "fixed_ent_coef": {"ent_coef": 0.2},
+    "gsde": {"use_sde": True},
+    "all_options": {
+        "qf_learning_rate": 1e-3, "ent_coef_learning_rate": 2e-3, "policy_delay": 2, "policy_delay_compensation": True,
+        "random_steps": 25, "use_actor_target": True, "ent_coef_loss": "exp", "entropy_space": "env",
+        "max_grad_norm": 1.0, "n_steps": 2, "target_update_interval": 2,
+        "policy_kwargs": {
+            "net_arch": [16], "log_std_bounding": "tanh", "log_std_bounds": (-5, 2), "separate_log_std_net": True,
+            "weight_init": "xavier", "n_critics": 3,
+        },
+    },
+}  # fmt: skip
+
+
+def make_model(env: Any = "Pendulum-v1", **kwargs: Any) -> SoftSAC:
+    return SoftSAC("MlpPolicy", env, **{**SMALL, "seed": 0, **kwargs})
+
+
+def everything(model: SoftSAC | SAC) -> dict[str, Any]:
+    """All parameters and optimiser states, flat."""
+    flat: dict[str, Any] = {}
+
+    def flatten(prefix: str, value: Any) -> None:
+        if isinstance(value, dict):
+            for key, part in value.items():
+                flatten(f"{prefix}.{key}", part)
+        elif isinstance(value, list):
+            for i, part in enumerate(value):
+                flatten(f"{prefix}.{i}", part)
+        else:
+            flat[prefix] = value.clone() if isinstance(value, th.Tensor) else value
+
+    flatten("", model.get_parameters())
+    flat["log_ent_coef"] = None if model.log_ent_coef is None else model.log_ent_coef.detach().clone()
+    return flat
+
+
+def assert_same(actual: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        same = th.equal(actual[name], value) if isinstance(value, th.Tensor) else actual[name] == value
+        assert same, name
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_save_load(case: str, tmp_path: pathlib.Path) -> None:
+    model = make_model(**CASES[case])
+    model.learn(60)
+    obs = np.stack([model.observation_space.sample() for _ in range(10)])
+    expected = model.predict(obs, deterministic=True)[0]
+    before = everything(model)
+    model.save(tmp_path / "model.zip")
+    for env in (None, "Pendulum-v1"):
+        loaded = SoftSAC.load(tmp_path / "model.zip", env=None if env is None else gym.make(env), device="cpu")
+        assert_same(everything(loaded), before)
+        np.testing.assert_array_equal(loaded.predict(obs, deterministic=True)[0], expected)
+        for name in CASES[case].keys() - {"policy_kwargs"}:  # SB3 writes it as JSON: tuples come back as lists
+            assert getattr(loaded, name) == getattr(model, name)
+    # ... and learns on
+    loaded.learn(60, reset_num_timesteps=False)
+    assert loaded.num_timesteps == 120
+    changed = everything(loaded)
+    assert any(not th.equal(changed[k], v) for k, v in before.items() if isinstance(v, th.Tensor) and "weight" in k)
+
+
+def test_loaded_model_does_the_same_update(tmp_path: pathlib.Path) -> None:
+    """Optimiser states and counters are part of the file: the next update of both is the same."""
+    model = make_model(**CASES["all_options"])
+    model.learn(61)
+    model.save(tmp_path / "model.zip")
+    loaded = SoftSAC.load(tmp_path / "model.zip", env=gym.make("Pendulum-v1"), device="cpu")
+    loaded.replay_buffer = deepcopy(model.replay_buffer)
+    loaded.set_logger(model.logger)
+    for each in (model, loaded):
+        th.manual_seed(0)
+        each.train(gradient_steps=3, batch_size=8)
+    assert loaded._n_updates == model._n_updates
+    assert_same(everything(loaded), everything(model))
+
+
+@pytest.mark.parametrize("kind", ["str", "suffixless", "pathlib", "bytes"])
+def test_save_load_targets(kind: str, tmp_path: pathlib.Path) -> None:
+    model = make_model()
+    (tmp_path / "new").mkdir()
+    target: Any = {
+        "str": str(tmp_path / "model.zip"), "suffixless": str(tmp_path / "new" / "model"),
+        "pathlib": tmp_path / "model.zip", "bytes": io.BytesIO(),
+    }[kind]  # fmt: skip
+    model.save(target)
+    if kind == "bytes":
+        target.seek(0)
+    assert_same(everything(SoftSAC.load(target, device="cpu")), everything(model))
+
+
+def test_open_file(tmp_path: pathlib.Path) -> None:
+    model = make_model()
+    with open(tmp_path / "model.zip", "wb") as file:
+        model.save(file)
+    with open(tmp_path / "model.zip", "rb") as file:
+        assert_same(everything(SoftSAC.load(file, device="cpu")), everything(model))
+
+
+def test_exclude_and_include(tmp_path: pathlib.Path) -> None:
+    model = make_model(tensorboard_log=None)
+    model.learn(30)
+    model.save(tmp_path / "plain.zip")
+    data, params, variables = load_from_zip_file(tmp_path / "plain.zip")
+    assert data is not None and variables is not None
+    assert "learning_rate" in data and "replay_buffer" not in data
+    assert params.keys() == {"policy", "actor.optimizer", "critic.optimizer", "ent_coef_optimizer"}
+    assert variables.keys() == {"log_ent_coef"}
+    model.save(tmp_path / "excluded.zip", exclude=["learning_rate"])
+    assert "learning_rate" not in load_from_zip_file(tmp_path / "excluded.zip")[0]  # type: ignore[operator]
+    model.save(tmp_path / "included.zip", include=["replay_buffer"])
+    loaded = SoftSAC.load(tmp_path / "included.zip", device="cpu")
+    assert loaded.replay_buffer.size() == 30
+    np.testing.assert_array_equal(loaded.replay_buffer.observations, model.replay_buffer.observations)
+
+
+def test_get_and_set_parameters() -> None:
+    model, other = make_model(), make_model(seed=1)
+    for each in (model, other):
+        each.learn(40)
+    other.set_parameters(deepcopy(model.get_parameters()))
+    assert_same(
+        {k: v for k, v in everything(other).items() if k != "log_ent_coef"},
+        {k: v for k, v in everything(model).items() if k != "log_ent_coef"},
+    )
+    parameters = model.get_parameters()
+    del parameters["critic.optimizer"]
+    with pytest.raises(ValueError, match="do not match"):
+        other.set_parameters(parameters)
+    other.set_parameters(parameters, exact_match=False)
+    with pytest.raises(ValueError, match="invalid object name"):
+        other.set_parameters({"no_such_network": {}})
+
+
+def test_custom_objects(tmp_path: pathlib.Path) -> None:
+    model = make_model(learning_rate=lambda progress: 1e-3 * progress)
+    model.save(tmp_path / "model.zip")
+    loaded = SoftSAC.load(tmp_path / "model.zip", custom_objects={"learning_rate": 0.5}, device="cpu")
+    assert loaded.learning_rate == 0.5
+    assert SoftSAC.load(tmp_path / "model.zip", device="cpu").learning_rate(0.5) == pytest.approx(5e-4)
+
+
+def test_load_with_new_options(tmp_path: pathlib.Path) -> None:
+    make_model().save(tmp_path / "model.zip")
+    loaded = SoftSAC.load(
+        tmp_path / "model.zip", env=gym.make("Pendulum-v1"), device="cpu", use_actor_target=True, policy_delay=2
+    )
+    assert loaded.actor_target is not None
+    for ours, theirs in zip(loaded.actor.parameters(), loaded.actor_target.parameters(), strict=True):
+        assert th.equal(ours, theirs)
+    loaded.learn(40)
+    with pytest.raises(ValueError, match="policy_delay=-1"):
+        SoftSAC.load(tmp_path / "model.zip", device="cpu", policy_delay=-1)
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"ent_coef": 0.3}, {"use_sde": True}, {"n_steps": 3}])
+def test_sb3_sac_zip_loads(kwargs: dict[str, Any], tmp_path: pathlib.Path) -> None:
+    sac = SAC("MlpPolicy", "Pendulum-v1", **{**SMALL, "seed": 0, **kwargs})
+    sac.learn(60)
+    sac.save(tmp_path / "sac.zip")
+    obs = np.stack([sac.observation_space.sample() for _ in range(20)])
+    model = SoftSAC.load(tmp_path / "sac.zip", device="cpu")
+    np.testing.assert_array_equal(model.predict(obs, deterministic=True)[0], sac.predict(obs, deterministic=True)[0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = SoftSAC.load(tmp_path / "sac.zip", env=gym.make("Pendulum-v1"), device="cpu")
+    assert type(model.policy) is SoftSACPolicy
+    assert isinstance(model.replay_buffer, ReplayBuffer)
+    assert model.replay_buffer.n_steps == kwargs.get("n_steps", 1)
+    assert_same(everything(model), everything(sac))
+    model.learn(60, reset_num_timesteps=False)
+    assert model.num_timesteps == 120
+
+
+@pytest.mark.parametrize(
+    ("policy", "ours"), [("CnnPolicy", CnnPolicy), ("MultiInputPolicy", MultiInputPolicy)], ids=["cnn", "dict"]
+)
+def test_sb3_sac_zip_of_other_policies(policy: str, ours: Any, tmp_path: pathlib.Path) -> None:
+    env: Any = SimpleMultiObsEnv(discrete_actions=False, channel_last=False)
+    if policy == "CnnPolicy":
+        env = gym.wrappers.TransformObservation(env, lambda obs: obs["img"], env.observation_space["img"])
+    sac = SAC(policy, env, **SMALL)
+    sac.save(tmp_path / "sac.zip")
+    model = SoftSAC.load(tmp_path / "sac.zip", device="cpu", env=env)
+    assert type(model.policy) is ours
+    obs, _ = env.reset()
+    np.testing.assert_array_equal(model.predict(obs, deterministic=True)[0], sac.predict(obs, deterministic=True)[0])
+    model.learn(40)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_deterministic_training(case: str) -> None:
+    results = []
+    for _ in range(2):
+        model = make_model(**CASES[case], action_noise=NormalActionNoise(np.zeros(1), 0.1 * np.ones(1)))
+        model.learn(80)
+        results.append((everything(model), evaluate_policy(model, model.get_env(), n_eval_episodes=2)))
+    assert_same(results[0][0], results[1][0])
+    assert results[0][1] == results[1][1]
+    other = make_model(**CASES[case], seed=7)
+    other.learn(80)
+    assert any(not th.equal(v, results[0][0][k]) for k, v in everything(other).items() if isinstance(v, th.Tensor))
+
+
+def test_global_seed_is_enough() -> None:
+    """The zoo's hyperparameter optimisation seeds the global random states only."""
+    results = []
+    for _ in range(2):
+        set_random_seed(3)
+        model = make_model(seed=None)
+        model.env.seed(0)
+        model.action_space.seed(0)
+        model.learn(60)
+        results.append(everything(model))
+    assert_same(*results)
+
+
+def test_set_env() -> None:
+    model = make_model()
+    model.learn(40)
+    env = gym.make("Pendulum-v1")
+    model.set_env(env)
+    model.learn(40)
+    with pytest.raises(ValueError, match="spaces do not match"):
+        model.set_env(gym.make("InvertedPendulum-v5"))
+    with pytest.raises(AssertionError, match="number of environments"):
+        model.set_env(make_vec_env("Pendulum-v1", n_envs=2))
+
+
+def test_replay_buffer_files(tmp_path: pathlib.Path) -> None:
+    model = make_model()
+    model.learn(250)
+    model.save_replay_buffer(tmp_path / "replay")
+    other = make_model()
+    other.load_replay_buffer(tmp_path / "replay.pkl")
+    for name in ("observations", "actions", "rewards", "dones", "timeouts"):
+        np.testing.assert_array_equal(getattr(other.replay_buffer, name), getattr(model.replay_buffer, name))
+    np.testing.assert_array_equal(other.replay_buffer.next_observations, model.replay_buffer.next_observations)
+    other.learn(40)
+    # SB3's buffer, from a SAC run
+    sac = SAC("MlpPolicy", "Pendulum-v1", **SMALL)
+    sac.learn(30)
+    sac.save_replay_buffer(tmp_path / "sb3.pkl")
+    other.load_replay_buffer(tmp_path / "sb3.pkl")
+    other.learn(40)
+
+
+class CountingBuffer(SB3ReplayBuffer):
+    """A user's own buffer."""
+
+    samples = 0
+
+    def __init__(self, *args: Any, flavour: str = "plain", **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.flavour = flavour
+
+    def sample(self, *args: Any, **kwargs: Any) -> Any:
+        self.samples += 1
+        return super().sample(*args, **kwargs)
+
+
+def test_users_replay_buffer_class(tmp_path: pathlib.Path) -> None:
+    model = make_model(replay_buffer_class=CountingBuffer, replay_buffer_kwargs={"flavour": "sour"})
+    model.learn(60)
+    assert isinstance(model.replay_buffer, CountingBuffer)
+    assert model.replay_buffer.flavour == "sour" and model.replay_buffer.samples == 40
+    model.save(tmp_path / "model.zip")
+    loaded = SoftSAC.load(tmp_path / "model.zip", env=gym.make("Pendulum-v1"), device="cpu")
+    assert isinstance(loaded.replay_buffer, CountingBuffer)
+    with pytest.warns(UserWarning, match="`n_steps=3` is ignored"):
+        make_model(replay_buffer_class=CountingBuffer, n_steps=3)
+
+
+def test_sb3s_buffer_on_request() -> None:
+    model = make_model(replay_buffer_class=SB3ReplayBuffer)
+    model.learn(40)
+    assert type(model.replay_buffer) is SB3ReplayBuffer
+
+
+@pytest.mark.parametrize("n_envs", [1, 2])
+@pytest.mark.parametrize("strategy", ["future", "final", "episode"])
+def test_her(n_envs: int, strategy: str, tmp_path: pathlib.Path) -> None:
+    def make_env() -> gym.Env:
+        return BitFlippingEnv(n_bits=4, continuous=True)
+
+    env = DummyVecEnv([make_env for _ in range(n_envs)])
+    model = SoftSAC(
+        "MultiInputPolicy", env, replay_buffer_class=HerReplayBuffer,
+        replay_buffer_kwargs={"n_sampled_goal": 2, "goal_selection_strategy": strategy, "copy_info_dict": True}, **SMALL
+    )  # fmt: skip
+    model.learn(100)
+    model.save(tmp_path / "her.zip")
+    model.save_replay_buffer(tmp_path / "her.pkl")
+    loaded = SoftSAC.load(tmp_path / "her.zip", env=env, device="cpu")
+    loaded.load_replay_buffer(tmp_path / "her.pkl", truncate_last_traj=False)
+    np.testing.assert_array_equal(loaded.replay_buffer.ep_length, model.replay_buffer.ep_length)
+    loaded.learn(60, reset_num_timesteps=False)
+
+
+@pytest.mark.parametrize("n_envs", [1, 2])
+@pytest.mark.parametrize("is_dict", [False, True])
+def test_vec_normalize(n_envs: int, is_dict: bool) -> None:
+    """The buffer holds what the environment gave; batches are normalised when they are sampled."""
+
+    def make_env() -> gym.Env:
+        if is_dict:
+            return gym.wrappers.FilterObservation(SimpleMultiObsEnv(discrete_actions=False), ["vec"])
+        return gym.make("Pendulum-v1")
+
+    venv = VecNormalize(DummyVecEnv([make_env for _ in range(n_envs)]), norm_obs=True, norm_reward=True)
+    model = SoftSAC("MultiInputPolicy" if is_dict else "MlpPolicy", venv, **SMALL)
+    model.learn(230)
+    buffer = model.replay_buffer
+    assert isinstance(buffer, ReplayBuffer)
+    if is_dict:
+        return
+    cosines_sines = buffer.observations[: buffer.size(), :, :2]
+    np.testing.assert_allclose((cosines_sines**2).sum(axis=-1), 1.0, atol=1e-5)
+    next_cosines_sines = np.asarray(buffer.next_observations[: buffer.size(), :, :2])
+    np.testing.assert_allclose((next_cosines_sines**2).sum(axis=-1), 1.0, atol=1e-5)
+    assert buffer.rewards[: buffer.size()].min() < -1.5
+    batch = buffer.sample(200, env=venv)
+    assert abs(batch.observations.mean()) < 0.5 and batch.rewards.min() > -1.5
+
+
+@pytest.mark.parametrize("n_steps", [1, 3])
+def test_vec_normalize_saves_and_loads(n_steps: int, tmp_path: pathlib.Path) -> None:
+    venv = VecNormalize(make_vec_env("Pendulum-v1", n_envs=2))
+    model = make_model(venv, n_steps=n_steps)
+    model.learn(60)
+    model.save(tmp_path / "model.zip")
+    venv.save(str(tmp_path / "normalize.pkl"))
+    new_venv = VecNormalize.load(str(tmp_path / "normalize.pkl"), make_vec_env("Pendulum-v1", n_envs=2))
+    loaded = SoftSAC.load(tmp_path / "model.zip", env=new_venv, device="cpu")
+    obs = venv.reset()
+    np.testing.assert_array_equal(loaded.predict(obs, deterministic=True)[0], model.predict(obs, deterministic=True)[0])
+    loaded.learn(40, reset_num_timesteps=False)
+
+
+def test_sb3_callbacks(tmp_path: pathlib.Path) -> None:
+    callbacks = [
+        EvalCallback(gym.make("Pendulum-v1"), eval_freq=30, n_eval_episodes=1, best_model_save_path=str(tmp_path)),
+        CheckpointCallback(25, str(tmp_path), save_replay_buffer=True),
+    ]
+    with pytest.warns(UserWarning, match="not of the same type|wrapped with a ``Monitor``"):
+        make_model().learn(60, callback=callbacks)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert {"best_model.zip", "rl_model_50_steps.zip", "rl_model_replay_buffer_50_steps.pkl"} <= names
+
+
+def test_identity_env_is_solved() -> None:
+    model = SoftSAC("MlpPolicy", IdentityEnvBox(eps=0.5), learning_starts=100, learning_rate=3e-3, seed=0,
+                    policy_kwargs={"net_arch": [64]}, batch_size=64, buffer_size=2000, device="cpu")  # fmt: skip
+    model.learn(1500)
+    mean_return, _ = evaluate_policy(model, model.get_env(), n_eval_episodes=20)
+    assert mean_return > 90.0
+
+
+@pytest.mark.parametrize("threshold", [float("-inf"), 1e6])
+def test_best_training_return_callback(threshold: float, tmp_path: pathlib.Path) -> None:
+    callback = SaveBestTrainingReturnCallback(threshold=threshold, save_path=str(tmp_path / "new"), min_episodes=2)
+    model = make_model()
+    model.learn(1010, callback=callback)
+    if threshold > 0:
+        assert not (tmp_path / "new").exists()
+        return
+    SoftSAC.load(tmp_path / "new" / "best_training_model.zip", device="cpu")
+    returns = [info["r"] for info in model.ep_info_buffer]
+    assert callback.best_mean_return == pytest.approx(max(np.mean(returns[:n]) for n in range(2, len(returns) + 1)))
+
+
+def test_best_training_return_callback_needs_a_folder() -> None:
+    with pytest.raises(ValueError, match="save_path=None"):
+        from stable_baselines3.common.logger import Logger
+
+        model = make_model()
+        model.set_logger(Logger(folder=None, output_formats=[]))
+        model.learn(10, callback=SaveBestTrainingReturnCallback())
+
+
+def test_best_training_return_callback_saves_normalisation(tmp_path: pathlib.Path) -> None:
+    venv = VecNormalize(make_vec_env("Pendulum-v1"))
+    callback = SaveBestTrainingReturnCallback(save_path=str(tmp_path), min_episodes=1)
+    make_model(venv).learn(210, callback=callback)
+    assert (tmp_path / "best_training_model_vecnormalize.pkl").exists()
