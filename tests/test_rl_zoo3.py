@@ -1,0 +1,287 @@
+"""
+The RL Zoo's commands with SoftSAC, from a folder that is not the repository's.
+
+Everything runs in processes of its own: importing the zoo changes Gymnasium for the whole process, and registration
+is about how an interpreter starts. ``run_module`` is the command line; ``in_process`` runs a function of this file,
+for tests that look inside.
+"""
+
+import argparse
+import csv
+import json
+import multiprocessing
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+
+import sb3_softsac
+
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MPLBACKEND": "agg", "SDL_VIDEODRIVER": "dummy", "TRUST_REMOTE_CODE": "True"}
+# The number of steps must not depend on the yml
+ONE_STEP = ["n_envs:1", "train_freq:1", "gradient_steps:1", "batch_size:32"]
+SHORT = ["--algo", "softsac", "--env", "Pendulum-v1", "--eval-freq", "-1"]
+WATCH = ["--algo", "softsac", "--env", "Pendulum-v1", "-n", "20"]
+
+
+def run_python(*args: str, cwd: Path, **environment: str) -> str:
+    result = subprocess.run(
+        [sys.executable, *args],
+        cwd=cwd,
+        env={**os.environ, **ENVIRONMENT, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stdout
+    return result.stdout
+
+
+def run_module(module: str, *args: str, cwd: Path) -> str:
+    return run_python("-m", module, *args, cwd=cwd)
+
+
+def in_process(function: Callable[..., Any], *args: Any) -> Any:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *args).result(timeout=300)
+
+
+def saved_data(path: Path) -> dict[str, Any]:
+    with zipfile.ZipFile(path) as archive:
+        data: dict[str, Any] = json.loads(archive.read("data"))
+    return data
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """
+    :return: a folder whose ``logs`` hold one short run, with evaluations, checkpoints and a callback of ours
+    """
+    folder = tmp_path_factory.mktemp("zoo")
+    callback = 'callback:[{"sb3_softsac.SaveBestTrainingReturnCallback":{"min_episodes":1}}]'
+    options = [*ONE_STEP, "learning_starts:100", "buffer_size:1000", "qf_learning_rate:'lin_1e-3'", callback]
+    evaluations = ["--eval-freq", "200", "--eval-episodes", "2"]
+    output = run_module("rl_zoo3.train", *SHORT, *evaluations, "-n", "400", "-params", *options, cwd=folder)
+    assert "softsac.yml" in output
+    return folder
+
+
+def test_train(trained: Path) -> None:
+    run = trained / "logs/softsac/Pendulum-v1_1"
+    saved = {path.name for path in run.iterdir()}
+    assert {"Pendulum-v1.zip", "best_model.zip", "best_training_model.zip", "evaluations.npz"} <= saved
+    assert "- lin_1e-3" in (run / "Pendulum-v1/config.yml").read_text()
+
+
+def test_continue(trained: Path, tmp_path: Path) -> None:
+    model = trained / "logs/softsac/Pendulum-v1_1/Pendulum-v1.zip"
+    run_module("rl_zoo3.train", *SHORT, "-n", "50", "-i", str(model), "-params", *ONE_STEP, cwd=tmp_path)
+    assert saved_data(tmp_path / "logs/softsac/Pendulum-v1_1/Pendulum-v1.zip")["num_timesteps"] == 450
+
+
+def test_subproc_and_parallel_training(tmp_path: Path) -> None:
+    options = ["learning_starts:50", "batch_size:32", "n_envs:2", 'train_freq:(50,"step")']
+    callback = 'callback:[{"rl_zoo3.callbacks.ParallelTrainCallback":{"gradient_steps":2}}]'
+    run_module(
+        "rl_zoo3.train", *SHORT, "-n", "300", "--vec-env", "subproc", "-params", *options, callback, cwd=tmp_path
+    )
+    # It is the copy that trains which is saved
+    assert saved_data(tmp_path / "logs/softsac/Pendulum-v1_1/Pendulum-v1.zip")["_n_updates"] > 0
+
+
+def test_optimize(tmp_path: Path) -> None:
+    storage = ["--storage", "study.log", "--study-name", "study", "-params", "learning_starts:100"]
+    # Trials have no folder: the callback must not end them
+    callback = 'callback:"sb3_softsac.SaveBestTrainingReturnCallback"'
+    search = ["-optimize", "--n-trials", "2", "--n-evaluations", "1", "--eval-episodes", "1", "--no-optim-plots"]
+    output = run_module("rl_zoo3.train", *SHORT, "-n", "150", *search, *storage, callback, cwd=tmp_path)
+    assert output.count("finished with value") == 2 and "policy_delay" in output
+
+    output = run_module("rl_zoo3.train", *SHORT, "-n", "110", "--trial-id", "1", *storage, cwd=tmp_path)
+    assert "Loading from Optuna study" in output
+    (report,) = (tmp_path / "logs/softsac").glob("report*.csv")
+    trial = list(csv.DictReader(report.read_text().splitlines()))[1]
+    data = saved_data(next(tmp_path.glob("logs/softsac/Pendulum-v1_*/Pendulum-v1.zip")))
+    for name in ("policy_delay", "use_actor_target", "ent_coef_loss", "batch_size"):
+        assert str(data[name]) == trial.get(f"params_{name}", trial.get(f"user_attrs_{name}"))
+
+
+def test_plots(trained: Path) -> None:
+    pytest.importorskip("seaborn")
+    pytest.importorskip("scipy")
+    runs = ["-a", "softsac", "-e", "Pendulum", "-f", "logs"]
+    assert "SOFTSAC" in run_module("rl_zoo3.plots.all_plots", *runs, "-o", "results", cwd=trained)
+    assert (trained / "results.pkl").is_file()
+    run_module("rl_zoo3.plots.plot_train", *runs, "-w", "1", cwd=trained)
+
+
+# Watching a model
+
+
+def watched_buffer_sizes(folder: Path, module: str, args: list[str]) -> list[int]:
+    """
+    :return: number of rows of the replay buffer of each model that the command has loaded
+    """
+    os.chdir(folder)
+    os.environ.update(ENVIRONMENT)
+    sys.argv[1:] = args
+    load = sb3_softsac.SoftSAC.load
+    sizes = []
+
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        model = load(*args, **kwargs)
+        assert model.replay_buffer is not None
+        sizes.append(model.replay_buffer.buffer_size)
+        return model
+
+    with patch.object(sb3_softsac.SoftSAC, "load", spy):
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    return sizes
+
+
+@pytest.mark.parametrize("command", ["rl_zoo3.enjoy", "rl_zoo3.cli enjoy", "rl_zoo3.record_video"])
+def test_watch(trained: Path, command: str) -> None:
+    if command == "rl_zoo3.cli enjoy":
+        pytest.importorskip("seaborn")  # the console script imports the plots
+    if command == "rl_zoo3.record_video":
+        pytest.importorskip("moviepy")
+        pytest.importorskip("pygame")
+    module, *args = [*command.split(), *WATCH, "-f", "logs"]
+    if "enjoy" in command:
+        args.append("--no-render")
+    # The model's own buffer has 1000 rows: none of them is needed to watch it
+    assert in_process(watched_buffer_sizes, trained, module, args) == [1]
+    if command == "rl_zoo3.record_video":
+        assert list(trained.glob("logs/softsac/Pendulum-v1_1/videos/*.mp4"))
+
+
+def test_enjoy_from_the_command_line(trained: Path) -> None:
+    watch = [*WATCH, "-f", "logs", "-n", "200", "--no-render", "--load-best"]
+    assert "Episode Reward" in run_module("rl_zoo3.enjoy", *watch, cwd=trained)
+
+
+# The hub, faked by a folder
+
+
+def run_with_hub(hub: Path, module: str, args: list[str]) -> None:
+    from huggingface_hub.errors import EntryNotFoundError
+
+    def download(repo_id: str, filename: str, **kwargs: Any) -> str:
+        path = hub / repo_id / filename
+        if not path.is_file():
+            raise EntryNotFoundError(f"404: {filename}")
+        return str(path)
+
+    class Api:
+        def create_repo(self, repo_id: str, **kwargs: Any) -> str:
+            (hub / repo_id).mkdir(parents=True)
+            return f"fake://{repo_id}"
+
+        def snapshot_download(self, repo_id: str, local_dir: Path) -> None:
+            shutil.copytree(hub / repo_id, local_dir)
+
+        def upload_folder(self, repo_id: str, folder_path: Path, commit_message: str) -> None:
+            shutil.copytree(folder_path, hub / repo_id, dirs_exist_ok=True)
+
+    os.chdir(hub.parent)
+    os.environ.update(ENVIRONMENT)
+    sys.argv[1:] = args
+    with patch("huggingface_hub.hf_hub_download", download), patch("huggingface_hub.HfApi", Api):
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+def test_hub(trained: Path, tmp_path: Path) -> None:
+    hub, model = tmp_path / "remote", ["--algo", "softsac", "--env", "Pendulum-v1", "-orga", "somebody"]
+    # Broken in rl-zoo3 2.9.2 with sb3-team-hf-integration 3.2 for every algorithm, but for our hook
+    in_process(run_with_hub, hub, "rl_zoo3.push_to_hub", [*model, "-f", str(trained / "logs"), "--no-render"])
+    card = (hub / "somebody/softsac-Pendulum-v1/README.md").read_text()
+    assert "model-index" in card and "SoftSAC" in card
+    # Models without VecNormalize have no vec_normalize.pkl: broken likewise with huggingface_hub >= 1.0
+    in_process(run_with_hub, hub, "rl_zoo3.load_from_hub", [*model, "-f", "downloaded"])
+    assert (tmp_path / "downloaded/softsac/Pendulum-v1_1/Pendulum-v1.zip").is_file()
+
+
+# What is inside
+
+
+def look_inside(folder: Path) -> None:
+    os.chdir(folder)
+    import optuna
+    from gymnasium import make
+    from rl_zoo3.exp_manager import ExperimentManager
+    from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER
+
+    from sb3_softsac import SoftSAC
+    from sb3_softsac._rl_zoo3 import hyperparams_folder
+
+    # Hyperparameters: ours, the user's, and the zoo's for other algorithms
+    def config(algo: str, **kwargs: Any) -> Path:
+        return Path(ExperimentManager(argparse.Namespace(), algo, "Pendulum-v1", "logs", **kwargs).config)
+
+    ours = hyperparams_folder() / "softsac.yml"
+    assert config("softsac") == ours and ours.is_file()
+    assert config("softsac", config="missing.yml") == Path("missing.yml")
+    assert config("softsac", config="softsac.yml") == ours
+    for variant in (ours.parent / "variants").glob("*.yml"):
+        assert config("softsac", config=f"variants/{variant.name}") == variant
+    Path("softsac.yml").write_text("default: {}")
+    assert config("softsac", config="softsac.yml") == Path("softsac.yml")
+    assert config("sac").parent.parent.name == "rl_zoo3"
+
+    # Schedules
+    rates = {"learning_rate": 1e-3, "qf_learning_rate": "lin_2e-3", "ent_coef_learning_rate": 1e-4}
+    schedules = ExperimentManager._preprocess_schedules(rates)
+    assert schedules["qf_learning_rate"](0.5) == pytest.approx(1e-3)
+    assert schedules["ent_coef_learning_rate"] == 1e-4
+    assert "qf_learning_rate" not in ExperimentManager._preprocess_schedules({})
+
+    # A stored trial is converted to what the sampler had made of it
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    for her in (False, True, False, True):
+        trial = study.ask()
+        sampled = HYPERPARAMS_SAMPLER["softsac"](trial, 1, 1, {"using_her_replay_buffer": her, "her_kwargs": {}})
+        assert HYPERPARAMS_CONVERTER["softsac"](trial.params) == sampled
+        if her:
+            assert set(sampled.pop("replay_buffer_kwargs")) == {"n_sampled_goal", "goal_selection_strategy"}
+        SoftSAC("MlpPolicy", make("Pendulum-v1"), **sampled)
+
+
+def test_inside(tmp_path: Path) -> None:
+    in_process(look_inside, tmp_path)
+
+
+# Registration
+
+WITHOUT_PTH = """
+import sys
+sys.path[:] = {path}
+import {first}, {second}
+import rl_zoo3.exp_manager, rl_zoo3.hyperparams_opt, rl_zoo3.utils
+assert "softsac" in rl_zoo3.utils.ALGOS and "softsac" in rl_zoo3.hyperparams_opt.HYPERPARAMS_SAMPLER
+assert rl_zoo3.exp_manager.ExperimentManager._knows_softsac
+"""
+
+
+@pytest.mark.parametrize("order", [("sb3_softsac", "rl_zoo3.train"), ("rl_zoo3.train", "sb3_softsac")])
+def test_import_registers_where_no_pth_is_read(tmp_path: Path, order: tuple[str, str]) -> None:
+    path = [*sys.path, str(Path(sb3_softsac.__file__).parents[1])]
+    code = WITHOUT_PTH.format(path=path, first=order[0], second=order[1])
+    run_python("-S", "-c", code, cwd=tmp_path)  # -S: no site-packages, so no .pth
+
+
+def test_a_fault_of_ours_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "sb3_softsac.py").write_text("raise RuntimeError('broken')")
+    output = run_python("-c", "import rl_zoo3.train as t; print(sorted(t.ALGOS))", cwd=tmp_path)
+    assert "'sac'" in output and "softsac'" not in output
+    assert output.count("sb3_softsac: the RL Zoo runs without SoftSAC: RuntimeError: broken") == 1
+    assert "Traceback" not in output
