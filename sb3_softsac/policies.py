@@ -18,7 +18,6 @@ from stable_baselines3.common.torch_layers import (
     create_mlp,
 )
 from stable_baselines3.common.type_aliases import Schedule
-from stable_baselines3.common.utils import get_parameters_by_name
 from stable_baselines3.sac import policies as sb3_policies
 from torch import nn
 
@@ -268,10 +267,14 @@ class SoftSACPolicy(sb3_policies.SACPolicy):
         )
 
     def load_state_dict(self, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
-        """As in torch; a state without target actor (an SB3 zip, say) starts the target from its actor."""
-        if self.actor_target is not None and not any(name.startswith("actor_target.") for name in state_dict):
-            targets = {f"actor_target.{k[6:]}": v for k, v in state_dict.items() if k.startswith("actor.")}
-            state_dict = {**state_dict, **targets}
+        """As in torch, but the target actor may be new (it then starts from the actor) or no longer wanted."""
+        prefix = "actor_target."
+        has_target = any(name.startswith(prefix) for name in state_dict)
+        if has_target and self.actor_target is None:
+            state_dict = {name: value for name, value in state_dict.items() if not name.startswith(prefix)}
+        elif not has_target and self.actor_target is not None:
+            actor = {name: value for name, value in state_dict.items() if name.startswith("actor.")}
+            state_dict = {**state_dict, **{prefix + name.removeprefix("actor."): actor[name] for name in actor}}
         return super().load_state_dict(state_dict, *args, **kwargs)
 
     def targets(self) -> list[tuple[nn.Module, nn.Module]]:
@@ -334,4 +337,4 @@ def running_statistics(network: nn.Module) -> list[th.Tensor]:
     :param network: actor or critic
     :return: its batch-norm running means and variances, which targets copy instead of averaging (SB3 issue 996)
     """
-    return get_parameters_by_name(network, ["running_"])
+    return [buffer for name, buffer in network.named_buffers() if "running_" in name]

@@ -3,6 +3,7 @@
 import warnings
 from collections import defaultdict
 from collections.abc import Callable
+from numbers import Real
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
@@ -179,8 +180,8 @@ class SoftSAC(OffPolicyAlgorithm):
     def _setup_model(self) -> None:
         check_options(self)
         self._adopt_sb3_classes()
-        if self.use_actor_target:
-            self.policy_kwargs = {**self.policy_kwargs, "use_actor_target": True}
+        if self.use_actor_target is not self.policy_kwargs.get("use_actor_target", False):
+            self.policy_kwargs = {**self.policy_kwargs, "use_actor_target": self.use_actor_target}
         if self.replay_buffer_class in (None, ReplayBuffer):
             self._setup_default_buffer()
             # OffPolicyAlgorithm would warn that no class but its own takes n_steps
@@ -411,6 +412,8 @@ def check_options(model: SoftSAC) -> None:
 
     for name in ("buffer_size", "batch_size", "n_steps", "target_update_interval", "policy_delay"):
         require(is_int(getattr(model, name), 1), name, "an integer >= 1")
+    frequency = model.train_freq[0] if isinstance(model.train_freq, tuple) else model.train_freq
+    require(is_int(frequency, 1), "train_freq", "an integer >= 1, or (an integer >= 1, 'step' or 'episode')")
     require(is_int(model.learning_starts, 0), "learning_starts", "an integer >= 0")
     require(
         is_int(model.gradient_steps, -1), "gradient_steps", "an integer >= 0, or -1 for one for each step collected"
@@ -421,7 +424,7 @@ def check_options(model: SoftSAC) -> None:
     for name in ("learning_rate", "qf_learning_rate", "ent_coef_learning_rate"):
         rate = getattr(model, name)
         optional = name != "learning_rate" and rate is None
-        number = isinstance(rate, float | int) and 0.0 <= rate < float("inf")
+        number = isinstance(rate, Real) and 0.0 <= float(rate) < float("inf")
         require(optional or number or callable(rate), name, "a number >= 0 or a function of the remaining progress")
     require(model.ent_coef_loss in ("log", "exp"), "ent_coef_loss", "'log' or 'exp'")
     require(model.entropy_space in ("normalized", "env"), "entropy_space", "'normalized' or 'env'")

@@ -187,6 +187,10 @@ def test_load_with_new_options(tmp_path: pathlib.Path) -> None:
     for ours, theirs in zip(loaded.actor.parameters(), loaded.actor_target.parameters(), strict=True):
         assert th.equal(ours, theirs)
     loaded.learn(40)
+    loaded.save(tmp_path / "with_target.zip")
+    assert SoftSAC.load(tmp_path / "with_target.zip", device="cpu").actor_target is not None
+    without = SoftSAC.load(tmp_path / "with_target.zip", device="cpu", use_actor_target=False)
+    assert without.actor_target is None
     with pytest.raises(ValueError, match="policy_delay=-1"):
         SoftSAC.load(tmp_path / "model.zip", device="cpu", policy_delay=-1)
 

@@ -383,7 +383,9 @@ def test_uneven_action_bounds_are_kept() -> None:
         ("ent_coef_loss", "exponential"), ("entropy_space", "real"), ("max_grad_norm", 0.0), ("max_grad_norm", -1.0),
         ("qf_learning_rate", -1e-3), ("ent_coef_learning_rate", "fast"), ("learning_rate", float("nan")), ("tau", 1.5),
         ("gamma", -0.1), ("batch_size", 0), ("n_steps", 0), ("buffer_size", 0), ("gradient_steps", -2),
-        ("learning_starts", -5), ("ent_coef", "automatic"), ("target_entropy", "low"), ("target_entropy", float("inf")),
+        ("learning_starts", -5), 
+        ("train_freq", 0), ("train_freq", 1.5),
+        ("ent_coef", "automatic"), ("target_entropy", "low"), ("target_entropy", float("inf")),
     ],
 )  # fmt: skip
 def test_bad_options(option: str, value: Any) -> None:
