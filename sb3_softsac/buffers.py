@@ -141,7 +141,8 @@ class ReplayBuffer(SB3ReplayBuffer):
         pos = self.pos
         if pos > 0 or self.full:
             self._keep_where_stream_broke((pos - 1) % self.buffer_size, obs)
-        self._release_slots(pos)
+        if self.full:
+            self._release_slots(pos)
 
         map_obs(lambda storage, new: storage.__setitem__(pos, new), self.observations, obs)
         self.actions[pos] = np.asarray(action).reshape(self.n_envs, self.action_dim)
@@ -246,7 +247,8 @@ class ReplayBuffer(SB3ReplayBuffer):
         broken = np.zeros(self.n_envs, dtype=bool)
 
         def compare(expected: np.ndarray, new: np.ndarray) -> None:
-            np.logical_or(broken, (expected != new).reshape(self.n_envs, -1).any(axis=1), out=broken)
+            if not np.array_equal(expected, new):  # rare
+                np.logical_or(broken, (expected != new).reshape(self.n_envs, -1).any(axis=1), out=broken)
 
         map_obs(compare, self._newest_next_obs, obs)
         for env_index in np.flatnonzero(broken & (self._side_slot[previous] == 0)).tolist():
