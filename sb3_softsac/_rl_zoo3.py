@@ -46,6 +46,7 @@ OWN_OPTIONS: "dict[str, Callable[[Trial, str], Any]]" = {
     "log_std_bounding": lambda trial, name: trial.suggest_categorical(name, ["clamp", "tanh"]),
 }
 POLICY_OPTIONS = ("log_std_bounding",)
+NOT_WITH_SDE = ("log_std_bounding",)
 HER_OPTIONS = ("n_sampled_goal", "goal_selection_strategy")
 
 
@@ -63,7 +64,12 @@ def sample_softsac_params(
     """
     hyperparams_opt = importlib.import_module("rl_zoo3.hyperparams_opt")
     hyperparams = hyperparams_opt.sample_sac_params(trial, n_actions, n_envs, additional_args)
-    return _with_own_options(hyperparams, {name: suggest(trial, name) for name, suggest in OWN_OPTIONS.items()})
+    options = {
+        name: suggest
+        for name, suggest in OWN_OPTIONS.items()
+        if not (trial.user_attrs.get("use_sde") and name in NOT_WITH_SDE)
+    }
+    return _with_own_options(hyperparams, {name: suggest(trial, name) for name, suggest in options.items()})
 
 
 def convert_softsac_params(sampled_params: dict[str, Any]) -> dict[str, Any]:
@@ -111,6 +117,7 @@ def _patch_manager(manager: "type[ExperimentManager]", zoo_folder: Path) -> None
     original_schedules = manager._preprocess_schedules
     original_create_callbacks = manager.create_callbacks
     original_learn = manager.learn
+    original_objective = manager.objective
 
     @wraps(original_init)
     def __init__(self: "ExperimentManager", *args: Any, **kwargs: Any) -> None:
@@ -148,7 +155,13 @@ def _patch_manager(manager: "type[ExperimentManager]", zoo_folder: Path) -> None
             model = SimpleNamespace(learn=partial(model.learn, reset_num_timesteps=False), env=model.env)
         original_learn(self, model)
 
-    for method in (__init__, create_callbacks, learn):
+    @wraps(original_objective)
+    def objective(self: "ExperimentManager", trial: "Trial") -> float:
+        # The zoo does not tell the sampler what the trial's other hyperparameters are
+        trial.set_user_attr("use_sde", bool(self._hyperparams.get("use_sde")))
+        return original_objective(self, trial)
+
+    for method in (__init__, create_callbacks, learn, objective):
         setattr(manager, method.__name__, method)
     setattr(manager, original_schedules.__name__, staticmethod(_preprocess_schedules))
 

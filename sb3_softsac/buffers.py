@@ -7,6 +7,7 @@ row after it is written. So time limits bootstrap from the right observation, un
 ``optimize_memory_usage`` (SB3 issue 934).
 """
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,11 @@ from stable_baselines3.common.buffers import BaseBuffer
 from stable_baselines3.common.buffers import ReplayBuffer as SB3ReplayBuffer
 from stable_baselines3.common.type_aliases import DictReplayBufferSamples, ReplayBufferSamples
 from stable_baselines3.common.vec_env import VecNormalize
+
+try:  # as in SB3: checks the memory where it is installed
+    import psutil
+except ImportError:
+    psutil = None
 
 Obs = np.ndarray | dict[str, np.ndarray]
 
@@ -44,7 +50,7 @@ class ReplayBuffer(SB3ReplayBuffer):
 
     :param buffer_size: capacity in transitions, over all environments
     :param observation_space: observation space; float64 is stored as float32, other dtypes as they are
-    :param action_space: action space
+    :param action_space: action space; scaled actions are stored as float32, whatever its dtype
     :param device: device of the sampled batches
     :param n_envs: number of environments, E
     :param optimize_memory_usage: accepted for SB3's sake; nothing is left to do
@@ -80,7 +86,7 @@ class ReplayBuffer(SB3ReplayBuffer):
         # np.zeros takes memory only where it is written: a model loaded to predict costs nothing
         rows = (self.buffer_size, self.n_envs)
         self.observations = self._zeros_obs(rows)
-        self.actions = np.zeros((*rows, self.action_dim), dtype=_storage_dtype(action_space.dtype))
+        self.actions = np.zeros((*rows, self.action_dim), dtype=np.float32)
         self.rewards = np.zeros(rows, dtype=np.float32)
         self.dones = np.zeros(rows, dtype=np.float32)
         self.timeouts = np.zeros(rows, dtype=np.float32)
@@ -90,6 +96,12 @@ class ReplayBuffer(SB3ReplayBuffer):
         self._free_slots: list[int] = []
         self._newest_next_obs = self._zeros_obs((self.n_envs,))
         self.seed(None)
+        if psutil is not None and self.nbytes > psutil.virtual_memory().available:
+            warnings.warn(
+                f"The replay buffer will need {self.nbytes / 1e9:.1f} GB when it is full, but only "
+                f"{psutil.virtual_memory().available / 1e9:.1f} GB are free: consider a smaller buffer_size.",
+                stacklevel=2,
+            )
 
     def seed(self, seed: int | None) -> None:
         """
@@ -97,7 +109,9 @@ class ReplayBuffer(SB3ReplayBuffer):
 
         :param seed: None: drawn from NumPy's global state, so that ``set_random_seed`` reaches it
         """
-        self.rng = np.random.default_rng(np.random.randint(2**31) if seed is None else seed)
+        entropy = np.random.randint(2**31) if seed is None else seed
+        # Gymnasium seeds action spaces and environments with the bare seed: ours must not be the same stream
+        self.rng = np.random.default_rng([entropy, 0x5AC])
 
     @property
     def next_observations(self) -> Any:  # type: ignore[override]
@@ -248,7 +262,9 @@ class ReplayBuffer(SB3ReplayBuffer):
 
         def compare(expected: np.ndarray, new: np.ndarray) -> None:
             if not np.array_equal(expected, new):  # rare
-                np.logical_or(broken, (expected != new).reshape(self.n_envs, -1).any(axis=1), out=broken)
+                both_nan = (expected != expected) & (new != new)
+                differs = (expected != new) & ~both_nan
+                np.logical_or(broken, differs.reshape(self.n_envs, -1).any(axis=1), out=broken)
 
         map_obs(compare, self._newest_next_obs, obs)
         for env_index in np.flatnonzero(broken & (self._side_slot[previous] == 0)).tolist():
@@ -281,24 +297,32 @@ class ReplayBuffer(SB3ReplayBuffer):
         self._free_slots = list(range(new - 1, old - 1, -1))
 
     def _as_rows(self, obs: Obs) -> Obs:
-        """Cast to the storage's dtype; (E,) of Discrete spaces becomes (E, 1)."""
+        """Check the shape and cast to the storage's dtype; (E,) of Discrete spaces becomes (E, 1)."""
+
+        def cast(new: np.ndarray, storage: np.ndarray) -> np.ndarray:
+            rows = np.asarray(new)
+            shape = storage.shape[1:]
+            if rows.shape != shape and (*rows.shape, 1) != shape:
+                raise ValueError(
+                    f"An observation has the shape {rows.shape[1:]}, the observation space {shape[1:]}, for {shape[0]} "
+                    "environment(s). If these are images under VecNormalize, put VecTransposeImage below it: "
+                    "VecNormalize(VecTransposeImage(env))."
+                )
+            return rows.reshape(shape).astype(storage.dtype)
+
         if isinstance(self.observations, dict):
             obs = {key: obs[key] for key in self.observations}
-        rows: Obs = map_obs(
-            lambda new, storage: np.asarray(new).reshape(storage.shape[1:]).astype(storage.dtype),
-            obs,
-            self.observations,
-        )
+        rows: Obs = map_obs(cast, obs, self.observations)
         return rows
 
     def _zeros_obs(self, leading: tuple[int, ...]) -> Obs:
         if isinstance(self.observation_space, spaces.Dict):
             shapes: Any = self.obs_shape
             return {
-                key: np.zeros((*leading, *shapes[key]), dtype=_storage_dtype(space.dtype))
+                key: np.zeros((*leading, *shapes[key]), dtype=self._maybe_cast_dtype(space.dtype))
                 for key, space in self.observation_space.spaces.items()
             }
-        return np.zeros((*leading, *self.obs_shape), dtype=_storage_dtype(self.observation_space.dtype))
+        return np.zeros((*leading, *self.obs_shape), dtype=self._maybe_cast_dtype(self.observation_space.dtype))
 
 
 class NextObservations(NDArrayOperatorsMixin):
@@ -344,7 +368,3 @@ class NextObservations(NDArrayOperatorsMixin):
     def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **kwargs: Any) -> Any:
         arrays = [np.asarray(x) if isinstance(x, NextObservations) else x for x in inputs]
         return getattr(ufunc, method)(*arrays, **kwargs)
-
-
-def _storage_dtype(dtype: Any) -> Any:
-    return np.float32 if dtype == np.float64 else dtype

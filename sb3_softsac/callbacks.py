@@ -12,12 +12,12 @@ class SaveBestTrainingReturnCallback(BaseCallback):
     return is that of the exploring policy, averaged over the last ``stats_window_size`` episodes.
 
     :param threshold: mean return above which models are saved
-    :param save_path: folder of ``<name>.zip`` and, with VecNormalize, ``<name>_vecnormalize.pkl``; None: the logger's
-        folder, in the zoo the run's
+    :param save_path: folder of ``<name>.zip`` and, with VecNormalize, ``<name>_vecnormalize.pkl``; None in the zoo: the
+        run's folder
     :param name: file name without ending
-    :param min_episodes: finished episodes before the mean counts
+    :param min_episodes: finished episodes before the mean counts (``stats_window_size``, if that is less)
     :param verbose: 1: print each save
-    :raises ValueError: at the start of training, if there is no folder to save to
+    :raises ValueError: at the start of training, if there is no ``save_path``
     """
 
     def __init__(
@@ -37,10 +37,9 @@ class SaveBestTrainingReturnCallback(BaseCallback):
         self._episodes_seen = -1
 
     def _init_callback(self) -> None:
-        folder = self.save_path or self.logger.get_dir()
-        if folder is None:
-            raise ValueError("save_path=None needs a logger with a folder: pass save_path, or set tensorboard_log.")
-        self._folder = Path(folder)
+        if self.save_path is None:
+            raise ValueError("save_path=None works in the RL Zoo only, where it is the run's folder: pass a folder.")
+        self._folder = Path(self.save_path)
 
     def _on_step(self) -> bool:
         return True
@@ -48,7 +47,8 @@ class SaveBestTrainingReturnCallback(BaseCallback):
     def _on_rollout_end(self) -> None:
         # Only now has the algorithm counted the episodes that the rollout finished
         returns = [info["r"] for info in self.model.ep_info_buffer or ()]
-        if self.model._episode_num == self._episodes_seen or len(returns) < self.min_episodes:
+        enough = min(self.min_episodes, self.model._stats_window_size)
+        if self.model._episode_num == self._episodes_seen or len(returns) < enough:
             return
         self._episodes_seen = self.model._episode_num
         mean_return = float(safe_mean(returns))

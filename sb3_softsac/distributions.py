@@ -23,7 +23,7 @@ def log_det_tanh(gaussian_actions: th.Tensor) -> th.Tensor:
     Logarithm of the derivative of tanh, ``log(1 - tanh(u)^2)``, for each element.
 
     :param gaussian_actions: u, any shape
-    :return: values <= 0 (up to rounding), same shape; finite with finite gradient for every finite u
+    :return: values <= 0 (up to rounding), same shape; finite with finite gradient for |u| < 1e37 in float32
     """
     return 2.0 * (LOG_2 - gaussian_actions - F.softplus(-2.0 * gaussian_actions))
 

@@ -43,7 +43,7 @@ def gradient_step(
     :param options: constants of this update
     :param n_updates: updates done before this one; delays and intervals are counted on it
     :return: scalars by log key; those of the actor only where it was updated
-    :raises ValueError: before the optimiser step whose loss is not finite
+    :raises ValueError: before the optimiser step whose loss or gradient is not finite
     """
     actor, critic = policy.actor, policy.critic
     actor_is_due = (n_updates + 1) % options.policy_delay == 0
@@ -72,11 +72,9 @@ def gradient_step(
     metrics["target_q_value"] = target_q.mean()
     metrics["ent_coef"] = coefficient.squeeze()
 
-    _require_finite("critic_loss", critic_loss, n_updates)
+    metrics["critic_grad_norm"] = _step(critic.optimizer, "critic_loss", critic_loss, options.max_grad_norm, n_updates)
     if pi is not None:
         _step_ent_coef(ent_coef, pi, options, metrics, n_updates)
-    metrics["critic_grad_norm"] = _step(critic.optimizer, critic_loss, options.max_grad_norm)
-    if pi is not None:
         _step_actor(policy, batch, pi, coefficient, options, metrics, n_updates)
         if options.policy_delay_compensation:
             # CleanRL's way: as many actor updates as the delay left out, each with fresh actions
@@ -107,8 +105,7 @@ def _step_ent_coef(
         return
     loss = losses.ent_coef_loss(ent_coef.log_ent_coef, pi.log_prob, options.target_entropy, options.ent_coef_loss)
     metrics["ent_coef_loss"] = loss.detach()
-    _require_finite("ent_coef_loss", loss, n_updates)
-    _step(ent_coef.optimizer, loss, None)
+    _step(ent_coef.optimizer, "ent_coef_loss", loss, None, n_updates)
 
 
 def _step_actor(
@@ -126,11 +123,12 @@ def _step_actor(
     metrics["entropy"] = -pi.log_prob.detach().mean()
     metrics["log_std"] = pi.log_std.detach().mean()
     metrics["saturated_actions"] = (pi.actions.detach().abs() > SATURATED).float().mean()
-    _require_finite("actor_loss", loss, n_updates)
-    metrics["actor_grad_norm"] = _step(policy.actor.optimizer, loss, options.max_grad_norm)
+    metrics["actor_grad_norm"] = _step(policy.actor.optimizer, "actor_loss", loss, options.max_grad_norm, n_updates)
 
 
-def _step(optimizer: th.optim.Optimizer, loss: th.Tensor, max_grad_norm: float | None) -> th.Tensor:
+def _step(
+    optimizer: th.optim.Optimizer, name: str, loss: th.Tensor, max_grad_norm: float | None, n_updates: int
+) -> th.Tensor:
     """
     Take the gradient of the optimiser's own parameters, clip it and step.
 
@@ -138,12 +136,21 @@ def _step(optimizer: th.optim.Optimizer, loss: th.Tensor, max_grad_norm: float |
     (11% of an update's arithmetic) are then not computed only to be thrown away.
 
     :return: norm of the gradient before clipping, scalar on the device
+    :raises ValueError: if loss or gradient are not finite; the optimiser's parameters are then as they were
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+    if not parameters:  # all frozen
+        return loss.new_zeros(())
     gradients = th.autograd.grad(loss, parameters, allow_unused=True)
+    norm = nn.utils.get_total_norm([gradient for gradient in gradients if gradient is not None])
+    if not th.isfinite(loss + norm):
+        raise ValueError(
+            f"{name} is {loss.item()} and the norm of its gradient {norm.item()} at update {n_updates + 1}: this "
+            "optimiser step was not taken. Check rewards and observations for NaN, infinite or huge values; else lower "
+            "the learning rate or set max_grad_norm."
+        )
     for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.grad = gradient
-    norm = nn.utils.get_total_norm([gradient for gradient in gradients if gradient is not None])
     if max_grad_norm is not None:
         nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm)
     optimizer.step()
@@ -161,13 +168,3 @@ def _reset_sde_noise(policy: SoftSACPolicy) -> None:
     policy.actor.reset_noise()
     if policy.actor_target is not None:
         policy.actor_target.reset_noise()
-
-
-def _require_finite(name: str, loss: th.Tensor, n_updates: int) -> None:
-    """Stop while the network that the loss would have updated is still whole."""
-    if not th.isfinite(loss):
-        raise ValueError(
-            f"{name} is {loss.item()} at update {n_updates + 1}: its optimiser step was not taken, so the network is "
-            "as it was before. Check rewards and observations for NaN, infinite or huge values; else lower the "
-            "learning rate or set max_grad_norm."
-        )

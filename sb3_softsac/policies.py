@@ -46,7 +46,7 @@ class Actor(sb3_policies.Actor):
         separate_log_std_net: bool = False,
         **kwargs: Any,
     ):
-        low, high = log_std_bounds
+        low, high = log_std_bounds if len(log_std_bounds) == 2 else (0.0, 0.0)
         if not low < high:
             raise ValueError(f"log_std_bounds={log_std_bounds} must be (low, high) with low < high, e.g. (-20, 2).")
         if log_std_bounding not in ("clamp", "tanh"):
@@ -175,7 +175,7 @@ class SoftSACPolicy(sb3_policies.SACPolicy):
     :param weight_init: None (PyTorch's default), ``"xavier"`` (uniform, zero biases) or ``"orthogonal"`` (gain sqrt(2)
         as in jaxrl, zero biases), for all linear and convolutional layers
     :param features_extractor_class: None: ``FlattenExtractor``, ``NatureCNN`` or ``CombinedExtractor``, by policy
-    :param use_actor_target: also hold a slowly moving copy of the actor; set by ``SoftSAC(use_actor_target=True)``
+    :param use_actor_target: also hold a slowly moving copy of the actor; set from ``SoftSAC(use_actor_target=True)``
     :raises ValueError: for other values
     """
 
@@ -210,11 +210,11 @@ class SoftSACPolicy(sb3_policies.SACPolicy):
     ):
         if weight_init not in WEIGHT_INITS:
             raise ValueError(f"weight_init={weight_init!r} is unknown: use one of {WEIGHT_INITS}.")
-        if n_critics < 1:
-            raise ValueError(f"n_critics={n_critics} must be at least 1.")
+        if not isinstance(n_critics, int) or n_critics < 1:
+            raise ValueError(f"n_critics={n_critics!r} is not valid: it must be an integer >= 1.")
         # SACPolicy.__init__ builds the networks, so what they are built from is set before it
         self.log_std_kwargs: dict[str, Any] = {
-            "log_std_bounds": (float(log_std_bounds[0]), float(log_std_bounds[1])),
+            "log_std_bounds": tuple(float(bound) for bound in log_std_bounds),
             "log_std_bounding": log_std_bounding,
             "separate_log_std_net": separate_log_std_net,
         }
@@ -247,9 +247,13 @@ class SoftSACPolicy(sb3_policies.SACPolicy):
             self.critic_target.load_state_dict(self.critic.state_dict())
         self.actor_target = None
         if self.use_actor_target:
-            self.actor_target = self.make_actor()
-            self.actor_target.load_state_dict(self.actor.state_dict())
-            self.actor_target.set_training_mode(False)
+            self.make_actor_target()
+
+    def make_actor_target(self) -> None:
+        """Add the slowly moving copy of the actor. SB3's critics' targets live in the policy: so does this."""
+        self.actor_target = self.make_actor()
+        self.actor_target.load_state_dict(self.actor.state_dict())
+        self.actor_target.set_training_mode(False)
 
     def make_actor(self, features_extractor: BaseFeaturesExtractor | None = None) -> Actor:
         actor_kwargs = self._update_features_extractor(self.actor_kwargs, features_extractor)
@@ -262,7 +266,7 @@ class SoftSACPolicy(sb3_policies.SACPolicy):
             | {
                 "share_features_extractor": self.share_features_extractor,  # SB3 forgets it
                 "weight_init": self.weight_init,
-                "use_actor_target": self.use_actor_target,
+                "use_actor_target": self.actor_target is not None,
             }
         )
 

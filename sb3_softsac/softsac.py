@@ -4,7 +4,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable
 from numbers import Real
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, cast
 
 import numpy as np
 import torch as th
@@ -180,9 +180,7 @@ class SoftSAC(OffPolicyAlgorithm):
     def _setup_model(self) -> None:
         check_options(self)
         self._adopt_sb3_classes()
-        if self.use_actor_target is not self.policy_kwargs.get("use_actor_target", False):
-            self.policy_kwargs = {**self.policy_kwargs, "use_actor_target": self.use_actor_target}
-        if self.replay_buffer_class in (None, ReplayBuffer):
+        if self.replay_buffer_class is None or issubclass(self.replay_buffer_class, ReplayBuffer):
             self._setup_default_buffer()
             # OffPolicyAlgorithm would warn that no class but its own takes n_steps
             n_steps, self.n_steps = self.n_steps, 1
@@ -190,6 +188,9 @@ class SoftSAC(OffPolicyAlgorithm):
             self.n_steps = n_steps
         else:
             super()._setup_model()
+        if self.use_actor_target and self.policy.actor_target is None:
+            self.policy.make_actor_target()
+        self.use_actor_target = self.policy.actor_target is not None
         self._create_aliases()
 
         if self.target_entropy == "auto":
@@ -209,6 +210,9 @@ class SoftSAC(OffPolicyAlgorithm):
             self.policy_class = COUNTERPARTS[self.policy_class]
             if self.replay_buffer_class in (SB3ReplayBuffer, DictReplayBuffer, NStepReplayBuffer):
                 self.replay_buffer_class = None
+                # SB3 notes them here for its NStepReplayBuffer; they are the model's own n_steps and gamma
+                own = ("n_steps", "gamma")
+                self.replay_buffer_kwargs = {k: v for k, v in self.replay_buffer_kwargs.items() if k not in own}
         elif not issubclass(self.policy_class, SoftSACPolicy):
             raise ValueError(
                 f"policy={self.policy_class.__name__} is not a SoftSAC policy: use 'MlpPolicy', 'CnnPolicy', "
@@ -216,10 +220,11 @@ class SoftSAC(OffPolicyAlgorithm):
             )
 
     def _setup_default_buffer(self) -> None:
-        self.replay_buffer_class = ReplayBuffer
+        buffer_class = cast(type[ReplayBuffer], self.replay_buffer_class or ReplayBuffer)
+        self.replay_buffer_class = buffer_class
         self.optimize_memory_usage = False  # nothing left to do, and SB3 would cut the last episode for its sake
         if self.replay_buffer is None:
-            self.replay_buffer = ReplayBuffer(
+            self.replay_buffer = buffer_class(
                 self.buffer_size,
                 self.observation_space,
                 self.action_space,
@@ -241,6 +246,10 @@ class SoftSAC(OffPolicyAlgorithm):
         """
         return self._ent_coef.log_ent_coef
 
+    @log_ent_coef.setter
+    def log_ent_coef(self, value: th.Tensor | None) -> None:
+        self._ent_coef.log_ent_coef = value
+
     @property
     def ent_coef_optimizer(self) -> th.optim.Optimizer | None:
         """
@@ -248,12 +257,20 @@ class SoftSAC(OffPolicyAlgorithm):
         """
         return self._ent_coef.optimizer
 
+    @ent_coef_optimizer.setter
+    def ent_coef_optimizer(self, value: th.optim.Optimizer | None) -> None:
+        self._ent_coef.optimizer = value
+
     @property
     def ent_coef_tensor(self) -> th.Tensor | None:
         """
         :return: the fixed entropy coefficient, scalar; None if it is learned
         """
         return self._ent_coef.tensor
+
+    @ent_coef_tensor.setter
+    def ent_coef_tensor(self, value: th.Tensor | None) -> None:
+        self._ent_coef.tensor = value
 
     def set_random_seed(self, seed: int | None = None) -> None:
         """
@@ -287,7 +304,9 @@ class SoftSAC(OffPolicyAlgorithm):
                 history[name].append(value)
 
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
-        means = th.stack([th.stack(values).mean() for values in history.values()]).tolist()  # the one transfer
+        if not history:  # no updates asked for
+            return
+        means = th.stack([th.stack(values).mean() for values in history.values()]).tolist()  # one transfer for all
         for name, mean in zip(history, means, strict=True):
             self.logger.record(f"train/{name}", mean)
 
@@ -305,8 +324,12 @@ class SoftSAC(OffPolicyAlgorithm):
             max_grad_norm=self.max_grad_norm,
         )
 
+    def _setup_lr_schedule(self) -> None:
+        self.lr_schedule = self._schedule(None)
+
     def _schedule(self, learning_rate: float | Schedule | None) -> Callable[[float], float]:
-        return FloatSchedule(self.learning_rate if learning_rate is None else learning_rate)
+        rate = self.learning_rate if learning_rate is None else learning_rate
+        return FloatSchedule(rate if callable(rate) else float(rate))  # NumPy's numbers are not floats to FloatSchedule
 
     def _update_learning_rates(self) -> None:
         self._update_learning_rate(self.actor.optimizer)
@@ -314,9 +337,7 @@ class SoftSAC(OffPolicyAlgorithm):
             ("qf_learning_rate", self.qf_learning_rate, self.critic.optimizer),
             ("ent_coef_learning_rate", self.ent_coef_learning_rate, self.ent_coef_optimizer),
         ):
-            value = (self.lr_schedule if learning_rate is None else FloatSchedule(learning_rate))(
-                self._current_progress_remaining
-            )
+            value = self._schedule(learning_rate)(self._current_progress_remaining)
             if optimizer is not None:
                 update_learning_rate(optimizer, value)
             if learning_rate is not None:
@@ -379,7 +400,8 @@ def check_action_space(action_space: spaces.Space[Any]) -> None:
             "actions (DQN, PPO), or give the environment continuous actions."
         )
     low, high = action_space.low.ravel(), action_space.high.ravel()
-    bad = ~(np.isfinite(low) & np.isfinite(high) & (low < high))
+    with np.errstate(over="ignore", invalid="ignore"):
+        bad = ~(np.isfinite(high - low) & (low < high))
     if bad.any():
         i = int(np.flatnonzero(bad)[0])
         raise ValueError(
@@ -407,30 +429,38 @@ def check_options(model: SoftSAC) -> None:
         if not condition:
             raise ValueError(f"{name}={getattr(model, name)!r} is not valid: it must be {allowed}.")
 
+    def is_number(value: Any, low: float, high: float = float("inf")) -> bool:
+        return isinstance(value, Real) and not isinstance(value, bool) and low <= float(value) <= high
+
     def is_int(value: Any, low: int) -> bool:
-        return isinstance(value, int | np.integer) and not isinstance(value, bool) and bool(value >= low)
+        return isinstance(value, int | np.integer) and is_number(value, low)
 
     for name in ("buffer_size", "batch_size", "n_steps", "target_update_interval", "policy_delay"):
         require(is_int(getattr(model, name), 1), name, "an integer >= 1")
-    frequency = model.train_freq[0] if isinstance(model.train_freq, tuple) else model.train_freq
+    frequency = model.train_freq[0] if isinstance(model.train_freq, tuple | list) else model.train_freq
     require(is_int(frequency, 1), "train_freq", "an integer >= 1, or (an integer >= 1, 'step' or 'episode')")
-    require(is_int(model.learning_starts, 0), "learning_starts", "an integer >= 0")
-    require(
-        is_int(model.gradient_steps, -1), "gradient_steps", "an integer >= 0, or -1 for one for each step collected"
-    )
-    require(model.random_steps is None or is_int(model.random_steps, 0), "random_steps", "an integer >= 0, or None")
+    require(is_int(model.gradient_steps, -1), "gradient_steps", "an integer >= 0, or -1: one for each step collected")
+    require(is_number(model.learning_starts, 0), "learning_starts", "a number >= 0")
+    require(model.random_steps is None or is_number(model.random_steps, 0), "random_steps", "a number >= 0, or None")
     for name in ("tau", "gamma"):
-        require(0.0 <= getattr(model, name) <= 1.0, name, "in [0, 1]")
+        require(is_number(getattr(model, name), 0.0, 1.0), name, "a number in [0, 1]")
     for name in ("learning_rate", "qf_learning_rate", "ent_coef_learning_rate"):
         rate = getattr(model, name)
         optional = name != "learning_rate" and rate is None
-        number = isinstance(rate, Real) and 0.0 <= float(rate) < float("inf")
+        number = is_number(rate, 0.0) and float(rate) < float("inf")
         require(optional or number or callable(rate), name, "a number >= 0 or a function of the remaining progress")
+    for name in ("policy_delay_compensation", "use_actor_target"):
+        require(isinstance(getattr(model, name), bool), name, "True or False")
     require(model.ent_coef_loss in ("log", "exp"), "ent_coef_loss", "'log' or 'exp'")
     require(model.entropy_space in ("normalized", "env"), "entropy_space", "'normalized' or 'env'")
-    require(model.max_grad_norm is None or model.max_grad_norm > 0.0, "max_grad_norm", "a number > 0, or None")
+    max_grad_norm = model.max_grad_norm
+    require(
+        max_grad_norm is None or (is_number(max_grad_norm, 0.0) and max_grad_norm > 0.0),
+        "max_grad_norm",
+        "a number > 0, or None",
+    )
     try:
-        target_entropy_is_number = np.isfinite(float(model.target_entropy))
-    except ValueError:
+        target_entropy_is_number = bool(np.isfinite(float(model.target_entropy)))
+    except (TypeError, ValueError):
         target_entropy_is_number = False
-    require(model.target_entropy == "auto" or bool(target_entropy_is_number), "target_entropy", "a number or 'auto'")
+    require(model.target_entropy == "auto" or target_entropy_is_number, "target_entropy", "a number or 'auto'")

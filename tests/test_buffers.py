@@ -3,6 +3,7 @@
 import copy
 import pickle
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -227,16 +228,61 @@ def test_dtypes_and_memory() -> None:
         "state": np.float32,
         "kind": np.int64,
     }
-    # HalfCheetah-v5's shapes: the figures that the README states for a million transitions, scaled down
-    buffer = ReplayBuffer(
-        10_000, spaces.Box(-np.inf, np.inf, (17,), dtype=np.float64), spaces.Box(-1.0, 1.0, (6,)), "cpu"
-    )
-    for row in range(10_000):
-        obs = np.full((1, 17), float(row))
-        buffer.add(obs, obs + 1, np.zeros((1, 6)), np.zeros(1), np.array([row % 1000 == 999]), [{}])
-    assert buffer.nbytes <= 110 * 10_000
-    obs = buffer.observations.nbytes
-    assert obs == 10_000 * 17 * 4
+
+
+@pytest.mark.parametrize(
+    ("obs_dim", "action_dim", "episode_length", "bytes_per_row"),
+    [(17, 6, 1000, 110), (348, 17, 22, 1600)],
+    ids=["HalfCheetah", "Humanoid"],
+)
+def test_memory(obs_dim: int, action_dim: int, episode_length: int, bytes_per_row: int) -> None:
+    """The bounds that the README states for a million transitions, scaled down."""
+    n_rows = 30_000
+    space = spaces.Box(-np.inf, np.inf, (obs_dim,), dtype=np.float64)
+    buffer = ReplayBuffer(n_rows, space, spaces.Box(-1.0, 1.0, (action_dim,)), "cpu")
+    for row in range(2 * n_rows):
+        obs = np.full((1, obs_dim), float(row))
+        ended = row % episode_length == episode_length - 1
+        buffer.add(obs, obs + 1, np.zeros((1, action_dim)), np.zeros(1), np.array([ended]), [{}])
+    assert buffer.nbytes <= bytes_per_row * n_rows
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.uint8, np.float64])
+def test_actions_are_stored_as_float32(dtype: Any) -> None:
+    buffer = ReplayBuffer(4, BOX_SPACE, spaces.Box(0, 5, (2,), dtype=dtype), "cpu")
+    obs, action = make_obs(BOX_SPACE, [1]), np.array([[-0.25, 0.75]])
+    buffer.add(obs, obs, action, np.zeros(1), np.array([False]), [{}])
+    sampled = buffer.sample(3).actions
+    assert sampled.dtype == th.float32
+    np.testing.assert_array_equal(sampled, np.repeat(action, 3, axis=0))
+
+
+@pytest.mark.parametrize("shape", [(1, 4), (3,), (1, 3, 1), (2, 3)])
+def test_wrong_shapes_are_refused(shape: tuple[int, ...]) -> None:
+    buffer = ReplayBuffer(4, BOX_SPACE, ACTION_SPACE, "cpu")
+    with pytest.raises(ValueError, match="the observation space"):
+        buffer.add(np.zeros(shape), np.zeros(shape), np.zeros((1, 2)), np.zeros(1), np.array([False]), [{}])
+
+
+def test_nan_observations_are_no_break() -> None:
+    buffer = ReplayBuffer(50, BOX_SPACE, ACTION_SPACE, "cpu")
+    obs = np.array([[np.nan, 1.0, 2.0]])
+    for _ in range(40):
+        buffer.add(obs, obs, np.zeros((1, 2)), np.zeros(1), np.array([False]), [{}])
+    assert not buffer._side_slot.any()
+
+
+def test_warns_if_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = SimpleNamespace(virtual_memory=lambda: SimpleNamespace(available=10))
+    monkeypatch.setattr("sb3_softsac.buffers.psutil", fake)
+    with pytest.warns(UserWarning, match="consider a smaller buffer_size"):
+        ReplayBuffer(4, BOX_SPACE, ACTION_SPACE, "cpu")
+
+
+def test_random_stream_is_not_the_action_spaces() -> None:
+    buffer = ReplayBuffer(4, BOX_SPACE, ACTION_SPACE, "cpu")
+    buffer.seed(5)
+    assert not np.array_equal(buffer.rng.random(4), np.random.default_rng(5).random(4))
 
 
 def test_batch_is_a_copy() -> None:
@@ -308,7 +354,8 @@ def test_timeouts_can_be_treated_as_termination() -> None:
     assert buffer.dones.any()
 
 
-def test_normalises_when_sampling() -> None:
+@pytest.mark.parametrize("n_steps", [1, 3])
+def test_normalises_when_sampling(n_steps: int) -> None:
     def make_env() -> Any:
         import gymnasium as gym
 
@@ -317,11 +364,13 @@ def test_normalises_when_sampling() -> None:
     env = VecNormalize(DummyVecEnv([make_env]))
     env.obs_rms.mean, env.obs_rms.var = np.full(3, 5.0), np.full(3, 4.0)
     env.ret_rms.var = np.array(9.0)
-    buffer = filled(n_envs=1)
+    buffer = filled(n_envs=1, n_steps=n_steps)
     buffer.seed(0)
     plain = buffer.sample(16)
     buffer.seed(0)
     normalised = buffer.sample(16, env=env)
+    expected = th.clamp((plain.next_observations - 5) / 2, -10, 10)
+    np.testing.assert_allclose(normalised.next_observations, expected, rtol=1e-5)
     expected = th.clamp((plain.observations - 5) / 2, -10, 10)
     np.testing.assert_allclose(normalised.observations, expected, rtol=1e-5)
     np.testing.assert_allclose(normalised.rewards, th.clamp(plain.rewards / 3, -10, 10), rtol=1e-5)

@@ -1,15 +1,11 @@
-"""Losses against sums written out by hand, and the entropy coefficient's two forms."""
+"""Losses against sums written out by hand."""
 
 import math
 
-import numpy as np
 import pytest
 import torch as th
 
 from sb3_softsac import losses
-from sb3_softsac.ent_coef import FixedEntCoef, LearnedEntCoef, make_ent_coef
-
-CPU = th.device("cpu")
 
 
 def test_target_q_values() -> None:
@@ -44,22 +40,3 @@ def test_ent_coef_loss_and_its_gradient(kind: str) -> None:
     # Entropy of 1 is above the target of -2: the coefficient must fall, so its gradient is positive
     assert gradient.item() == pytest.approx(3.0 if kind == "log" else 0.2 * 3.0)
     assert log_prob.grad is None
-
-
-def test_ent_coef_forms() -> None:
-    assert isinstance(make_ent_coef(0.3, 1e-3, CPU), FixedEntCoef)
-    assert make_ent_coef(0, 1e-3, CPU).value().item() == 0.0
-    assert make_ent_coef(np.float32(0.5), 1e-3, CPU).value().item() == pytest.approx(0.5)
-    assert make_ent_coef("0.3", 1e-3, CPU).value().item() == pytest.approx(0.3)
-    learned = make_ent_coef("auto_0.1", 1e-3, CPU)
-    assert isinstance(learned, LearnedEntCoef)
-    assert learned.value().item() == pytest.approx(0.1)
-    assert make_ent_coef("auto", 1e-3, CPU).value().item() == 1.0
-
-
-@pytest.mark.parametrize(
-    "value", ["auto_", "auto_0", "auto_-1", "auto0.1", "autox", "yes", -0.1, float("nan"), "auto_inf"]
-)
-def test_bad_ent_coef(value: str | float) -> None:
-    with pytest.raises(ValueError, match="ent_coef="):
-        make_ent_coef(value, 1e-3, CPU)

@@ -136,6 +136,8 @@ def test_default_init_is_sb3s() -> None:
         ({"log_std_bounding": "sigmoid"}, "log_std_bounding='sigmoid'"),
         ({"weight_init": "zeros"}, "weight_init='zeros'"),
         ({"n_critics": 0}, "n_critics=0"),
+        ({"n_critics": 2.5}, "n_critics=2.5"),
+        ({"log_std_bounds": (-5, 0, 2)}, "log_std_bounds="),
         ({"use_sde": True, "log_std_bounding": "tanh"}, "use_sde=True"),
         ({"use_sde": True, "log_std_bounds": (-5, 2)}, "use_sde=True"),
     ],
@@ -350,7 +352,7 @@ def test_gsde(kwargs: dict[str, Any]) -> None:
     log_std = model.actor.log_std.clone()
     model.learn(300)
     assert not th.equal(log_std, model.actor.log_std)
-    assert model.logger.name_to_value is not None
+    assert model._n_updates == 280
 
 
 def test_gsde_log_prob_is_exact_where_actions_saturate() -> None:
@@ -375,6 +377,15 @@ def test_gsde_noise_is_constant_between_resets() -> None:
     policy.reset_noise()
     assert th.equal(first, second)
     assert not th.equal(first, policy.actor(obs))
+
+
+def test_gsde_target_actor_gets_new_noise_with_each_update() -> None:
+    model = SoftSAC("MlpPolicy", "Pendulum-v1", use_sde=True, use_actor_target=True, **SMALL)
+    model.learn(25)
+    assert model.actor_target is not None
+    before = model.actor_target.action_dist.exploration_mat.clone()
+    model.train(gradient_steps=1, batch_size=8)
+    assert not th.equal(before, model.actor_target.action_dist.exploration_mat)
 
 
 @pytest.mark.parametrize("policy", ["MlpPolicy", MlpPolicy, SoftSACPolicy])

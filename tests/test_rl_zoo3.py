@@ -116,6 +116,14 @@ def test_optimize(tmp_path: Path) -> None:
         assert str(data[name]) == trial.get(f"params_{name}", trial.get(f"user_attrs_{name}"))
 
 
+def test_optimize_with_gsde(tmp_path: Path) -> None:
+    """Options that gSDE excludes are not sampled with it."""
+    options = ["-n", "120", "--n-trials", "3", "--n-evaluations", "1", "--eval-episodes", "1", "--no-optim-plots"]
+    params = ["-params", "learning_starts:100", "use_sde:True"]
+    output = run_module("rl_zoo3.train", *SHORT, "-optimize", *options, *params, cwd=tmp_path)
+    assert output.count("finished with value") == 3 and "log_std_bounding" not in output
+
+
 def test_plots(trained: Path) -> None:
     pytest.importorskip("seaborn")
     pytest.importorskip("scipy")

@@ -21,7 +21,7 @@ from stable_baselines3.common.save_util import load_from_zip_file
 from stable_baselines3.common.utils import set_random_seed
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
-from sb3_softsac import ReplayBuffer, SaveBestTrainingReturnCallback, SoftSAC
+from sb3_softsac import ReplayBuffer, SoftSAC
 from sb3_softsac.policies import CnnPolicy, MultiInputPolicy, SoftSACPolicy
 
 SMALL: dict[str, Any] = {
@@ -209,6 +209,8 @@ def test_sb3_sac_zip_loads(kwargs: dict[str, Any], tmp_path: pathlib.Path) -> No
     assert type(model.policy) is SoftSACPolicy
     assert isinstance(model.replay_buffer, ReplayBuffer)
     assert model.replay_buffer.n_steps == kwargs.get("n_steps", 1)
+    changed = SoftSAC.load(tmp_path / "sac.zip", device="cpu", n_steps=2, gamma=0.5)
+    assert (changed.replay_buffer.n_steps, changed.replay_buffer.gamma) == (2, 0.5)
     assert_same(everything(model), everything(sac))
     model.learn(60, reset_num_timesteps=False)
     assert model.num_timesteps == 120
@@ -260,9 +262,10 @@ def test_global_seed_is_enough() -> None:
 def test_set_env() -> None:
     model = make_model()
     model.learn(40)
-    env = gym.make("Pendulum-v1")
+    env = gym.wrappers.TransformReward(gym.make("Pendulum-v1"), lambda reward: 77.0)
     model.set_env(env)
     model.learn(40)
+    np.testing.assert_array_equal(model.replay_buffer.rewards[40:80], 77.0)
     with pytest.raises(ValueError, match="spaces do not match"):
         model.set_env(gym.make("InvertedPendulum-v5"))
     with pytest.raises(AssertionError, match="number of environments"):
@@ -313,6 +316,25 @@ def test_users_replay_buffer_class(tmp_path: pathlib.Path) -> None:
         make_model(replay_buffer_class=CountingBuffer, n_steps=3)
 
 
+class OurSubclass(ReplayBuffer):
+    """A user's own buffer, derived from ours."""
+
+
+def test_subclass_of_our_buffer() -> None:
+    model = make_model(replay_buffer_class=OurSubclass, n_steps=3, optimize_memory_usage=True)
+    model.learn(40)
+    model.learn(40)
+    assert isinstance(model.replay_buffer, OurSubclass)
+    assert model.replay_buffer.n_steps == 3 and not model.replay_buffer.dones.any()
+
+
+def test_loading_accepts_the_policy_kwargs_it_was_made_with(tmp_path: pathlib.Path) -> None:
+    policy_kwargs = {"net_arch": [16]}
+    make_model(use_actor_target=True, policy_kwargs=policy_kwargs).save(tmp_path / "model.zip")
+    loaded = SoftSAC.load(tmp_path / "model.zip", device="cpu", policy_kwargs=policy_kwargs)
+    assert loaded.actor_target is not None
+
+
 def test_sb3s_buffer_on_request() -> None:
     model = make_model(replay_buffer_class=SB3ReplayBuffer)
     model.learn(40)
@@ -330,7 +352,9 @@ def test_her(n_envs: int, strategy: str, tmp_path: pathlib.Path) -> None:
         "MultiInputPolicy", env, replay_buffer_class=HerReplayBuffer,
         replay_buffer_kwargs={"n_sampled_goal": 2, "goal_selection_strategy": strategy, "copy_info_dict": True}, **SMALL
     )  # fmt: skip
+    before = everything(model)
     model.learn(100)
+    assert any(not th.equal(v, before[k]) for k, v in everything(model).items() if "critic.qf0" in k)
     model.save(tmp_path / "her.zip")
     model.save_replay_buffer(tmp_path / "her.pkl")
     loaded = SoftSAC.load(tmp_path / "her.zip", env=env, device="cpu")
@@ -355,6 +379,8 @@ def test_vec_normalize(n_envs: int, is_dict: bool) -> None:
     buffer = model.replay_buffer
     assert isinstance(buffer, ReplayBuffer)
     if is_dict:
+        raw, normalised = buffer.sample(200).observations["vec"], buffer.sample(200, env=venv).observations["vec"]
+        assert raw.min() >= 0.0 and normalised.min() < -1.0
         return
     cosines_sines = buffer.observations[: buffer.size(), :, :2]
     np.testing.assert_allclose((cosines_sines**2).sum(axis=-1), 1.0, atol=1e-5)
@@ -396,32 +422,3 @@ def test_identity_env_is_solved() -> None:
     model.learn(1500)
     mean_return, _ = evaluate_policy(model, model.get_env(), n_eval_episodes=20)
     assert mean_return > 90.0
-
-
-@pytest.mark.parametrize("threshold", [float("-inf"), 1e6])
-def test_best_training_return_callback(threshold: float, tmp_path: pathlib.Path) -> None:
-    callback = SaveBestTrainingReturnCallback(threshold=threshold, save_path=str(tmp_path / "new"), min_episodes=2)
-    model = make_model()
-    model.learn(1010, callback=callback)
-    if threshold > 0:
-        assert not (tmp_path / "new").exists()
-        return
-    SoftSAC.load(tmp_path / "new" / "best_training_model.zip", device="cpu")
-    returns = [info["r"] for info in model.ep_info_buffer]
-    assert callback.best_mean_return == pytest.approx(max(np.mean(returns[:n]) for n in range(2, len(returns) + 1)))
-
-
-def test_best_training_return_callback_needs_a_folder() -> None:
-    with pytest.raises(ValueError, match="save_path=None"):
-        from stable_baselines3.common.logger import Logger
-
-        model = make_model()
-        model.set_logger(Logger(folder=None, output_formats=[]))
-        model.learn(10, callback=SaveBestTrainingReturnCallback())
-
-
-def test_best_training_return_callback_saves_normalisation(tmp_path: pathlib.Path) -> None:
-    venv = VecNormalize(make_vec_env("Pendulum-v1"))
-    callback = SaveBestTrainingReturnCallback(save_path=str(tmp_path), min_episodes=1)
-    make_model(venv).learn(210, callback=callback)
-    assert (tmp_path / "best_training_model_vecnormalize.pkl").exists()

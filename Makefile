@@ -1,0 +1,75 @@
+# Needs Python 3.10 or newer and make; everything else goes into $(VENV). `make help` lists what there is.
+# Settings, e.g. `make train SEED=2`: PYTHON, VENV, PIP_FLAGS, PYTEST_FLAGS, ENV_ID, SEED, STEPS, LOGS.
+
+PYTHON ?= python3
+VENV ?= .venv
+PIP_FLAGS ?=
+PYTEST_FLAGS ?=
+ENV_ID ?= Pendulum-v1
+SEED ?= 1
+# -1: as many as the hyperparameters say
+STEPS ?= -1
+LOGS ?= logs
+
+BIN := $(VENV)/bin
+PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt $(PIP_FLAGS)
+METADATA := setup.cfg pyproject.toml setup.py constraints.txt $(wildcard startup/*)
+CHECKED := sb3_softsac tests benchmarks startup setup.py
+
+# Stamps instead of the installed files themselves: they are there only if the whole step has succeeded
+VENV_READY := $(VENV)/.stamp-venv
+INSTALLED := $(VENV)/.stamp-installed
+INSTALLED_DEV := $(VENV)/.stamp-installed-dev
+
+.DEFAULT_GOAL := help
+.PHONY: help train test test-slow lint type format check-format commit-checks clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(VENV_READY):
+	@command -v $(PYTHON) > /dev/null || { echo "make: '$(PYTHON)' not found: install Python 3.10 or newer, or set PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "make: Python 3.10 or newer is needed, $(PYTHON) is $$($(PYTHON) --version 2>&1): set PYTHON=..." >&2; exit 1; }
+	$(PYTHON) -m venv --clear $(VENV)
+	@touch $@
+
+$(INSTALLED): $(VENV_READY) $(METADATA)
+	$(PIP_INSTALL) -e '.[plots]'
+	@touch $@
+
+$(INSTALLED_DEV): $(VENV_READY) $(METADATA)
+	$(PIP_INSTALL) -e '.[plots,tests,dev]'
+	@touch $@ $(INSTALLED)
+
+train: $(INSTALLED)  ## train on $(ENV_ID), evaluate over 20,000 steps and draw the learning curve
+	$(BIN)/python -m rl_zoo3.train --algo softsac --env $(ENV_ID) --seed $(SEED) -n $(STEPS) -f $(LOGS) --eval-freq 1000 --eval-episodes 10
+	@run=$$(ls -dt $(LOGS)/softsac/$(ENV_ID)_* | head -n 1) && \
+	echo "Evaluating the model in $$run" && \
+	$(BIN)/python -m rl_zoo3.enjoy --algo softsac --env $(ENV_ID) -f $(LOGS) -n 20000 --no-render > $$run/evaluation.txt && \
+	tail -n 3 $$run/evaluation.txt && \
+	$(BIN)/python benchmarks/plot_run.py $$run -o $$run/learning_curve.png
+
+test: $(INSTALLED_DEV)  ## run the tests, except the slow ones
+	$(BIN)/python -m pytest -m "not slow" $(PYTEST_FLAGS)
+
+test-slow: $(INSTALLED_DEV)  ## run the slow tests
+	$(BIN)/python -m pytest -m slow $(PYTEST_FLAGS)
+
+lint: $(INSTALLED_DEV)  ## look for mistakes in the code
+	$(BIN)/python -m ruff check $(CHECKED)
+
+type: $(INSTALLED_DEV)  ## check the types
+	$(BIN)/python -m mypy sb3_softsac benchmarks startup
+
+format: $(INSTALLED_DEV)  ## format the code and sort the imports
+	$(BIN)/python -m ruff check --select I --fix $(CHECKED)
+	$(BIN)/python -m ruff format $(CHECKED)
+
+check-format: $(INSTALLED_DEV)
+	$(BIN)/python -m ruff format --check $(CHECKED)
+
+commit-checks: check-format lint type test  ## all of the checks above, before a commit
+
+clean:  ## remove what this file and the tools have made, logs excepted
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find $(CHECKED) -name __pycache__ -type d -prune -exec rm -rf {} +

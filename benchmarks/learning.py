@@ -1,0 +1,229 @@
+"""
+Learning curves of SoftSAC and SB3's SAC with the same hyperparameters: those of ``hyperparams/softsac.yml``.
+
+    python benchmarks/learning.py run --algo softsac --env HalfCheetah-v5 --steps 300000 --seed 1 --out runs/softsac_1
+    python benchmarks/learning.py run --algo sac --env HalfCheetah-v5 --steps 300000 --seed 1 --out runs/sac_1
+    python benchmarks/learning.py plot runs/softsac_1 runs/sac_1 -o curves.png
+
+A run's folder holds ``run.json`` (how it was made) and ``evaluations.csv``, which gets one row after each evaluation:
+that is where to see how far it is.
+"""
+
+import argparse
+import csv
+import inspect
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import matplotlib
+import numpy as np
+import torch as th
+import yaml
+from record import ROOT, relative, write_json
+from stable_baselines3 import SAC
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.utils import LinearSchedule, safe_mean
+from torch import nn
+
+from sb3_softsac import SoftSAC
+
+matplotlib.use("Agg")  # before pyplot is imported
+from matplotlib import pyplot as plt
+
+ALGORITHMS: dict[str, type[BaseAlgorithm]] = {"softsac": SoftSAC, "sac": SAC}
+LEARNING_RATES = ("learning_rate", "qf_learning_rate", "ent_coef_learning_rate")
+# Said on the command line, or about what comes after training
+IGNORED_KEYS = ("n_timesteps", "callback")
+COLUMNS = ("steps", "mean_return", "std_return", "seconds", "mean_training_return")
+FIRST_EVALUATION_SEED = 10_000
+
+
+def read_hyperparameters(config: Path, env_id: str, algo: str) -> dict[str, Any]:
+    """
+    Arguments of the constructor, from a file in the zoo's format.
+
+    :param config: yml file
+    :param env_id: its entry, or else that of ``default``, is taken
+    :param algo: key of ``ALGORITHMS``; arguments that it does not have are left out
+    :return: arguments
+    :raises ValueError: if there is no entry, and for keys that are not arguments of SoftSAC: here are no wrappers and
+        no normalisation
+    """
+    entries = yaml.safe_load(config.read_text())
+    key = env_id if env_id in entries else "default"
+    if key not in entries:
+        raise ValueError(f"{config} has no entry for {env_id}, only for {sorted(entries)}.")
+    entry = {key: value for key, value in entries[key].items() if key not in IGNORED_KEYS}
+    unknown = set(entry) - set(inspect.signature(SoftSAC).parameters)
+    if unknown:
+        raise ValueError(f"{config}, {env_id}: {sorted(unknown)} can only be used with the zoo, not with this script.")
+    arguments = {key: value for key, value in entry.items() if key in inspect.signature(ALGORITHMS[algo]).parameters}
+    for key in LEARNING_RATES:
+        if isinstance(arguments.get(key), str):
+            arguments[key] = LinearSchedule(float(arguments[key].removeprefix("lin_")), 0.0, 1.0)
+    for key in ("policy_kwargs", "replay_buffer_kwargs"):
+        if isinstance(arguments.get(key), str):
+            # As the zoo does; the file is the user's own
+            arguments[key] = eval(arguments[key], {"nn": nn})
+    if isinstance(arguments.get("train_freq"), list):
+        arguments["train_freq"] = tuple(arguments["train_freq"])
+    return arguments
+
+
+def evaluate(model: BaseAlgorithm, env: gym.Env, episodes: int) -> np.ndarray:
+    """
+    Run the deterministic policy from the same first states each time, so that evaluations can be compared.
+
+    :param model: the agent
+    :param env: environment of its own, not the one that is trained on
+    :param episodes: N
+    :return: returns (N,)
+    """
+    returns = np.zeros(episodes)
+    for episode in range(episodes):
+        obs, _ = env.reset(seed=FIRST_EVALUATION_SEED + episode)
+        done = False
+        while not done:
+            action, _ = model.predict(obs, deterministic=True)
+            obs, reward, terminated, truncated, _ = env.step(action)
+            returns[episode] += float(reward)
+            done = terminated or truncated
+    return returns
+
+
+class EvaluationCallback(BaseCallback):
+    """
+    Evaluate regularly and append the results to a file.
+
+    :param path: CSV file with ``COLUMNS``; seconds are those of training, without evaluations
+    :param env: environment to evaluate on
+    :param freq: environment steps between evaluations
+    :param episodes: episodes of each evaluation
+    """
+
+    def __init__(self, path: Path, env: gym.Env, freq: int, episodes: int):
+        super().__init__()
+        self.path = path
+        self.env = env
+        self.freq = freq
+        self.episodes = episodes
+
+    def _on_training_start(self) -> None:
+        with self.path.open("w", newline="") as file:
+            csv.writer(file).writerow(COLUMNS)
+        self.start = time.perf_counter()
+
+    def _on_step(self) -> bool:
+        if self.num_timesteps % self.freq == 0:
+            before = time.perf_counter()
+            returns = evaluate(self.model, self.env, self.episodes)
+            training = safe_mean([info["r"] for info in self.model.ep_info_buffer or ()])
+            row = [self.num_timesteps, returns.mean(), returns.std(), before - self.start, training]
+            # Opened each time: the row is in the file as soon as it is known
+            with self.path.open("a", newline="") as file:
+                csv.writer(file).writerow([row[0], *(f"{value:.3f}" for value in row[1:])])
+            self.start += time.perf_counter() - before
+        return True
+
+
+def run(args: argparse.Namespace) -> None:
+    """
+    :param args: arguments of the command ``run``
+    """
+    if (args.out / "run.json").exists():
+        sys.exit(f"{args.out} already holds a run: choose another folder, or remove it.")
+    th.set_num_threads(args.threads)
+    arguments = read_hyperparameters(args.config, args.env, args.algo)
+    options = {key: relative(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+    del options["do"]
+    hyperparameters = {key: str(value) for key, value in arguments.items()}
+    write_json(args.out / "run.json", run=options, hyperparameters=hyperparameters)
+    model = ALGORITHMS[args.algo](env=Monitor(gym.make(args.env)), seed=args.seed, device=args.device, **arguments)
+    callback = EvaluationCallback(args.out / "evaluations.csv", gym.make(args.env), args.eval_freq, args.eval_episodes)
+    model.learn(args.steps, callback=callback)
+    print(f"Evaluations: {callback.path}")
+
+
+def design(header: dict[str, Any]) -> str:
+    """
+    :param header: what ``run.json`` says of the run
+    :return: name of the algorithm, with that of its hyperparameters unless they are the default ones
+    """
+    config = Path(header["config"]).stem
+    return str(header["algo"] if config == "softsac" else f"{header['algo']} {config}")
+
+
+def plot(args: argparse.Namespace) -> None:
+    """
+    :param args: arguments of the command ``plot``
+    """
+    headers = [json.loads((folder / "run.json").read_text())["run"] for folder in args.runs]
+    env_ids = sorted({header["env"] for header in headers})
+    designs = sorted({design(header) for header in headers}, reverse=True)
+    figure, panels = plt.subplots(
+        1, len(env_ids), figsize=(1 + 7 * len(env_ids), 5), layout="constrained", squeeze=False
+    )
+    for axes, env_id in zip(panels[0], env_ids, strict=True):
+        axes.set(title=env_id, xlabel="environment steps", ylabel="return, mean of the evaluation episodes")
+        axes.xaxis.set_major_formatter(matplotlib.ticker.StrMethodFormatter("{x:,.0f}"))
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    seen: dict[tuple[str, str], int] = {}
+    for folder, header in zip(args.runs, headers, strict=True):
+        env_id, name = header["env"], design(header)
+        # The colour tells the design, the dashes the run
+        number = seen[env_id, name] = seen.get((env_id, name), -1) + 1
+        data = np.atleast_1d(np.genfromtxt(folder / "evaluations.csv", delimiter=",", names=True))
+        panels[0][env_ids.index(env_id)].plot(
+            data["steps"],
+            data["mean_return"],
+            color=f"C{designs.index(name)}",
+            linestyle=("-", "--", ":", "-.")[number % 4],
+            linewidth=1.4,
+            label=f"{name}, seed {header['seed']}",
+        )
+    for axes in panels[0]:
+        axes.set_xlim(left=0)
+        axes.legend(loc="lower right", fontsize="small", framealpha=0.9)
+    figure.savefig(args.output, dpi=150)
+    print(f"Picture: {args.output}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+
+    command = commands.add_parser(
+        "run", help="train and evaluate", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    command.add_argument("--algo", choices=list(ALGORITHMS), required=True, help="algorithm")
+    command.add_argument("--env", required=True, help="environment id")
+    command.add_argument("--steps", type=int, required=True, help="environment steps")
+    command.add_argument("--seed", type=int, default=0, help="seed")
+    command.add_argument("--out", type=Path, required=True, help="folder of the run")
+    command.add_argument(
+        "--config", type=Path, default=ROOT / "hyperparams" / "softsac.yml", help="yml of the zoo's format"
+    )
+    command.add_argument("--threads", type=int, default=1, help="threads of PyTorch")
+    command.add_argument("--device", default="cpu", help="device of the networks")
+    command.add_argument("--eval-freq", type=int, default=5000, help="environment steps between evaluations")
+    command.add_argument("--eval-episodes", type=int, default=10, help="episodes of each evaluation")
+    command.set_defaults(do=run)
+
+    command = commands.add_parser("plot", help="draw the curves of runs")
+    command.add_argument("runs", type=Path, nargs="+", metavar="DIR", help="folders of runs")
+    command.add_argument("-o", "--output", type=Path, required=True, metavar="PNG", help="picture")
+    command.set_defaults(do=plot)
+
+    args = parser.parse_args()
+    args.do(args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""What every benchmark writes beside its results: how they were made. Not a benchmark itself."""
+
+import json
+import os
+import platform
+import sys
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("sb3-softsac", "stable-baselines3", "rl-zoo3", "gymnasium", "mujoco", "torch", "numpy")
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def circumstances() -> dict[str, Any]:
+    """
+    :return: versions, machine, number of threads and command, ready for JSON
+    """
+    import torch as th  # here, so that subprocesses which measure memory need not have it
+
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": " ".join(["python", relative(sys.argv[0]), *sys.argv[1:]]),
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in PACKAGES},
+        "machine": {
+            "system": f"{platform.system()} {platform.machine()}",
+            "cpu": _cpu_name(),
+            "cores": os.cpu_count(),
+            "gpu": th.cuda.get_device_name() if th.cuda.is_available() else None,
+            "threads": th.get_num_threads(),
+        },
+    }
+
+
+def relative(path: Path | str) -> str:
+    """
+    :param path: file or folder
+    :return: its path from the repository's root, so that records do not depend on where that is
+    """
+    return os.path.relpath(path, ROOT)
+
+
+def write_json(path: Path, **parts: Any) -> None:
+    """
+    Write results beneath their circumstances.
+
+    :param path: file; its folder is created
+    :param parts: top-level entries, whatever JSON can hold
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({**circumstances(), **parts}, indent=2) + "\n")
+    print(f"Written: {relative(path)}")
+
+
+def markdown_table(header: list[str], rows: list[list[str]]) -> str:
+    """
+    :param header: C titles
+    :param rows: rows of C cells
+    :return: Markdown table, first column left, others right aligned
+    """
+    lines = [header, [":--", *["--:"] * (len(header) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or "unknown"

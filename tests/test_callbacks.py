@@ -1,0 +1,52 @@
+"""Callbacks."""
+
+import pathlib
+from typing import Any
+
+import numpy as np
+import pytest
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.vec_env import VecNormalize
+
+from sb3_softsac import SaveBestTrainingReturnCallback, SoftSAC
+
+
+def make_model(env: Any = "Pendulum-v1") -> SoftSAC:
+    return SoftSAC(
+        "MlpPolicy", env, policy_kwargs={"net_arch": [16]}, buffer_size=500, learning_starts=20, batch_size=8, seed=0,
+        device="cpu",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("threshold", [float("-inf"), 1e6])
+def test_keeps_the_best_above_the_threshold(threshold: float, tmp_path: pathlib.Path) -> None:
+    callback = SaveBestTrainingReturnCallback(threshold=threshold, save_path=str(tmp_path / "new"), min_episodes=2)
+    model = make_model()
+    model.learn(1010, callback=callback)
+    if threshold > 0:
+        assert not (tmp_path / "new").exists()
+        return
+    SoftSAC.load(tmp_path / "new" / "best_training_model.zip", device="cpu")
+    returns = [info["r"] for info in model.ep_info_buffer]
+    assert callback.best_mean_return == pytest.approx(max(np.mean(returns[:n]) for n in range(2, len(returns) + 1)))
+
+
+def test_small_stats_window(tmp_path: pathlib.Path) -> None:
+    callback = SaveBestTrainingReturnCallback(save_path=str(tmp_path))
+    model = SoftSAC(
+        "MlpPolicy", "Pendulum-v1", stats_window_size=2, buffer_size=500, learning_starts=1000, device="cpu"
+    )
+    model.learn(610, callback=callback)
+    assert (tmp_path / "best_training_model.zip").exists()
+
+
+def test_needs_a_folder() -> None:
+    with pytest.raises(ValueError, match="save_path=None"):
+        make_model().learn(10, callback=SaveBestTrainingReturnCallback())
+
+
+def test_saves_normalisation(tmp_path: pathlib.Path) -> None:
+    venv = VecNormalize(make_vec_env("Pendulum-v1"))
+    callback = SaveBestTrainingReturnCallback(save_path=str(tmp_path), min_episodes=1)
+    make_model(venv).learn(210, callback=callback)
+    assert (tmp_path / "best_training_model_vecnormalize.pkl").exists()
