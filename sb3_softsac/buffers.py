@@ -200,8 +200,8 @@ class ReplayBuffer(SB3ReplayBuffer):
     ) -> ReplayBufferSamples | DictReplayBufferSamples:
         env_indices = self.rng.integers(self.n_envs, size=len(batch_inds))
         rewards, last_inds, discounts = self._returns(batch_inds, env_indices, env)
-        dones = self.dones[last_inds, env_indices] * (1.0 - self.timeouts[last_inds, env_indices])
-        obs = map_obs(lambda storage: storage[batch_inds, env_indices], self.observations)
+        dones = self._at(self.dones, last_inds, env_indices) * (1.0 - self._at(self.timeouts, last_inds, env_indices))
+        obs = map_obs(lambda storage: self._at(storage, batch_inds, env_indices), self.observations)
         next_obs = self._get_next_obs(last_inds, env_indices)
 
         def tensor(array: np.ndarray) -> th.Tensor:
@@ -210,7 +210,7 @@ class ReplayBuffer(SB3ReplayBuffer):
         batch_class: Any = DictReplayBufferSamples if isinstance(self.observations, dict) else ReplayBufferSamples
         return batch_class(
             observations=map_obs(tensor, self._normalize_obs(obs, env)),
-            actions=tensor(self.actions[batch_inds, env_indices]),
+            actions=tensor(self._at(self.actions, batch_inds, env_indices)),
             next_observations=map_obs(tensor, self._normalize_obs(next_obs, env)),
             dones=tensor(dones.reshape(-1, 1)),
             rewards=tensor(rewards.reshape(-1, 1)),
@@ -226,17 +226,22 @@ class ReplayBuffer(SB3ReplayBuffer):
         :return: returns (B,); rows of the last reward in each (B,); gamma^k with k its number of rewards (B,)
         """
         if self.n_steps == 1:
-            return self._normalize_reward(self.rewards[batch_inds, env_indices], env), batch_inds, None
+            return self._normalize_reward(self._at(self.rewards, batch_inds, env_indices), env), batch_inds, None
         steps = np.arange(self.n_steps)
         rows = (batch_inds[:, None] + steps) % self.buffer_size  # (B, K)
         envs = env_indices[:, None]
         # The sequence ends with the first row that has no successor: an episode's last, or the newest
-        ends = (self._side_slot[rows, envs] != 0) | (rows == (self.pos - 1) % self.buffer_size)
+        ends = (self._at(self._side_slot, rows, envs) != 0) | (rows == (self.pos - 1) % self.buffer_size)
         last_step = np.where(ends.any(axis=1), ends.argmax(axis=1), self.n_steps - 1)
-        rewards = self._normalize_reward(self.rewards[rows, envs], env)
+        rewards = self._normalize_reward(self._at(self.rewards, rows, envs), env)
         gammas = self.gamma ** np.arange(self.n_steps + 1, dtype=np.float32)
         returns = np.where(steps <= last_step[:, None], rewards * gammas[:-1], np.float32(0.0)).sum(axis=1)
         return returns, (batch_inds + last_step) % self.buffer_size, gammas[last_step + 1]
+
+    def _at(self, storage: np.ndarray, rows: np.ndarray, env_indices: np.ndarray) -> np.ndarray:
+        """``storage[rows, env_indices]``, a copy; one flat index takes half the time of two."""
+        flat = storage.reshape(self.buffer_size * self.n_envs, *storage.shape[2:])
+        return flat.take(rows * self.n_envs + env_indices, axis=0)
 
     def _get_next_obs(self, rows: np.ndarray, env_indices: np.ndarray) -> Any:
         """
@@ -244,12 +249,12 @@ class ReplayBuffer(SB3ReplayBuffer):
         :param env_indices: (B,)
         :return: next observations (B, ...), or a dict of them
         """
-        slots = self._side_slot[rows, env_indices]
+        slots = self._at(self._side_slot, rows, env_indices)
         on_side = np.flatnonzero(slots)
         newest = np.flatnonzero((rows == (self.pos - 1) % self.buffer_size) & (slots == 0))
 
         def gather(storage: np.ndarray, side: np.ndarray, newest_next: np.ndarray) -> np.ndarray:
-            next_obs: np.ndarray = storage[(rows + 1) % self.buffer_size, env_indices]
+            next_obs = self._at(storage, (rows + 1) % self.buffer_size, env_indices)
             next_obs[on_side] = side[slots[on_side] - 1]
             next_obs[newest] = newest_next[env_indices[newest]]
             return next_obs
