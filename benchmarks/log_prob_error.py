@@ -75,7 +75,7 @@ def main() -> None:
     mpmath.mp.dps = 50
     rows = errors()
     write_json(RESULTS / "log_prob_error.json", results=rows)
-    header = ["u", "log-prob", "error SB3", "error SoftSAC", "gradient", "error SB3", "error SoftSAC"]
+    header = ["u", "log-prob", "error: SB3", "SoftSAC", "its gradient by u", "error: SB3", "SoftSAC"]
     cells = [
         [
             f"{row['u']:g}",
