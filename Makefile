@@ -22,6 +22,8 @@ INSTALLED := $(VENV)/.stamp-installed
 INSTALLED_DEV := $(VENV)/.stamp-installed-dev
 
 .DEFAULT_GOAL := help
+# Two installations into one environment at a time would break it
+.NOTPARALLEL:
 .PHONY: help train test test-slow lint type format check-format commit-checks clean
 
 help:  ## this list
@@ -41,11 +43,11 @@ $(INSTALLED_DEV): $(VENV_READY) $(METADATA)
 	$(PIP_INSTALL) -e '.[plots,tests,dev]'
 	@touch $@ $(INSTALLED)
 
-train: $(INSTALLED)  ## train on $(ENV_ID), evaluate over 20,000 steps and draw the learning curve
+train: $(INSTALLED)  ## train on Pendulum-v1 (or ENV_ID=...), evaluate over 20,000 steps, draw the learning curve
 	$(BIN)/python -m rl_zoo3.train --algo softsac --env $(ENV_ID) --seed $(SEED) -n $(STEPS) -f $(LOGS) --eval-freq 1000 --eval-episodes 10
 	@run=$$(ls -dt $(LOGS)/softsac/$(ENV_ID)_* | head -n 1) && \
 	echo "Evaluating the model in $$run" && \
-	$(BIN)/python -m rl_zoo3.enjoy --algo softsac --env $(ENV_ID) -f $(LOGS) -n 20000 --no-render > $$run/evaluation.txt && \
+	$(BIN)/python -m rl_zoo3.enjoy --algo softsac --env $(ENV_ID) -f $(LOGS) --exp-id $${run##*_} -n 20000 --no-render > $$run/evaluation.txt && \
 	tail -n 3 $$run/evaluation.txt && \
 	$(BIN)/python benchmarks/plot_run.py $$run -o $$run/learning_curve.png
 

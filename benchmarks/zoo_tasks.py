@@ -4,7 +4,8 @@ Small tasks and the variants, through the RL Zoo's own commands: train to the en
     python benchmarks/zoo_tasks.py --logs logs
     python benchmarks/zoo_tasks.py --table
 
-Each finished task is a line of ``results/zoo_tasks.jsonl``; those that are there already are not run again.
+Each finished task is a line of ``results/zoo_tasks.jsonl``; those that are there already are not run again. Remove that
+file to repeat them all.
 """
 
 import argparse
@@ -69,7 +70,7 @@ def run(task: Task, logs: Path) -> None:
     :param logs: folder of the zoo's logs; the task gets one of its own in it
     """
     logs = logs / f"{task.env_id}_{task.variant or 'default'}_{task.seed}"
-    logs.mkdir(parents=True)
+    logs.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     start = time.perf_counter()
     with (logs / "train.txt").open("w") as output:
@@ -83,7 +84,7 @@ def run(task: Task, logs: Path) -> None:
         **circumstances(),
         "task": task._asdict(),
         "commands": [
-            " ".join(["python", *words])
+            " ".join(["OMP_NUM_THREADS=1 python", *words])
             for words in (task.train_command(Path("logs")), task.enjoy_command(Path("logs")))
         ],
         "episodes": int(match[1]),

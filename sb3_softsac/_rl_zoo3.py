@@ -7,6 +7,7 @@ algorithms are left alone, except where the zoo is broken for all of them.
 
 import ast
 import importlib
+import inspect
 from collections.abc import Callable
 from functools import partial, wraps
 from importlib.abc import ExecutionLoader
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from rl_zoo3.exp_manager import ExperimentManager
 
 ALGO = "softsac"
+EXCLUDED = "excluded_options"
 
 
 def hyperparams_folder() -> Path:
@@ -34,20 +36,50 @@ def hyperparams_folder() -> Path:
     return inside if inside.is_dir() else package.parent / "hyperparams"
 
 
+def own_config(config: str | None) -> str:
+    """
+    :param config: what ``--conf-file`` says, or None
+    :return: None: our ``softsac.yml``; a file that exists, or none of ours: as it is; else the file of ours that is
+        called so, for instance ``variants/halfcheetah_lab.yml``
+    """
+    folder = hyperparams_folder()
+    if config is None:
+        return str(folder / f"{ALGO}.yml")
+    ours = [path for path in (folder / config, folder.parent / config) if path.is_file()]
+    return str(ours[0]) if ours and not Path(config).is_file() else config
+
+
 # Search space of the options that SAC does not have
 OWN_OPTIONS: "dict[str, Callable[[Trial, str], Any]]" = {
     "qf_learning_rate": lambda trial, name: trial.suggest_float(name, 1e-5, 0.002, log=True),
+    "ent_coef_learning_rate": lambda trial, name: trial.suggest_float(name, 1e-5, 0.002, log=True),
     "policy_delay": lambda trial, name: trial.suggest_int(name, 1, 4),
+    "policy_delay_compensation": lambda trial, name: trial.suggest_categorical(name, [False, True]),
     "use_actor_target": lambda trial, name: trial.suggest_categorical(name, [False, True]),
     "ent_coef_loss": lambda trial, name: trial.suggest_categorical(name, ["log", "exp"]),
+    "entropy_space": lambda trial, name: trial.suggest_categorical(name, ["normalized", "env"]),
     "max_grad_norm": lambda trial, name: trial.suggest_categorical(name, [None, 1.0, 10.0]),
     # None: as many as learning_starts
     "random_steps": lambda trial, name: trial.suggest_categorical(name, [None, 0]),
     "log_std_bounding": lambda trial, name: trial.suggest_categorical(name, ["clamp", "tanh"]),
+    "separate_log_std_net": lambda trial, name: trial.suggest_categorical(name, [False, True]),
+    "weight_init": lambda trial, name: trial.suggest_categorical(name, [None, "xavier", "orthogonal"]),
 }
-POLICY_OPTIONS = ("log_std_bounding",)
-NOT_WITH_SDE = ("log_std_bounding",)
+POLICY_OPTIONS = ("log_std_bounding", "separate_log_std_net", "weight_init")
+NOT_WITH_SDE = ("log_std_bounding", "separate_log_std_net")
+NOT_WITH_FIXED_ENT_COEF = ("ent_coef_learning_rate", "ent_coef_loss", "entropy_space")
 HER_OPTIONS = ("n_sampled_goal", "goal_selection_strategy")
+
+
+def excluded_options(hyperparams: dict[str, Any]) -> list[str]:
+    """
+    :param hyperparams: what a trial does not sample
+    :return: names of ``OWN_OPTIONS`` that have no meaning beside it
+    """
+    excluded = list(NOT_WITH_SDE) if hyperparams.get("use_sde") else []
+    if not str(hyperparams.get("ent_coef", "auto")).startswith("auto"):
+        excluded += NOT_WITH_FIXED_ENT_COEF
+    return excluded
 
 
 def sample_softsac_params(
@@ -64,12 +96,9 @@ def sample_softsac_params(
     """
     hyperparams_opt = importlib.import_module("rl_zoo3.hyperparams_opt")
     hyperparams = hyperparams_opt.sample_sac_params(trial, n_actions, n_envs, additional_args)
-    options = {
-        name: suggest
-        for name, suggest in OWN_OPTIONS.items()
-        if not (trial.user_attrs.get("use_sde") and name in NOT_WITH_SDE)
-    }
-    return _with_own_options(hyperparams, {name: suggest(trial, name) for name, suggest in options.items()})
+    excluded = trial.user_attrs.get(EXCLUDED, ())
+    own = {name: suggest(trial, name) for name, suggest in OWN_OPTIONS.items() if name not in excluded}
+    return _with_own_options(hyperparams, own)
 
 
 def convert_softsac_params(sampled_params: dict[str, Any]) -> dict[str, Any]:
@@ -93,6 +122,8 @@ def convert_softsac_params(sampled_params: dict[str, Any]) -> dict[str, Any]:
 
 def _with_own_options(hyperparams: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     policy_kwargs = {name: own.pop(name) for name in POLICY_OPTIONS if name in own}
+    if policy_kwargs.get("log_std_bounding") == "tanh":
+        policy_kwargs["log_std_bounds"] = (-5, 2)  # a policy starts in the middle of the bounds: -9 is next to no noise
     return {**hyperparams, **own, "policy_kwargs": {**hyperparams["policy_kwargs"], **policy_kwargs}}
 
 
@@ -108,12 +139,13 @@ def patch(module: ModuleType) -> None:
         module.HYPERPARAMS_SAMPLER[ALGO] = sample_softsac_params
         module.HYPERPARAMS_CONVERTER[ALGO] = convert_softsac_params
     elif module.__name__ == "rl_zoo3.exp_manager" and not hasattr(module.ExperimentManager, "_knows_softsac"):
-        _patch_manager(module.ExperimentManager, Path(module.__file__ or "").parent / "hyperparams")
+        _patch_manager(module.ExperimentManager)
         module.ExperimentManager._knows_softsac = True
 
 
-def _patch_manager(manager: "type[ExperimentManager]", zoo_folder: Path) -> None:
+def _patch_manager(manager: "type[ExperimentManager]") -> None:
     original_init = manager.__init__
+    init_signature = inspect.signature(original_init)
     original_schedules = manager._preprocess_schedules
     original_create_callbacks = manager.create_callbacks
     original_learn = manager.learn
@@ -122,11 +154,8 @@ def _patch_manager(manager: "type[ExperimentManager]", zoo_folder: Path) -> None
     @wraps(original_init)
     def __init__(self: "ExperimentManager", *args: Any, **kwargs: Any) -> None:
         original_init(self, *args, **kwargs)
-        # Our folder takes the place of the zoo's, also for `--conf-file variants/<name>.yml`
-        config = Path(self.config)
-        own_config = hyperparams_folder() / (config.relative_to(zoo_folder) if zoo_folder in config.parents else config)
-        if self.algo == ALGO and not config.is_file() and own_config.is_file():
-            self.config = str(own_config)
+        if self.algo == ALGO:
+            self.config = own_config(init_signature.bind(self, *args, **kwargs).arguments.get("config"))
 
     @wraps(original_schedules)
     def _preprocess_schedules(hyperparams: dict[str, Any]) -> dict[str, Any]:
@@ -158,7 +187,8 @@ def _patch_manager(manager: "type[ExperimentManager]", zoo_folder: Path) -> None
     @wraps(original_objective)
     def objective(self: "ExperimentManager", trial: "Trial") -> float:
         # The zoo does not tell the sampler what the trial's other hyperparameters are
-        trial.set_user_attr("use_sde", bool(self._hyperparams.get("use_sde")))
+        if self.algo == ALGO:
+            trial.set_user_attr(EXCLUDED, excluded_options(self._hyperparams))
         return original_objective(self, trial)
 
     for method in (__init__, create_callbacks, learn, objective):
@@ -170,9 +200,16 @@ def edited_code(loader: ExecutionLoader, name: str) -> CodeType:
     """
     :param loader: loader of a module of the zoo
     :param name: name of the module
-    :return: the module's code with SoftSAC in it
+    :return: the module's code with SoftSAC in it; as it is, if the source is not there
+    :raises ImportError: if there is no code either
     """
-    tree = _Editor().visit(ast.parse(loader.get_source(name) or ""))
+    source = loader.get_source(name)
+    if source is None:
+        code = loader.get_code(name)
+        if code is None:
+            raise ImportError(f"{name} has no code", name=name)
+        return code
+    tree = _Editor().visit(ast.parse(source))
     return compile(ast.fix_missing_locations(tree), loader.get_filename(name), "exec", dont_inherit=True)
 
 
@@ -194,15 +231,18 @@ class _Editor(ast.NodeTransformer):
     }
 
     def visit_List(self, node: ast.List) -> ast.List:
-        self._add_softsac(node.elts)
+        self._add_softsac(node)
         return node
 
     def visit_Tuple(self, node: ast.Tuple) -> ast.Tuple:
-        self._add_softsac(node.elts)
+        self._add_softsac(node)
         return node
 
-    @staticmethod
-    def _add_softsac(elements: list[ast.expr]) -> None:
+    def _add_softsac(self, node: ast.List | ast.Tuple) -> None:
+        self.generic_visit(node)
+        if not isinstance(node.ctx, ast.Load):
+            return
+        elements = node.elts
         names = [ast.unparse(element) for element in elements]
         if "'sac'" in names:
             elements.append(ast.Constant(ALGO))
@@ -213,7 +253,8 @@ class _Editor(ast.NodeTransformer):
         statements = []
         for alias in node.names:
             module, name = self.IMPORTS.get((node.module or "", alias.name), (node.module, alias.name))
-            statements.append(ast.ImportFrom(module, [ast.alias(name, alias.asname or alias.name)], node.level))
+            asname = alias.asname or (alias.name if name != alias.name else None)
+            statements.append(ast.ImportFrom(module, [ast.alias(name, asname)], node.level))
             ast.copy_location(statements[-1], node)
         return statements
 

@@ -15,7 +15,7 @@ from stable_baselines3.common.buffers import ReplayBuffer as SB3ReplayBuffer
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy, ContinuousCritic
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, RolloutReturn, Schedule
 from stable_baselines3.common.utils import FloatSchedule, update_learning_rate
 
 from sb3_softsac.buffers import ReplayBuffer
@@ -349,6 +349,26 @@ class SoftSAC(OffPolicyAlgorithm):
         # SB3's one number says both when learning starts and when random actions end
         random_steps = learning_starts if self.random_steps is None else self.random_steps
         return super()._sample_action(random_steps, action_noise, n_envs)
+
+    def collect_rollouts(self, *args: Any, **kwargs: Any) -> RolloutReturn:
+        """
+        As in SB3; but a run that continues without its replay buffer first collects ``learning_starts`` steps with
+        its policy again, instead of learning from the first few.
+
+        :return: counts of the last rollout, and whether to go on
+        """
+        rollout = super().collect_rollouts(*args, **kwargs)
+        while rollout.continue_training and self._continues_without_buffer():
+            if self.num_timesteps >= self._total_timesteps:
+                return rollout._replace(continue_training=False)  # ends here, without an update
+            rollout = super().collect_rollouts(*args, **kwargs)
+        return rollout
+
+    def _continues_without_buffer(self) -> bool:
+        buffer = self.replay_buffer
+        assert buffer is not None
+        lacking = not buffer.full and buffer.size() * self.n_envs <= self.learning_starts
+        return lacking and self._num_timesteps_at_start > 0
 
     def learn(
         self: SelfSoftSAC,

@@ -55,6 +55,8 @@ class _Loader:
         self._loader = loader
 
     def __getattr__(self, name: str) -> "Any":
+        if name == "_loader":  # not there yet: this object is being copied or unpickled
+            raise AttributeError(name)
         return getattr(self._loader, name)
 
     def create_module(self, spec: "ModuleSpec") -> "ModuleType | None":

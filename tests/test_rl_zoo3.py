@@ -19,6 +19,7 @@ import zipfile
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from types import CodeType
 from typing import Any
 from unittest.mock import patch
 
@@ -71,7 +72,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     callback = 'callback:[{"sb3_softsac.SaveBestTrainingReturnCallback":{"min_episodes":1}}]'
     options = [*ONE_STEP, "learning_starts:100", "buffer_size:1000", "qf_learning_rate:'lin_1e-3'", callback]
     evaluations = ["--eval-freq", "200", "--eval-episodes", "2"]
-    output = run_module("rl_zoo3.train", *SHORT, *evaluations, "-n", "400", "-params", *options, cwd=folder)
+    saving = ["--save-replay-buffer", "-n", "400"]
+    output = run_module("rl_zoo3.train", *SHORT, *evaluations, *saving, "-params", *options, cwd=folder)
     assert "softsac.yml" in output
     return folder
 
@@ -83,10 +85,17 @@ def test_train(trained: Path) -> None:
     assert "- lin_1e-3" in (run / "Pendulum-v1/config.yml").read_text()
 
 
-def test_continue(trained: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("with_buffer", [True, False])
+def test_continue(trained: Path, tmp_path: Path, with_buffer: bool) -> None:
+    """The count of steps goes on. Without the buffer, learning waits for ``learning_starts`` steps again."""
     model = trained / "logs/softsac/Pendulum-v1_1/Pendulum-v1.zip"
+    before = saved_data(model)
+    if not with_buffer:
+        model = Path(shutil.copy(model, tmp_path))
     run_module("rl_zoo3.train", *SHORT, "-n", "50", "-i", str(model), "-params", *ONE_STEP, cwd=tmp_path)
-    assert saved_data(tmp_path / "logs/softsac/Pendulum-v1_1/Pendulum-v1.zip")["num_timesteps"] == 450
+    after = saved_data(tmp_path / "logs/softsac/Pendulum-v1_1/Pendulum-v1.zip")
+    assert (before["num_timesteps"], after["num_timesteps"]) == (400, 450)
+    assert after["_n_updates"] - before["_n_updates"] == (50 if with_buffer else 0)
 
 
 def test_subproc_and_parallel_training(tmp_path: Path) -> None:
@@ -121,7 +130,8 @@ def test_optimize_with_gsde(tmp_path: Path) -> None:
     options = ["-n", "120", "--n-trials", "3", "--n-evaluations", "1", "--eval-episodes", "1", "--no-optim-plots"]
     params = ["-params", "learning_starts:100", "use_sde:True"]
     output = run_module("rl_zoo3.train", *SHORT, "-optimize", *options, *params, cwd=tmp_path)
-    assert output.count("finished with value") == 3 and "log_std_bounding" not in output
+    assert output.count("finished with value") == 3 and "policy_delay: " in output
+    assert "log_std_bounding: " not in output and "weight_init: " in output
 
 
 def test_plots(trained: Path) -> None:
@@ -225,12 +235,13 @@ def test_hub(trained: Path, tmp_path: Path) -> None:
 def look_inside(folder: Path) -> None:
     os.chdir(folder)
     import optuna
+    import torch as th
     from gymnasium import make
     from rl_zoo3.exp_manager import ExperimentManager
     from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER
 
     from sb3_softsac import SoftSAC
-    from sb3_softsac._rl_zoo3 import hyperparams_folder
+    from sb3_softsac._rl_zoo3 import EXCLUDED, excluded_options, hyperparams_folder
 
     # Hyperparameters: ours, the user's, and the zoo's for other algorithms
     def config(algo: str, **kwargs: Any) -> Path:
@@ -242,6 +253,7 @@ def look_inside(folder: Path) -> None:
     assert config("softsac", config="softsac.yml") == ours
     for variant in (ours.parent / "variants").glob("*.yml"):
         assert config("softsac", config=f"variants/{variant.name}") == variant
+        assert config("softsac", config=f"hyperparams/variants/{variant.name}") == variant
     Path("softsac.yml").write_text("default: {}")
     assert config("softsac", config="softsac.yml") == Path("softsac.yml")
     assert config("sac").parent.parent.name == "rl_zoo3"
@@ -261,11 +273,64 @@ def look_inside(folder: Path) -> None:
         assert HYPERPARAMS_CONVERTER["softsac"](trial.params) == sampled
         if her:
             assert set(sampled.pop("replay_buffer_kwargs")) == {"n_sampled_goal", "goal_selection_strategy"}
-        SoftSAC("MlpPolicy", make("Pendulum-v1"), **sampled)
+        model = SoftSAC("MlpPolicy", make("Pendulum-v1"), **sampled)
+        # Whatever bounds log_std, a policy starts with noise
+        _, log_std, _ = model.actor.get_action_dist_params(th.zeros(1, 3))
+        assert log_std.min() > -3.0
+
+    # Options without a meaning beside the others are not sampled
+    trial = study.ask()
+    trial.set_user_attr(EXCLUDED, excluded_options({"use_sde": True, "ent_coef": 0.1}))
+    sampled = HYPERPARAMS_SAMPLER["softsac"](trial, 1, 1, {"using_her_replay_buffer": False})
+    assert "ent_coef_loss" not in sampled and "log_std_bounding" not in sampled["policy_kwargs"]
+    SoftSAC("MlpPolicy", make("Pendulum-v1"), use_sde=True, ent_coef=0.1, **sampled)
 
 
 def test_inside(tmp_path: Path) -> None:
     in_process(look_inside, tmp_path)
+
+
+class FakeLoader:
+    """A loader of source, or, with None, of bytecode only."""
+
+    def __init__(self, source: str | None):
+        self.source = source
+
+    def get_source(self, name: str) -> str | None:
+        return self.source
+
+    def get_filename(self, name: str) -> str:
+        return f"{name}.py"
+
+    def get_code(self, name: str) -> CodeType:
+        return compile("found = True", name, "exec")
+
+
+EDITED = """
+from os import *
+from requests.exceptions import HTTPError
+class SAC: pass
+class TQC: pass
+off_policy_algos = [["dqn", "sac"], "tqc"]
+supported = (SAC, TQC)
+others = ["ppo", "tqc"]
+[SAC, TQC], (a, b) = [TQC, SAC][:2], (1, 2)
+del (SAC, TQC)
+"""
+
+
+def test_edited_code() -> None:
+    """Lists with SAC get SoftSAC; what is assigned to or deleted does not; without source, the code is as it was."""
+    from sb3_softsac._rl_zoo3 import edited_code
+
+    names: dict[str, Any] = {}
+    exec(edited_code(FakeLoader(EDITED), "edited"), names)  # type: ignore[arg-type]
+    assert names["off_policy_algos"] == [["dqn", "sac", "softsac"], "tqc"]
+    assert names["supported"][2] is sb3_softsac.SoftSAC
+    assert names["others"] == ["ppo", "tqc"]
+    assert names["HTTPError"].__name__ == "EntryNotFoundError"
+    exec(edited_code(FakeLoader(None), "compiled"), names)  # type: ignore[arg-type]
+    assert names["found"]
 
 
 # Registration

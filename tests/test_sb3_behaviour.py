@@ -113,6 +113,23 @@ def test_loaded_model_does_the_same_update(tmp_path: pathlib.Path) -> None:
     assert_same(everything(loaded), everything(model))
 
 
+@pytest.mark.parametrize("with_buffer", [True, False])
+def test_continuing_without_the_buffer_fills_it_first(with_buffer: bool, tmp_path: pathlib.Path) -> None:
+    model = make_model(learning_starts=30)
+    model.learn(50)
+    model.save(tmp_path / "model.zip")
+    model.save_replay_buffer(tmp_path / "replay.pkl")
+    loaded = SoftSAC.load(tmp_path / "model.zip", env=gym.make("Pendulum-v1"), device="cpu")
+    if with_buffer:
+        loaded.load_replay_buffer(tmp_path / "replay.pkl")
+    loaded.action_space.sample = None  # type: ignore[method-assign,assignment]  # no random actions any more
+    loaded.learn(60, reset_num_timesteps=False)
+    assert loaded.num_timesteps == 110
+    assert loaded._n_updates - model._n_updates == (60 if with_buffer else 60 - 30)
+    loaded.learn(5, reset_num_timesteps=False)
+    assert loaded._n_updates - model._n_updates == (65 if with_buffer else 65 - 30)
+
+
 @pytest.mark.parametrize("kind", ["str", "suffixless", "pathlib", "bytes"])
 def test_save_load_targets(kind: str, tmp_path: pathlib.Path) -> None:
     model = make_model()
