@@ -33,8 +33,8 @@ class Actor(sb3_policies.Actor):
     Squashed-Gaussian actor. Arguments are those of SB3's ``Actor``, and:
 
     :param log_std_bounds: lower and upper bound of log_std (natural logarithm of the standard deviation before tanh)
-    :param log_std_bounding: ``"clamp"`` (SB3; no gradient outside) or ``"tanh"`` (smooth rescaling, as in CleanRL). With
-        tanh a policy starts in the middle of the bounds, so use it with (-5, 2) or the like
+    :param log_std_bounding: ``"clamp"`` (SB3; no gradient outside) or ``"tanh"`` (smooth rescaling, as in CleanRL);
+        with tanh a policy starts in the middle of the bounds, so use it with (-5, 2) or the like
     :param separate_log_std_net: give log_std a trunk of its own instead of the mean's
     :raises ValueError: for other values, or for options that gSDE (``use_sde``) does not use
     """
