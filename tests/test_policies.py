@@ -388,6 +388,18 @@ def test_gsde_target_actor_gets_new_noise_with_each_update() -> None:
     assert not th.equal(before, model.actor_target.action_dist.exploration_mat)
 
 
+@pytest.mark.parametrize("deterministic", [True, False])
+@pytest.mark.parametrize("kwargs", [{}, {"log_std_bounding": "tanh", "separate_log_std_net": True}])
+def test_export(deterministic: bool, kwargs: dict[str, Any]) -> None:
+    """Plain tensor operations: ``torch.export`` (and so ONNX) takes the policy; SB3's it refuses since torch 2.9."""
+    policy, obs = make_policy(**kwargs), observations()
+    exported = th.export.export(policy, (obs,), {"deterministic": deterministic}).module()
+    th.manual_seed(0)
+    expected = policy(obs, deterministic=deterministic)
+    th.manual_seed(0)
+    th.testing.assert_close(exported(obs, deterministic=deterministic), expected)
+
+
 @pytest.mark.parametrize("policy", ["MlpPolicy", MlpPolicy, SoftSACPolicy])
 def test_ways_to_name_a_policy(policy: Any) -> None:
     assert isinstance(SoftSAC(policy, "Pendulum-v1", **SMALL).policy, SoftSACPolicy)
