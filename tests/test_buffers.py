@@ -305,6 +305,16 @@ def test_add_keeps_nothing_by_reference() -> None:
     assert_obs_equal(buffer.next_observations[:1, 0], BOX_SPACE, [2])
 
 
+def test_extend_adds_unrelated_transitions() -> None:
+    """Demonstrations, say: nothing says that a row follows from the one before."""
+    buffer = ReplayBuffer(10, BOX_SPACE, ACTION_SPACE, "cpu")
+    obs, next_obs = (np.stack([make_obs(BOX_SPACE, [first + 10 * i]) for i in range(6)]) for first in (1, 2))
+    zeros = np.zeros((6, 1))
+    buffer.extend(obs, next_obs, np.zeros((6, 1, 2)), zeros, zeros, [[{}]] * 6)
+    np.testing.assert_array_equal(buffer.observations[:6], obs)
+    np.testing.assert_array_equal(buffer.next_observations[:6], next_obs)
+
+
 def test_sampling_has_a_random_state_of_its_own() -> None:
     buffer = filled()
     buffer.seed(3)
