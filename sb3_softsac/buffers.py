@@ -8,7 +8,7 @@ row after it is written. So time limits bootstrap from the right observation, un
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -151,7 +151,12 @@ class ReplayBuffer(SB3ReplayBuffer):
         :param done: 1 where the episode ended, terminated or truncated, (E,)
         :param infos: E dicts; ``TimeLimit.truncated`` marks truncation
         """
+        # All that can fail comes first: a refused transition leaves nothing half-written
         obs, next_obs = self._as_rows(obs), self._as_rows(next_obs)
+        action = np.asarray(action).reshape(self.n_envs, self.action_dim)
+        reward, done = (np.asarray(values).reshape(self.n_envs) for values in (reward, done))
+        timeout = np.array([info.get("TimeLimit.truncated", False) for info in infos]).reshape(self.n_envs)
+
         pos = self.pos
         if pos > 0 or self.full:
             self._keep_where_stream_broke((pos - 1) % self.buffer_size, obs)
@@ -159,11 +164,11 @@ class ReplayBuffer(SB3ReplayBuffer):
             self._release_slots(pos)
 
         map_obs(lambda storage, new: storage.__setitem__(pos, new), self.observations, obs)
-        self.actions[pos] = np.asarray(action).reshape(self.n_envs, self.action_dim)
+        self.actions[pos] = action
         self.rewards[pos] = reward
         self.dones[pos] = done
         if self.handle_timeout_termination:
-            self.timeouts[pos] = [info.get("TimeLimit.truncated", False) for info in infos]
+            self.timeouts[pos] = timeout
         map_obs(lambda storage, new: storage.__setitem__(..., new), self._newest_next_obs, next_obs)
         for env_index in np.flatnonzero(done).tolist():
             self._keep_on_side(pos, env_index)
@@ -334,7 +339,7 @@ class NextObservations(NDArrayOperatorsMixin):
     """
     Read-only stand-in for the array ``next_observations`` of SB3's buffer.
 
-    Indexing gathers just what is asked for; ``np.asarray`` gathers all.
+    Indexing gathers just what is asked for; ``np.asarray``, and whatever else arrays can do, gathers all.
 
     :param buffer: where the observations are
     :param key: of Dict observations, or None
@@ -347,25 +352,34 @@ class NextObservations(NDArrayOperatorsMixin):
         self.shape: tuple[int, ...] = storage.shape
         self.dtype: np.dtype = storage.dtype
         self.ndim: int = storage.ndim
+        self.size: int = storage.size
+        self.nbytes: int = storage.nbytes  # if it were gathered
 
     def __len__(self) -> int:
         return self.shape[0]
 
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return iter(np.asarray(self))
+
+    def __getattr__(self, name: str) -> Any:
+        """Methods of arrays (``copy``, ``mean``, ...), on all of it."""
+        if name.startswith("_"):  # not for copying, pickling and array protocols
+            raise AttributeError(name)
+        return getattr(np.asarray(self), name)
+
     def __getitem__(self, index: Any) -> np.ndarray:
-        if not isinstance(index, tuple):
-            index = (index,)
-        simple = all(
-            isinstance(part, int | slice) or np.issubdtype(np.asarray(part).dtype, np.integer) for part in index[:2]
-        )
-        if not simple or any(not isinstance(part, int | slice) for part in index[2:]):
+        parts = index if isinstance(index, tuple) else (index,)
+        (row_part, env_part), features = (*parts[:2], slice(None))[:2], parts[2:]
+        if not (_is_simple(row_part) and _is_simple(env_part)) or any(not isinstance(f, int | slice) for f in features):
             return np.asarray(np.asarray(self)[index])  # masks, ellipses, ...: leave it to NumPy
-        buffer = self._buffer
-        rows_envs = np.arange(buffer.buffer_size * buffer.n_envs).reshape(buffer.buffer_size, buffer.n_envs)[index[:2]]
-        rows, env_indices = np.divmod(rows_envs.ravel(), buffer.n_envs)
-        next_obs = buffer._get_next_obs(rows, env_indices)
+        rows, env_indices = _positions(row_part, self.shape[0]), _positions(env_part, self.shape[1])
+        if isinstance(row_part, slice) or isinstance(env_part, slice):  # every row with every environment
+            rows = rows.reshape(*rows.shape, *[1] * env_indices.ndim)
+        rows, env_indices = np.broadcast_arrays(rows, env_indices)
+        next_obs = self._buffer._get_next_obs(rows.ravel(), env_indices.ravel())
         next_obs = next_obs if self._key is None else next_obs[self._key]
-        next_obs = next_obs.reshape(*rows_envs.shape, *self.shape[2:])
-        return np.asarray(next_obs[(slice(None),) * rows_envs.ndim + index[2:]])
+        next_obs = next_obs.reshape(*rows.shape, *self.shape[2:])
+        return np.asarray(next_obs[(slice(None),) * rows.ndim + features])
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return self[:].astype(self.dtype if dtype is None else dtype, copy=False)
@@ -373,3 +387,22 @@ class NextObservations(NDArrayOperatorsMixin):
     def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **kwargs: Any) -> Any:
         arrays = [np.asarray(x) if isinstance(x, NextObservations) else x for x in inputs]
         return getattr(ufunc, method)(*arrays, **kwargs)
+
+
+def _is_simple(part: Any) -> bool:
+    """A slice, an integer or an array of integers, as an index."""
+    return isinstance(part, slice) or (part is not Ellipsis and np.issubdtype(np.asarray(part).dtype, np.integer))
+
+
+def _positions(part: Any, n: int) -> np.ndarray:
+    """
+    :param part: simple index into an axis
+    :param n: length of the axis
+    :return: positions in [0, n)
+    """
+    if isinstance(part, slice):
+        return np.arange(*part.indices(n))
+    positions = np.asarray(part)
+    if positions.size and not -n <= positions.min() <= positions.max() < n:
+        raise IndexError(f"index {part} is out of bounds for an axis of length {n}")
+    return positions % n

@@ -1,5 +1,6 @@
 """Callbacks for training with SoftSAC."""
 
+import warnings
 from pathlib import Path
 
 from stable_baselines3.common.callbacks import BaseCallback
@@ -47,6 +48,13 @@ class SaveBestTrainingReturnCallback(BaseCallback):
     def _on_rollout_end(self) -> None:
         # Only now has the algorithm counted the episodes that the rollout finished
         returns = [info["r"] for info in self.model.ep_info_buffer or ()]
+        if not returns and self.model._episode_num > 0 and self._episodes_seen < 0:
+            self._episodes_seen = 0
+            warnings.warn(
+                "SaveBestTrainingReturnCallback sees no returns of finished episodes and will save nothing: wrap the "
+                "environments in Monitor, or the vectorised one in VecMonitor.",
+                stacklevel=2,
+            )
         enough = min(self.min_episodes, self.model._stats_window_size)
         if self.model._episode_num == self._episodes_seen or len(returns) < enough:
             return

@@ -6,6 +6,7 @@ SB3's ``Actor``, ``ContinuousCritic`` and ``SACPolicy`` build the networks, so p
 
 from typing import Any, ClassVar
 
+import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.distributions import StateDependentNoiseDistribution
@@ -47,9 +48,16 @@ class Actor(sb3_policies.Actor):
         separate_log_std_net: bool = False,
         **kwargs: Any,
     ):
-        low, high = log_std_bounds if len(log_std_bounds) == 2 else (0.0, 0.0)
-        if not low < high:
-            raise ValueError(f"log_std_bounds={log_std_bounds} must be (low, high) with low < high, e.g. (-20, 2).")
+        try:
+            low, high = (float(bound) for bound in log_std_bounds)
+        except (TypeError, ValueError):
+            low, high = float("nan"), float("nan")
+        if not float("-inf") < low < high < float("inf"):
+            raise ValueError(
+                f"log_std_bounds={log_std_bounds} must be finite numbers (low, high) with low < high, e.g. (-20, 2)."
+            )
+        if not isinstance(separate_log_std_net, bool):
+            raise ValueError(f"separate_log_std_net={separate_log_std_net!r} must be True or False.")
         if log_std_bounding not in ("clamp", "tanh"):
             raise ValueError(f"log_std_bounding={log_std_bounding!r} is unknown: use 'clamp' or 'tanh'.")
         super().__init__(*args, **kwargs)
@@ -211,11 +219,11 @@ class SoftSACPolicy(sb3_policies.SACPolicy):
     ):
         if weight_init not in WEIGHT_INITS:
             raise ValueError(f"weight_init={weight_init!r} is unknown: use one of {WEIGHT_INITS}.")
-        if not isinstance(n_critics, int) or n_critics < 1:
+        if not isinstance(n_critics, int | np.integer) or n_critics < 1:
             raise ValueError(f"n_critics={n_critics!r} is not valid: it must be an integer >= 1.")
         # SACPolicy.__init__ builds the networks, so what they are built from is set before it
         self.log_std_kwargs: dict[str, Any] = {
-            "log_std_bounds": tuple(float(bound) for bound in log_std_bounds),
+            "log_std_bounds": log_std_bounds,
             "log_std_bounding": log_std_bounding,
             "separate_log_std_net": separate_log_std_net,
         }

@@ -195,11 +195,13 @@ class SoftSAC(OffPolicyAlgorithm):
         self.target_entropy = float(self.target_entropy)
         first_learning_rate = self._schedule(self.ent_coef_learning_rate)(1.0)
         self._ent_coef: EntCoef = make_ent_coef(self.ent_coef, first_learning_rate, self.device)
-        if self.ent_coef_learning_rate is not None and self.log_ent_coef is None:
-            raise ValueError(
-                f"ent_coef_learning_rate={self.ent_coef_learning_rate} has no effect on the fixed ent_coef="
-                f"{self.ent_coef}: use ent_coef='auto_{self.ent_coef}' to learn it, or leave it out."
-            )
+        for name, default in (("ent_coef_learning_rate", None), ("ent_coef_loss", "log")):
+            value = getattr(self, name)
+            if self.log_ent_coef is None and value != default:
+                raise ValueError(
+                    f"{name}={value!r} has no effect on the fixed ent_coef={self.ent_coef}: use "
+                    f"ent_coef='auto_{self.ent_coef}' to learn it, or leave {name} out."
+                )
 
     def _adopt_sb3_classes(self) -> None:
         """A model saved by SB3's ``SAC`` names SB3's policy and buffer classes: take ours of the same role."""
@@ -221,13 +223,15 @@ class SoftSAC(OffPolicyAlgorithm):
         self.replay_buffer_class = buffer_class
         self.optimize_memory_usage = False  # nothing left to do, and SB3 would cut the last episode for its sake
         if self.replay_buffer is None:
+            # A user's subclass need not know n-step returns
+            own = {"n_steps": self.n_steps, "gamma": self.gamma} if self.n_steps > 1 else {}
             self.replay_buffer = buffer_class(
                 self.buffer_size,
                 self.observation_space,
                 self.action_space,
                 device=self.device,
                 n_envs=self.n_envs,
-                **{"n_steps": self.n_steps, "gamma": self.gamma, **self.replay_buffer_kwargs},
+                **{**own, **self.replay_buffer_kwargs},
             )
 
     def _create_aliases(self) -> None:

@@ -209,12 +209,19 @@ def test_next_observations_is_indexed_like_an_array() -> None:
     assert isinstance(array, np.ndarray) and array.dtype == np.float32
     rows, envs = np.array([3, 0, 9]), np.array([1, 0, 1])
     indices: list[Any] = [
-        0, -1, slice(2, 5), rows, (rows, envs), (rows, envs, slice(None)), (slice(None), 0), (4, 1, 2),
+        0, -1, slice(2, 5), slice(None, None, -2), rows, [1, 2], (rows[:, None], envs), (rows, slice(None), 1),
+        (slice(None), envs), (slice(3, 1), 0), (rows, envs), (rows, envs, slice(None)), (slice(None), 0), (4, 1, 2),
         (slice(None), slice(None), 1), np.arange(10) > 2, array > 5.0,
         Ellipsis, (Ellipsis, 0), (rows, envs, np.array([0, 1, 2])),
     ]  # fmt: skip
     for index in indices:
         np.testing.assert_array_equal(lazy[index], array[index])
+    for index in (10, (0, 2), np.array([0, -11])):
+        with pytest.raises(IndexError):
+            lazy[index]
+    assert np.array_equal(list(lazy), array) and np.array_equal(lazy.copy(), array) and lazy.mean() == array.mean()
+    assert (lazy.size, lazy.nbytes, lazy.T.shape) == (array.size, array.nbytes, array.T.shape)
+    assert copy.deepcopy(lazy).shape == array.shape
     np.testing.assert_array_equal(lazy + 1, array + 1)
     np.testing.assert_array_equal(lazy == array, np.ones_like(array, dtype=bool))
     with pytest.raises(TypeError):
@@ -262,6 +269,30 @@ def test_wrong_shapes_are_refused(shape: tuple[int, ...]) -> None:
     buffer = ReplayBuffer(4, BOX_SPACE, ACTION_SPACE, "cpu")
     with pytest.raises(ValueError, match="the observation space"):
         buffer.add(np.zeros(shape), np.zeros(shape), np.zeros((1, 2)), np.zeros(1), np.array([False]), [{}])
+
+
+@pytest.mark.parametrize("wrong", ["action", "reward", "done", "infos"])
+def test_refused_transition_leaves_nothing_behind(wrong: str) -> None:
+    buffer = filled(n_envs=2)
+    before = pickle.dumps(buffer)
+    arguments: dict[str, Any] = {
+        "obs": make_obs(BOX_SPACE, [1, 2]), "next_obs": make_obs(BOX_SPACE, [3, 4]), "action": np.zeros((2, 2)),
+        "reward": np.zeros(2), "done": np.zeros(2, dtype=bool), "infos": [{}, {}],
+    }  # fmt: skip
+    arguments[wrong] = arguments[wrong][:1]
+    with pytest.raises(ValueError):
+        buffer.add(**arguments)
+    assert pickle.dumps(buffer) == before
+
+
+def test_reading_one_row_does_not_read_the_buffer() -> None:
+    """Indexing asks the buffer for just the rows it names."""
+    buffer = filled(n_envs=2)
+    asked: list[int] = []
+    get = buffer._get_next_obs
+    buffer._get_next_obs = lambda rows, envs: asked.append(len(rows)) or get(rows, envs)  # type: ignore[method-assign,func-returns-value]
+    _ = buffer.next_observations[3], buffer.next_observations[np.array([1, 2, 3]), 0], buffer.next_observations[4:6, 1]
+    assert asked == [2, 3, 2]
 
 
 def test_nan_observations_are_no_break() -> None:

@@ -3,10 +3,11 @@
 import pathlib
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import pytest
 from stable_baselines3.common.env_util import make_vec_env
-from stable_baselines3.common.vec_env import VecNormalize
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from sb3_softsac import SaveBestTrainingReturnCallback, SoftSAC
 
@@ -38,6 +39,13 @@ def test_small_stats_window(tmp_path: pathlib.Path) -> None:
     )
     model.learn(610, callback=callback)
     assert (tmp_path / "best_training_model.zip").exists()
+
+
+def test_warns_without_monitor(tmp_path: pathlib.Path) -> None:
+    model = make_model(DummyVecEnv([lambda: gym.make("Pendulum-v1")]))
+    with pytest.warns(UserWarning, match="wrap the environments in Monitor") as warned:
+        model.learn(610, callback=SaveBestTrainingReturnCallback(save_path=str(tmp_path)))
+    assert len(warned) == 1
 
 
 def test_needs_a_folder() -> None:

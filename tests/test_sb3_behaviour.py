@@ -337,7 +337,16 @@ class OurSubclass(ReplayBuffer):
     """A user's own buffer, derived from ours."""
 
 
+class OurSubclassWithSB3sSignature(ReplayBuffer):
+    """One that knows nothing of n-step returns."""
+
+    def __init__(self, buffer_size: int, observation_space: Any, action_space: Any, device: Any = "auto",
+                 n_envs: int = 1, optimize_memory_usage: bool = False):  # fmt: skip
+        super().__init__(buffer_size, observation_space, action_space, device, n_envs, optimize_memory_usage)
+
+
 def test_subclass_of_our_buffer() -> None:
+    make_model(replay_buffer_class=OurSubclassWithSB3sSignature).learn(40)
     model = make_model(replay_buffer_class=OurSubclass, n_steps=3, optimize_memory_usage=True)
     model.learn(40)
     model.learn(40)
@@ -345,7 +354,7 @@ def test_subclass_of_our_buffer() -> None:
     assert model.replay_buffer.n_steps == 3 and not model.replay_buffer.dones.any()
 
 
-def test_loading_accepts_the_policy_kwargs_it_was_made_with(tmp_path: pathlib.Path) -> None:
+def test_target_actor_is_not_noted_in_the_policy_kwargs(tmp_path: pathlib.Path) -> None:
     policy_kwargs = {"net_arch": [16]}
     make_model(use_actor_target=True, policy_kwargs=policy_kwargs).save(tmp_path / "model.zip")
     loaded = SoftSAC.load(tmp_path / "model.zip", device="cpu", policy_kwargs=policy_kwargs)

@@ -509,6 +509,8 @@ def test_bad_options(option: str, value: Any) -> None:
 def test_options_that_exclude_each_other() -> None:
     with pytest.raises(ValueError, match="has no effect on the fixed ent_coef"):
         SoftSAC("MlpPolicy", "Pendulum-v1", ent_coef=0.1, ent_coef_learning_rate=1e-3)
+    with pytest.raises(ValueError, match="ent_coef_loss='exp' has no effect on the fixed ent_coef"):
+        SoftSAC("MlpPolicy", "Pendulum-v1", ent_coef=0.1, ent_coef_loss="exp")
     with pytest.raises(ValueError, match="use_sde=True"):
         SoftSAC("MlpPolicy", "Pendulum-v1", use_sde=True, policy_kwargs={"separate_log_std_net": True})
 
