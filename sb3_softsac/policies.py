@@ -114,7 +114,8 @@ class Actor(sb3_policies.Actor):
         """
         mean_actions, log_std, extra = self.get_action_dist_params(obs)
         if self.use_sde:
-            gaussian_actions, log_std = self._sample_sde(mean_actions, log_std, extra["latent_sde"])
+            gaussian_actions = mean_actions + self._sde_noise(extra["latent_sde"])
+            log_std = self._sde_log_std(log_std, extra["latent_sde"])
             log_prob = distributions.log_prob(gaussian_actions, mean_actions, log_std)
         else:
             noise = th.randn_like(mean_actions) if noise is None else noise
@@ -131,8 +132,7 @@ class Actor(sb3_policies.Actor):
         if deterministic:
             return distributions.squash(mean_actions)
         if self.use_sde:
-            assert isinstance(self.action_dist, StateDependentNoiseDistribution)
-            return distributions.squash(mean_actions + self.action_dist.get_noise(extra["latent_sde"]))
+            return distributions.squash(mean_actions + self._sde_noise(extra["latent_sde"]))
         return distributions.squash(mean_actions + th.exp(log_std) * th.randn_like(mean_actions))
 
     def action_log_prob(self, obs: TorchObs) -> tuple[th.Tensor, th.Tensor]:
@@ -159,12 +159,10 @@ class Actor(sb3_policies.Actor):
             log_std = self._sde_log_std(log_std, extra["latent_sde"])
         return distributions.log_prob(distributions.unsquash(actions), mean_actions, log_std)
 
-    def _sample_sde(
-        self, mean_actions: th.Tensor, log_std: th.Tensor, latent_sde: th.Tensor
-    ) -> tuple[th.Tensor, th.Tensor]:
+    def _sde_noise(self, latent_sde: th.Tensor) -> th.Tensor:
+        """Features times the exploration matrix of the last ``reset_noise()``."""
         assert isinstance(self.action_dist, StateDependentNoiseDistribution)
-        gaussian_actions = mean_actions + self.action_dist.get_noise(latent_sde)
-        return gaussian_actions, self._sde_log_std(log_std, latent_sde)
+        return self.action_dist.get_noise(latent_sde)
 
     def _sde_log_std(self, log_std: th.Tensor, latent_sde: th.Tensor) -> th.Tensor:
         """Standard deviation that the exploration matrix gives each action (gSDE, https://arxiv.org/abs/2005.05719)."""

@@ -289,7 +289,7 @@ class SoftSAC(OffPolicyAlgorithm):
 
         :param gradient_steps: number of updates
         :param batch_size: minibatch size, B
-        :raises ValueError: if a loss is not finite
+        :raises ValueError: if a loss or its gradient is not finite
         """
         assert self.replay_buffer is not None
         self.policy.set_training_mode(True)
