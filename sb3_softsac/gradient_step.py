@@ -1,7 +1,8 @@
 """One whole SAC update: sampled batch in, new parameters, targets and metrics out.
 
 The only module that takes gradients and steps optimisers. Noise is drawn in the order of SB3's ``SAC.train``, and each
-loss sees the networks and the entropy coefficient that SB3's sees: equal networks, batch and noise give equal new networks.
+loss sees the networks and the entropy coefficient that SB3's sees: equal networks, batch and noise give equal new
+networks.
 """
 
 from typing import NamedTuple
