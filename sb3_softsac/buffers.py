@@ -41,6 +41,11 @@ def map_obs(function: Callable[..., Any], *observations: Any) -> Any:
     return function(*observations)
 
 
+def _named(name: str, obs: Obs) -> dict[str, np.ndarray]:
+    """One name for an array, one with each key for a dict of arrays."""
+    return {f"{name}.{key}": value for key, value in obs.items()} if isinstance(obs, dict) else {name: obs}
+
+
 class ReplayBuffer(SB3ReplayBuffer):
     """
     Default replay buffer of SoftSAC, for array and Dict observations, any number of environments and n-step returns.
@@ -95,6 +100,7 @@ class ReplayBuffer(SB3ReplayBuffer):
         self._side_obs = self._zeros_obs((0,))
         self._free_slots: list[int] = []
         self._newest_next_obs = self._zeros_obs((self.n_envs,))
+        self.n_added = 0  # rows ever added; counts on when rows are overwritten or forgotten
         self.seed(None)
         if psutil is not None and self.nbytes > psutil.virtual_memory().available:
             warnings.warn(
@@ -173,10 +179,18 @@ class ReplayBuffer(SB3ReplayBuffer):
         for env_index in np.flatnonzero(done).tolist():
             self._keep_on_side(pos, env_index)
 
+        self.n_added += 1
         self.pos += 1
         if self.pos == self.buffer_size:
             self.full = True
             self.pos = 0
+
+    def mark_changed(self) -> None:
+        """
+        Say that rows were changed in place, past ``add``: the next checkpoint then looks at all of them. Incremental
+        checkpoints otherwise look only at the rows added since the one before.
+        """
+        self.n_added += self.buffer_size
 
     def reset(self) -> None:
         """Forget all rows."""
@@ -184,6 +198,94 @@ class ReplayBuffer(SB3ReplayBuffer):
         self._side_slot[:] = 0
         self._side_obs = self._zeros_obs((0,))
         self._free_slots = []
+        self.mark_changed()
+
+    def get_rows(self, first: int, last: int) -> dict[str, np.ndarray]:
+        """
+        Contents of some rows, to be saved.
+
+        :param first: first row
+        :param last: one past the last row
+        :return: arrays by name, views where possible, their first axis that of the rows; except those called ``side_``:
+            one entry for each next observation that is kept on the side, with its index into the flattened rows
+        """
+        slots = self._side_slot[first:last].ravel()
+        on_side = np.flatnonzero(slots)
+        return {
+            **_named("observations", map_obs(lambda storage: storage[first:last], self.observations)),
+            "actions": self.actions[first:last],
+            "rewards": self.rewards[first:last],
+            "dones": self.dones[first:last],
+            "timeouts": self.timeouts[first:last],
+            "side_index": on_side,
+            **_named("side_observations", map_obs(lambda side: side[slots[on_side] - 1], self._side_obs)),
+        }
+
+    def set_rows(self, first: int, rows: dict[str, np.ndarray]) -> None:
+        """
+        Fill rows of an empty buffer with what :meth:`get_rows` has returned.
+
+        :param first: first row
+        :param rows: arrays by name
+        :raises ValueError: if a next observation belongs to none of these rows
+        """
+        last = first + len(rows["actions"])
+        for name, storage in _named("observations", self.observations).items():
+            storage[first:last] = rows[name]
+        for name in ("actions", "rewards", "dones", "timeouts"):
+            getattr(self, name)[first:last] = rows[name]
+        on_side = rows["side_index"]
+        if on_side.size and not 0 <= on_side.min() <= on_side.max() < (last - first) * self.n_envs:
+            raise ValueError("side_index points outside of its rows")
+        while len(self._free_slots) < on_side.size:
+            self._grow_side()
+        slots = np.array([self._free_slots.pop() for _ in range(on_side.size)], dtype=np.int32)
+        self._side_slot[first:last].reshape(-1)[on_side] = slots + 1
+        for name, side in _named("side_observations", self._side_obs).items():
+            side[slots] = rows[name]
+        self.mark_changed()
+
+    def get_state(self) -> dict[str, Any]:
+        """
+        :return: what there is besides the rows
+        """
+        newest = map_obs(np.copy, self._newest_next_obs)
+        return {"pos": self.pos, "full": self.full, "newest_next_obs": newest, "rng": self.rng.bit_generator.state}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """
+        :param state: what :meth:`get_state` has returned
+        """
+        map_obs(lambda storage, new: storage.__setitem__(..., new), self._newest_next_obs, state["newest_next_obs"])
+        self.rng.bit_generator.state = state["rng"]
+        self.pos, self.full = int(state["pos"]), bool(state["full"])
+        self.mark_changed()
+
+    def copy_transitions(self, other: SB3ReplayBuffer) -> int:
+        """
+        Add the transitions of another buffer, which may be SB3's and of another size or number of environments.
+
+        The episodes of several environments then follow each other in one, or those of one are dealt out to several.
+        The oldest are left out where there is no room for all, or where the number of rows does not divide.
+
+        :param other: buffer with the same spaces
+        :return: transitions added
+        """
+        n_rows = other.size()
+        n_new = min(n_rows * other.n_envs // self.n_envs, self.buffer_size)
+        order = (np.arange(n_rows) + (other.pos if other.full else 0)) % other.buffer_size
+        kept = order[n_rows - -(-n_new * self.n_envs // other.n_envs) :]
+        rows = np.tile(kept, other.n_envs)[-n_new * self.n_envs :].reshape(self.n_envs, n_new)
+        env_indices = np.repeat(np.arange(other.n_envs), len(kept))[-n_new * self.n_envs :].reshape(self.n_envs, n_new)
+        for step in range(n_new):
+            at = rows[:, step], env_indices[:, step]
+            obs, next_obs = (
+                map_obs(lambda storage, at=at: np.asarray(storage[at]), source)
+                for source in (other.observations, other.next_observations)
+            )
+            infos = [{"TimeLimit.truncated": bool(timeout)} for timeout in other.timeouts[at]]
+            self.add(obs, next_obs, other.actions[at], other.rewards[at], other.dones[at], infos)
+        return n_new * self.n_envs
 
     def sample(  # type: ignore[override]
         self, batch_size: int, env: VecNormalize | None = None
@@ -304,7 +406,7 @@ class ReplayBuffer(SB3ReplayBuffer):
         grown = self._zeros_obs((new,))
         map_obs(lambda storage, kept: storage.__setitem__(slice(old), kept), grown, side)
         self._side_obs = grown
-        self._free_slots = list(range(new - 1, old - 1, -1))
+        self._free_slots = [*range(new - 1, old - 1, -1), *self._free_slots]
 
     def _as_rows(self, obs: Obs) -> Obs:
         """Check the shape and cast to the storage's dtype; (E,) of Discrete spaces becomes (E, 1)."""

@@ -1,10 +1,137 @@
 """Callbacks for training with SoftSAC."""
 
+import os
+import signal
+import threading
 import warnings
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.utils import safe_mean
+
+from sb3_softsac import env_state
+from sb3_softsac.run_folder import RunFolder
+from sb3_softsac.softsac import SoftSAC
+
+EXIT_STATUS = 143  # 128 + SIGTERM: what schedulers expect of a job that they have asked to stop
+
+
+class CheckpointCallback(BaseCallback):
+    """
+    Save checkpoints of the whole run, replay buffer included, in a folder that ``SoftSAC.load(folder, env)`` continues
+    from. Each costs what is new since the one before; all of them can be loaded, at any moment the process may end.
+
+    :param save_freq: calls of the callback between checkpoints, as in SB3: environment steps divided by the number of
+        environments; 0: only on signals
+    :param save_path: folder; that of another run is refused
+    :param keep_last: checkpoints to keep, at least 1
+    :param on_signal: at SIGTERM and SIGUSR1, save a checkpoint at the end of the current step and exit with status 143
+    :param save_replay_buffer: False: leave the replay buffer out
+    :param verbose: 1: print each checkpoint
+    :raises ValueError: for values that are not valid; at the start of training, if ``save_path`` has another run's
+        checkpoints
+    """
+
+    model: SoftSAC
+
+    def __init__(
+        self,
+        save_freq: int,
+        save_path: str | Path,
+        keep_last: int = 2,
+        on_signal: bool = True,
+        save_replay_buffer: bool = True,
+        verbose: int = 0,
+    ):
+        super().__init__(verbose)
+        if save_freq < 0 or keep_last < 1:
+            raise ValueError(f"save_freq={save_freq} must be at least 0, and keep_last={keep_last} at least 1.")
+        self.save_freq = save_freq
+        self.save_path = Path(save_path)
+        self.keep_last = keep_last
+        self.on_signal = on_signal
+        self.save_replay_buffer = save_replay_buffer
+        self._signal: int | None = None
+
+    def _init_callback(self) -> None:
+        if not isinstance(self.model, SoftSAC):
+            raise ValueError(f"CheckpointCallback saves SoftSAC, not {type(self.model).__name__}: use SB3's.")
+        ours = self.model.run_folder
+        if ours is not None and ours.path.resolve() == self.save_path.resolve():
+            self._folder = ours
+            return
+        self._folder = RunFolder(self.save_path)
+        if self._folder.numbers():
+            raise ValueError(
+                f"save_path={str(self.save_path)!r} has checkpoints of another run: continue it with "
+                f"SoftSAC.load({str(self.save_path)!r}, env), or choose another folder."
+            )
+        self.model.run_folder = self._folder
+
+    def _on_training_start(self) -> None:
+        if not self.on_signal:
+            return
+        if threading.current_thread() is not threading.main_thread():
+            warnings.warn("on_signal=True has no effect: signals can be handled in the main thread only.", stacklevel=2)
+            return
+        numbers = [signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else [])]
+        env_state.ignore_signals(self.training_env, numbers)
+        for number in numbers:
+            before = signal.getsignal(number)
+            if getattr(before, "__self__", None).__class__ is not _Handler:
+                signal.signal(number, _Handler(before).handle)
+            signal.getsignal(number).__self__.callback = self  # type: ignore[union-attr]
+
+    def _on_step(self) -> bool:
+        is_due = self.save_freq > 0 and self.n_calls % self.save_freq == 0
+        if is_due or self._signal is not None:
+            # Callbacks that come after this one have not seen the step yet
+            self.model.after_step = self._save_and_exit
+        return True
+
+    def _save_and_exit(self) -> None:
+        self.save()
+        if self._signal is not None:
+            name = signal.Signals(self._signal).name
+            print(f"{name}: saved a checkpoint at step {self.num_timesteps} in {self.save_path}, exiting.", flush=True)
+            raise SystemExit(EXIT_STATUS)
+
+    def save(self) -> None:
+        """Save a checkpoint now."""
+        model = self.model
+        buffer = model.replay_buffer if self.save_replay_buffer else None
+        exclude = () if self.save_replay_buffer else ("replay_buffer",)
+        self._folder.save(
+            model.num_timesteps,
+            lambda file: model.write(file, exclude, rows_elsewhere=True),
+            buffer,
+            self.keep_last,
+        )
+        if self.verbose > 0:
+            print(f"Saved a checkpoint at step {model.num_timesteps} in {self.save_path}")
+
+
+class _Handler:
+    """
+    Sets a flag while the model is learning; otherwise the signal does what it did before.
+
+    :param before: the handler that was there
+    """
+
+    def __init__(self, before: Any):
+        self.before = before
+        self.callback: CheckpointCallback | None = None
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        if self.callback is not None and self.callback.model.is_learning and self.callback._signal is None:
+            self.callback._signal = number
+        elif callable(self.before):
+            self.before(number, frame)
+        elif self.before == signal.SIG_DFL:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
 
 
 class SaveBestTrainingReturnCallback(BaseCallback):
@@ -64,7 +191,7 @@ class SaveBestTrainingReturnCallback(BaseCallback):
             return
         self.best_mean_return = mean_return
         self._folder.mkdir(parents=True, exist_ok=True)
-        self.model.save(self._folder / f"{self.name}.zip")
+        self.model.save(self._folder / f"{self.name}.zip", exclude=["replay_buffer"])
         vec_normalize = self.model.get_vec_normalize_env()
         if vec_normalize is not None:
             vec_normalize.save(str(self._folder / f"{self.name}_vecnormalize.pkl"))

@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable
-from typing import Any, ClassVar, TypeVar, cast
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch as th
@@ -10,23 +10,29 @@ from gymnasium import spaces
 from stable_baselines3.common.base_class import maybe_make_env
 from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer
 from stable_baselines3.common.buffers import ReplayBuffer as SB3ReplayBuffer
+from stable_baselines3.common.distributions import StateDependentNoiseDistribution
 from stable_baselines3.common.noise import ActionNoise
-from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy, ContinuousCritic
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, RolloutReturn, Schedule
-from stable_baselines3.common.utils import FloatSchedule, update_learning_rate
+from stable_baselines3.common.type_aliases import (
+    GymEnv,
+    Schedule,
+)
+from stable_baselines3.common.utils import (
+    FloatSchedule,
+    update_learning_rate,
+)
+from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
 from sb3_softsac.buffers import ReplayBuffer
 from sb3_softsac.distributions import log_action_scale
 from sb3_softsac.ent_coef import EntCoef, make_ent_coef
 from sb3_softsac.gradient_step import UpdateOptions, gradient_step
 from sb3_softsac.policies import COUNTERPARTS, Actor, CnnPolicy, MlpPolicy, MultiInputPolicy, SoftSACPolicy
+from sb3_softsac.resumable import ResumableAlgorithm
 from sb3_softsac.validation import check_action_space, check_options
 
-SelfSoftSAC = TypeVar("SelfSoftSAC", bound="SoftSAC")
 
-
-class SoftSAC(OffPolicyAlgorithm):
+class SoftSAC(ResumableAlgorithm):
     """
     Soft Actor-Critic (https://arxiv.org/abs/1812.05905) with an exact log-probability, lean replay memory and the
     options that SAC users ask for. The positional arguments are those of SB3's ``SAC``; the keyword-only ones leave
@@ -177,14 +183,15 @@ class SoftSAC(OffPolicyAlgorithm):
     def _setup_model(self) -> None:
         check_options(self)
         self._adopt_sb3_classes()
-        if self.replay_buffer_class is None or issubclass(self.replay_buffer_class, ReplayBuffer):
-            self._setup_default_buffer()
-            # OffPolicyAlgorithm would warn that no class but its own takes n_steps
-            n_steps, self.n_steps = self.n_steps, 1
-            super()._setup_model()
-            self.n_steps = n_steps
-        else:
-            super()._setup_model()
+        self._setup_replay_buffer()
+        buffer, n_steps = self.replay_buffer, self.n_steps
+        assert self.replay_buffer_class is not None
+        if buffer is None:
+            self.replay_buffer = cast(SB3ReplayBuffer, "none yet")  # else OffPolicyAlgorithm makes one
+        if issubclass(self.replay_buffer_class, ReplayBuffer):
+            self.n_steps = 1  # else it would warn that no class but its own takes n_steps
+        super()._setup_model()
+        self.replay_buffer, self.n_steps = buffer, n_steps
         if self.use_actor_target and self.policy.actor_target is None:
             self.policy.make_actor_target()
         self.use_actor_target = self.policy.actor_target is not None
@@ -218,14 +225,19 @@ class SoftSAC(OffPolicyAlgorithm):
                 "'MultiInputPolicy', or derive your class from sb3_softsac.SoftSACPolicy."
             )
 
-    def _setup_default_buffer(self) -> None:
-        buffer_class = cast(type[ReplayBuffer], self.replay_buffer_class or ReplayBuffer)
-        self.replay_buffer_class = buffer_class
-        self.optimize_memory_usage = False  # nothing left to do, and SB3 would cut the last episode for its sake
-        if self.replay_buffer is None:
+    def _setup_replay_buffer(self) -> None:
+        """Make the replay buffer, unless there is one or the model was loaded without an environment, to predict."""
+        if self.replay_buffer_class is None or issubclass(self.replay_buffer_class, ReplayBuffer):
+            self.replay_buffer_class = self.replay_buffer_class or ReplayBuffer
+            self.optimize_memory_usage = False  # nothing left to do, and SB3 would cut the last episode for its sake
             # A user's subclass need not know n-step returns
-            own = {"n_steps": self.n_steps, "gamma": self.gamma} if self.n_steps > 1 else {}
-            self.replay_buffer = buffer_class(
+            own: dict[str, Any] = {"n_steps": self.n_steps, "gamma": self.gamma} if self.n_steps > 1 else {}
+        else:
+            own = {"optimize_memory_usage": self.optimize_memory_usage}
+            if issubclass(self.replay_buffer_class, HerReplayBuffer):
+                own["env"] = self.env
+        if self.replay_buffer is None and self.env is not None:
+            self.replay_buffer = self.replay_buffer_class(
                 self.buffer_size,
                 self.observation_space,
                 self.action_space,
@@ -344,61 +356,21 @@ class SoftSAC(OffPolicyAlgorithm):
             if learning_rate is not None:
                 self.logger.record(f"train/{name}", value)
 
-    def _sample_action(
-        self, learning_starts: int, action_noise: ActionNoise | None = None, n_envs: int = 1
-    ) -> tuple[np.ndarray, np.ndarray]:
-        # SB3's one number says both when learning starts and when random actions end
-        random_steps = learning_starts if self.random_steps is None else self.random_steps
-        return super()._sample_action(random_steps, action_noise, n_envs)
+    def _exploration_state(self) -> list[list[th.Tensor]]:
+        """Exploration matrices of gSDE, of the actor and of its target."""
+        actors = [actor for actor in (self.actor, self.actor_target) if actor is not None]
+        distributions = [actor.action_dist for actor in actors]
+        return [
+            [dist.exploration_mat, dist.exploration_matrices]
+            for dist in distributions
+            if isinstance(dist, StateDependentNoiseDistribution)
+        ]
 
-    def collect_rollouts(self, *args: Any, **kwargs: Any) -> RolloutReturn:
-        """
-        As in SB3; but a run that continues without its replay buffer first collects ``learning_starts`` steps with
-        its policy again, instead of learning from the first few.
-
-        :return: counts of the last rollout, and whether to go on
-        """
-        rollout = super().collect_rollouts(*args, **kwargs)
-        while rollout.continue_training and self._continues_without_buffer():
-            if self.num_timesteps >= self._total_timesteps:
-                return rollout._replace(continue_training=False)  # ends here, without an update
-            rollout = super().collect_rollouts(*args, **kwargs)
-        return rollout
-
-    def _continues_without_buffer(self) -> bool:
-        buffer = self.replay_buffer
-        assert buffer is not None
-        lacking = not buffer.full and buffer.size() * self.n_envs <= self.learning_starts
-        return lacking and self._num_timesteps_at_start > 0
-
-    def learn(
-        self: SelfSoftSAC,
-        total_timesteps: int,
-        callback: MaybeCallback = None,
-        log_interval: int = 4,
-        tb_log_name: str = "SoftSAC",
-        reset_num_timesteps: bool = True,
-        progress_bar: bool = False,
-    ) -> SelfSoftSAC:
-        """
-        Train. The arguments are SB3's.
-
-        :param total_timesteps: environment steps to take
-        :param callback: callback, or list of callbacks
-        :param log_interval: episodes between log entries
-        :param tb_log_name: name of the run in TensorBoard
-        :param reset_num_timesteps: start the step count at 0
-        :param progress_bar: show one (tqdm and rich)
-        :return: self
-        """
-        return super().learn(
-            total_timesteps=total_timesteps,
-            callback=callback,
-            log_interval=log_interval,
-            tb_log_name=tb_log_name,
-            reset_num_timesteps=reset_num_timesteps,
-            progress_bar=progress_bar,
-        )
+    def _set_exploration_state(self, matrices: list[list[th.Tensor]]) -> None:
+        for now, then in zip(self._exploration_state(), matrices, strict=False):
+            for matrix, value in zip(now, then, strict=True):
+                if matrix.shape == value.shape:  # else the number of environments has changed
+                    matrix.data = value.to(matrix.device)
 
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "actor", "critic", "critic_target", "actor_target", "_ent_coef"]

@@ -1,0 +1,72 @@
+"""Counters and records of SB3's callbacks, so that evaluations of a resumed run come when they would have come."""
+
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+from stable_baselines3.common.callbacks import BaseCallback, CallbackList, EvalCallback, EventCallback
+
+from sb3_softsac.state_codec import NotEncodable, decode, encode
+
+# Attributes that change during training. What a user passes to a callback is not among them.
+STATE = (
+    *("n_calls", "n_episodes", "last_time_trigger", "best_mean_reward", "last_mean_reward", "best_mean_return"),
+    *("evaluations_results", "evaluations_timesteps", "evaluations_length", "evaluations_successes"),
+    *("_is_success_buffer", "last_best_mean_reward", "no_improvement_evals", "_episodes_seen"),
+)
+
+
+def capture(callback: BaseCallback | None) -> list[Any]:
+    """
+    :param callback: the callback of ``learn()``, with those it holds
+    :return: JSON tree; a callback with ``get_state()`` is asked for its state
+    """
+    states = []
+    for each in _walk(callback):
+        if hasattr(each, "get_state"):
+            state = each.get_state()
+        else:
+            state = {name: value for name, value in vars(each).items() if name in STATE}
+        try:
+            states.append([_name(each), encode(state, type(each).__name__)])
+        except NotEncodable as error:
+            warnings.warn(f"The state of a callback is not saved: {error}.", stacklevel=2)
+    return states
+
+
+def restore(callback: BaseCallback | None, states: list[Any]) -> None:
+    """
+    :param callback: the callback of ``learn()``; each takes the first state that is left of its class
+    :param states: what :func:`capture` has returned
+    """
+    left = list(states)
+    for each in _walk(callback):
+        for i, (name, tree) in enumerate(left):
+            if name != _name(each):
+                continue
+            del left[i]
+            state = decode(tree)
+            if hasattr(each, "set_state"):
+                each.set_state(state)
+            else:
+                vars(each).update({k: v for k, v in state.items() if k in STATE and k in vars(each)})
+            break
+
+
+def _walk(callback: BaseCallback | None) -> Iterator[BaseCallback]:
+    if callback is None:
+        return
+    yield callback
+    inner: list[BaseCallback | None] = []
+    if isinstance(callback, CallbackList):
+        inner = list(callback.callbacks)
+    elif isinstance(callback, EventCallback):
+        inner = [callback.callback]
+        if isinstance(callback, EvalCallback):
+            inner.append(callback.callback_on_new_best)
+    for each in inner:
+        yield from _walk(each)
+
+
+def _name(callback: BaseCallback) -> str:
+    return f"{type(callback).__module__}.{type(callback).__qualname__}"

@@ -1,0 +1,147 @@
+"""
+``python -m sb3_softsac.checkpoint ls|verify|export PATH``: look into model files and folders of checkpoints.
+
+Nothing that a file holds is run, and nothing is unpickled.
+"""
+
+import argparse
+import shutil
+import sys
+import warnings
+from pathlib import Path
+
+from sb3_softsac import files
+from sb3_softsac.archive import ArchiveReader, ArchiveWriter, CheckpointError
+from sb3_softsac.model_file import ModelFile, open_model_file
+from sb3_softsac.run_folder import RunFolder
+
+
+def ls(path: Path) -> None:
+    """
+    Print what is in a model file, or which checkpoints a folder has.
+
+    :param path: file or folder
+    """
+    if not path.is_dir():
+        with open_model_file(path) as file:
+            _ls_file(file)
+        return
+    folder = RunFolder(path)
+    if not folder.numbers():
+        raise CheckpointError(f"{path} has no checkpoints (no ckpt-*.json in it).")
+    for number in folder.numbers():
+        try:
+            manifest = folder.manifest(number)
+        except CheckpointError as error:
+            print(f"{number:>6}  {error}")
+            continue
+        sizes = [entry["size"] for entry in manifest["segments"]]
+        print(
+            f"{number:>6}  step {manifest['num_timesteps']:>10,}  {manifest['state']['file']} "
+            f"({manifest['state']['size']:,} bytes)  replay: {sum(sizes):,} bytes in {len(sizes)} segments"
+        )
+
+
+def _ls_file(file: ModelFile) -> None:
+    index = file.index
+    print(f"{file.name}: {'SoftSAC' if index else 'SB3'} model file")
+    for name in ("num_timesteps", "n_envs", "machine"):
+        if name in index:
+            print(f"{name}: {index[name]}")
+    replay = index.get("replay")
+    if replay is not None:
+        state = replay["description"]
+        where = "in this file" if replay["segments"] is not None else "in replay/ of its folder"
+        print(
+            f"replay buffer: {state['class']}, {state['buffer_size']} rows x {state['n_envs']} environment(s), {where}"
+        )
+    elif index:
+        print("replay buffer: none")
+    for name, size in file.archive.sizes.items():
+        print(f"{size:>14,}  {name}")
+
+
+def verify(path: Path) -> bool:
+    """
+    Check every byte of a model file, or of all checkpoints of a folder, and print the result.
+
+    :param path: file or folder
+    :return: whether all is whole
+    """
+    if not path.is_dir():
+        try:
+            with open_model_file(path) as file:
+                print(f"{path}: {'whole' if file.index else 'readable (a file of SB3, which has no hashes)'}")
+        except CheckpointError as error:
+            print(error)
+            return False
+        return True
+    folder = RunFolder(path)
+    whole = bool(folder.numbers())
+    if not whole:
+        print(f"{path} has no checkpoints (no ckpt-*.json in it)")
+    for number in folder.numbers():
+        try:
+            manifest = folder.manifest(number)
+            folder.verify(manifest)
+            with folder.open_state(manifest) as state:
+                ArchiveReader(state, manifest["state"]["file"]).verify()
+            print(f"checkpoint {number} (step {manifest['num_timesteps']}): whole")
+        except CheckpointError as error:
+            print(f"checkpoint {number}: {error}")
+            whole = False
+    return whole
+
+
+def export(path: Path, output: Path) -> None:
+    """
+    Write a light model file, enough to predict and to fine-tune: networks, optimisers and settings.
+
+    :param path: model file or folder of checkpoints
+    :param output: file to write
+    """
+    with open_model_file(path) as file, files.atomic_file(output) as target, ArchiveWriter(target) as archive:
+        for name in file.archive.sizes:
+            if name.startswith("replay/") or name == "softsac.json":
+                continue
+            with file.archive.open(name) as source, archive.member(name) as member:
+                shutil.copyfileobj(source, member)
+        archive.close({"num_timesteps": file.index.get("num_timesteps"), "n_envs": file.index.get("n_envs")})
+    print(f"Wrote {output} ({output.stat().st_size:,} bytes)")
+
+
+def main() -> int:
+    """
+    :return: exit status
+    """
+    parser = argparse.ArgumentParser(prog="python -m sb3_softsac.checkpoint", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, text in (
+        ("ls", "what is in it"),
+        ("verify", "check every byte"),
+        ("export", "write a light model file out of it, without replay buffer"),
+    ):
+        command = commands.add_parser(name, help=text, description=text)
+        command.add_argument("path", type=Path, metavar="PATH", help="model file, or folder of checkpoints")
+        if name == "export":
+            command.add_argument("-o", "--output", type=Path, default=Path("policy.zip"), help="default: policy.zip")
+    args = parser.parse_args()
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            if args.command == "ls":
+                ls(args.path)
+            elif args.command == "export":
+                export(args.path, args.output)
+            elif not verify(args.path):
+                return 1
+        for warning in caught:
+            print(f"warning: {warning.message}", file=sys.stderr)
+    except (CheckpointError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

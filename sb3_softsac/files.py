@@ -1,0 +1,138 @@
+"""
+Files that are there as a whole or not at all, whenever the process is killed or the power fails.
+
+A file is written under a temporary name, synced to the disk, and renamed; then its folder is synced. Every operation
+that changes a disk goes through ``os`` here, so that the tests can fail, record or interrupt each of them. An fsync
+that fails is an error, and is not tried again: after it nobody knows what the disk holds.
+"""
+
+import os
+import re
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO, cast
+
+TEMPORARY = ".tmp"
+BUFFER = 1 << 20
+
+
+class _Appender:
+    """Collects small writes to a file descriptor."""
+
+    def __init__(self, fd: int):
+        self.fd = fd
+        self.pending = bytearray()
+
+    def write(self, data: bytes | memoryview) -> int:
+        if len(self.pending) + len(data) > BUFFER:
+            self.flush()
+        if len(data) > BUFFER:
+            self._write(memoryview(data))
+        else:
+            self.pending += data
+        return len(data)
+
+    def flush(self) -> None:
+        pending, self.pending = self.pending, bytearray()
+        self._write(memoryview(pending))
+
+    def _write(self, data: memoryview) -> None:
+        while data:  # the system may take a part only
+            data = data[os.write(self.fd, data) :]
+
+
+@contextmanager
+def atomic_file(path: Path, sync: bool = True) -> Iterator[BinaryIO]:
+    """
+    Write a file; it replaces ``path`` when the block ends without an exception, else nothing has changed.
+
+    :param path: final name; the folder is made if it is not there
+    :param sync: sync the folder too; a caller that writes many files does that once, with :func:`sync_folder`
+    :return: file to append to
+    :raises OSError: from the system, whatever it is
+    """
+    make_folder(path.parent)
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}{TEMPORARY}")
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0), 0o666)
+    try:
+        try:
+            stream = _Appender(fd)
+            yield cast(BinaryIO, stream)
+            stream.flush()
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(temporary)
+        raise
+    if sync:
+        sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """
+    Make names in a folder durable.
+
+    :param folder: the folder
+    """
+    if os.name == "nt":  # folders cannot be opened there; NTFS keeps a journal of names
+        return
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def make_folder(folder: Path) -> None:
+    """
+    Make a folder and those above it, durably.
+
+    :param folder: the folder; may be there already
+    """
+    if folder.is_dir():
+        return
+    make_folder(folder.parent)
+    with suppress(FileExistsError):
+        os.mkdir(folder)
+    sync_folder(folder.parent)
+
+
+def remove(path: Path) -> None:
+    """
+    :param path: file to remove; may be gone already
+    """
+    with suppress(FileNotFoundError):
+        os.unlink(path)
+
+
+def remove_leftovers(folder: Path, name: str = ".*") -> None:
+    """
+    Remove temporary files of processes of this machine that are no more.
+
+    :param folder: where to look
+    :param name: regular expression of the final names
+    """
+    pattern = re.compile(rf"\.({name})\.{re.escape(socket.gethostname())}\.(\d+){re.escape(TEMPORARY)}")
+    for entry in os.listdir(folder):
+        match = pattern.fullmatch(entry)
+        if match and not _is_running(int(match[2])):
+            remove(folder / entry)
+
+
+def _is_running(pid: int) -> bool:
+    if pid == os.getpid():
+        return True
+    if os.name == "nt":  # os.kill would end it
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass
+    return True

@@ -1,0 +1,334 @@
+"""
+Model files: everything that a run consists of, in one archive.
+
+The members that SB3 writes have its names and can be read by it; ``data`` holds the attributes of the model, those that
+JSON does not know in the form of ``state_codec``. New are ``softsac.json`` (random states, environments, callbacks,
+the replay buffer's layout) and ``replay/<first row>/<array>.npy``.
+"""
+
+import base64
+import os
+import platform
+import random
+import re
+import sys
+import warnings
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import cloudpickle
+import numpy as np
+import stable_baselines3
+import torch as th
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.buffers import ReplayBuffer as SB3ReplayBuffer
+from stable_baselines3.common.save_util import load_from_pkl, recursive_getattr
+from stable_baselines3.common.utils import get_system_info
+
+from sb3_softsac import files, replay_state
+from sb3_softsac.archive import ArchiveReader, ArchiveWriter, CheckpointError, naming
+from sb3_softsac.replay_state import Segment
+from sb3_softsac.run_folder import Manifest, RunFolder, checkpoint_of
+from sb3_softsac.state_codec import NotEncodable, decode, encode
+
+PICKLED = ":serialized:"  # SB3's key
+
+
+def write_data(archive: ArchiveWriter, attributes: dict[str, Any]) -> None:
+    """
+    Write SB3's member ``data``.
+
+    :param archive: where to
+    :param attributes: of the model, by name
+    """
+    trees, pickled = {}, []
+    for name, value in attributes.items():
+        try:
+            trees[name] = encode(value, name)
+        except NotEncodable as error:
+            pickled.append(str(error))
+            text = base64.b64encode(cloudpickle.dumps(value)).decode()
+            trees[name] = {":type:": str(type(value)), PICKLED: text}
+    if pickled:
+        warnings.warn(
+            f"Written with pickle: {'; '.join(pickled)}. To load the file, pass a substitute in "
+            "custom_objects={...}, or allow_pickle=True if you trust it.",
+            stacklevel=3,
+        )
+    archive.add_json("data", trees)
+
+
+def read_data(archive: ArchiveReader, custom_objects: dict[str, Any] | None, allow_pickle: bool) -> dict[str, Any]:
+    """
+    Read SB3's member ``data``.
+
+    :param archive: where from
+    :param custom_objects: values that take the place of those in the file, by name
+    :param allow_pickle: unpickle what is pickled
+    :return: attributes of the model, by name
+    :raises CheckpointError: if something is pickled that is neither substituted nor to be unpickled
+    """
+    custom_objects = custom_objects or {}
+    trees = archive.json("data")
+    if not isinstance(trees, dict):
+        raise CheckpointError(f"data in {archive.name} is not a model's.")
+    pickled = [name for name, tree in trees.items() if isinstance(tree, dict) and PICKLED in tree]
+    refused = [] if allow_pickle else [name for name in pickled if name not in custom_objects]
+    if refused:
+        substitutes = ", ".join(f"{name!r}: ..." for name in refused)
+        raise CheckpointError(
+            f"{archive.name} holds pickled objects ({', '.join(refused)}), and unpickling can run any code. Either "
+            f"pass what they were, custom_objects={{{substitutes}}}, or, if you trust where the file comes from, "
+            "allow_pickle=True."
+        )
+    data = {}
+    for name, tree in trees.items():
+        if name in custom_objects:
+            data[name] = custom_objects[name]
+        elif name in pickled:
+            try:
+                data[name] = cloudpickle.loads(base64.b64decode(tree[PICKLED]))
+            except Exception as error:  # unpickling can raise anything
+                raise CheckpointError(
+                    f"{name} in {archive.name} cannot be unpickled ({type(error).__name__}: {error}): pass "
+                    f"custom_objects={{{name!r}: ...}}."
+                ) from error
+        else:
+            with naming(f"{name} in {archive.name}"):
+                data[name] = decode(tree)
+    return data
+
+
+def write_parameters(archive: ArchiveWriter, model: BaseAlgorithm) -> None:
+    """
+    Write SB3's ``.pth`` members and what it says about itself.
+
+    :param archive: where to
+    :param model: whose parameters
+    """
+    names = model._get_torch_save_params()[1]
+    variables = {name: recursive_getattr(model, name) for name in names}
+    for name, state in {"pytorch_variables": variables, **model.get_parameters()}.items():
+        with archive.member(f"{name}.pth") as stream:
+            th.save(state, stream)
+    with archive.member("_stable_baselines3_version") as stream:
+        stream.write(stable_baselines3.__version__.encode())
+    with archive.member("system_info.txt") as stream:
+        stream.write(_system_info().encode())
+
+
+@cache
+def _system_info() -> str:
+    text: str = get_system_info(print_info=False)[1]
+    return text
+
+
+def read_parameters(archive: ArchiveReader, model: BaseAlgorithm, partly: bool) -> None:
+    """
+    Put SB3's ``.pth`` members into a model.
+
+    :param archive: where from
+    :param model: with networks and optimisers of the same shapes
+    :param partly: take what both have, where they differ
+    :raises CheckpointError: if the file has other parameters than the model
+    """
+    names, variable_names = model._get_torch_save_params()
+    found = {name.removesuffix(".pth") for name in archive.sizes if name.endswith(".pth")} - {"pytorch_variables"}
+    if partly:
+        names = [name for name in names if name in found]
+    elif found != set(names):
+        raise CheckpointError(
+            f"{archive.name} has the parameters {sorted(found)}, but {sorted(names)} are needed: was it saved with "
+            "another ent_coef or by another algorithm?"
+        )
+    parameters = {name: archive.torch(f"{name}.pth", model.device) for name in names}
+    with naming(f"the parameters in {archive.name}"):
+        model.set_parameters(parameters, exact_match=not partly, device=model.device)
+        if "pytorch_variables.pth" not in archive:
+            return
+        for name, value in archive.torch("pytorch_variables.pth", model.device).items():
+            if value is not None and name in variable_names:
+                variable = recursive_getattr(model, name)
+                if variable.shape != value.shape:
+                    raise CheckpointError(f"{name} in {archive.name} has the shape {tuple(value.shape)}.")
+                variable.data = value.data
+
+
+def write_replay(archive: ArchiveWriter, buffer: SB3ReplayBuffer) -> None:
+    """
+    :param archive: where to
+    :param buffer: replay buffer whose rows are written
+    """
+    for segment in replay_state.segments(buffer):
+        replay_state.write_rows(archive, buffer, segment, f"replay/{segment[0]}/")
+
+
+class ModelFile:
+    """
+    What ``load`` reads from: a model file, or a checkpoint of a run folder.
+
+    :param archive: the model file
+    :param run: folder and manifest, if it is part of a checkpoint
+    """
+
+    def __init__(self, archive: ArchiveReader, run: tuple[RunFolder, Manifest] | None = None):
+        self.archive = archive
+        self.run = run
+        self.index = archive.index or {}
+        self.name = archive.name
+
+    @property
+    def replay(self) -> dict[str, Any] | None:
+        """
+        :return: what the file says about the replay buffer; None if it has no rows of it
+        """
+        replay = self.index.get("replay")
+        return None if replay is None or (replay["segments"] is None and self.run is None) else replay
+
+    def restore_replay(self, buffer: SB3ReplayBuffer) -> None:
+        """
+        :param buffer: empty replay buffer, to be filled
+        """
+        with naming(f"the replay buffer in {self.name}"):
+            assert self.replay is not None
+            replay_state.restore(buffer, self.replay, self._parts(self.replay), self.name)
+
+    def _parts(self, replay: dict[str, Any]) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+        if self.run is not None:
+            yield from self.run[0].read_segments(self.run[1], replay)
+            return
+        for first, last in replay["segments"]:
+            segment: Segment = first, last
+            yield first, replay_state.read_rows(self.archive, replay["description"], segment, f"replay/{first}/")
+
+
+@contextmanager
+def open_model_file(path: str | Path | BinaryIO) -> Iterator[ModelFile]:
+    """
+    Open and verify what a model is loaded from.
+
+    :param path: model file (``.zip`` may be left out), file object, or folder of a run's checkpoints
+    :return: the newest checkpoint of a folder that is whole, the file otherwise
+    :raises CheckpointError: if it is damaged
+    :raises FileNotFoundError: if it is not there
+    """
+    if not isinstance(path, str | os.PathLike):
+        yield _verified(path, "the file object")
+        return
+    name = Path(path)
+    if name.is_dir():
+        folder = RunFolder(name)
+        manifest = folder.newest_valid()
+        run: tuple[RunFolder, Manifest] | None = (folder, manifest)
+        name = name / manifest["state"]["file"]
+    else:
+        if not name.exists() and name.with_name(f"{name.name}.zip").exists():
+            name = name.with_name(f"{name.name}.zip")
+        run = checkpoint_of(name)
+    with name.open("rb") as file:
+        yield _verified(file, str(name), run)
+
+
+def _verified(file: BinaryIO, name: str, run: tuple[RunFolder, Manifest] | None = None) -> ModelFile:
+    archive = ArchiveReader(file, name)
+    archive.verify()
+    return ModelFile(archive, run)
+
+
+def read_replay_buffer(path: str | Path | BinaryIO, buffer: SB3ReplayBuffer, allow_pickle: bool) -> SB3ReplayBuffer:
+    """
+    :param path: file of ``save_replay_buffer``, model file, or pickle of SB3's (``.zip``, ``.pkl`` may be left out)
+    :param buffer: empty replay buffer, to be filled
+    :param allow_pickle: unpickle
+    :return: ``buffer``, or the unpickled one where its class is another
+    :raises CheckpointError: if the file is damaged, does not fit, or would have to be unpickled
+    """
+    if isinstance(path, str | os.PathLike) and not Path(path).exists():
+        found = [Path(f"{path}{suffix}") for suffix in (".zip", ".pkl") if Path(f"{path}{suffix}").exists()]
+        path = found[0] if found else path
+    if _is_zip(path):
+        with open_model_file(path) as file:
+            if file.replay is None:
+                raise CheckpointError(f"{file.name} has no replay buffer.")
+            file.restore_replay(buffer)
+        return buffer
+    if not allow_pickle:
+        raise CheckpointError(
+            f"{path} is not a file of SoftSAC's. If it is a pickle that SB3's save_replay_buffer has written, and you "
+            "trust where it comes from, pass allow_pickle=True: unpickling can run any code."
+        )
+    return replay_state.adopt(load_from_pkl(path), buffer)  # type: ignore[arg-type]
+
+
+def _is_zip(path: str | Path | BinaryIO) -> bool:
+    if not isinstance(path, str | os.PathLike):
+        return zipfile.is_zipfile(path)
+    if Path(path).is_dir():
+        return True
+    with Path(path).open("rb") as file:
+        return zipfile.is_zipfile(file)
+
+
+@contextmanager
+def new_file(path: str | Path | BinaryIO, suffix: str = ".zip") -> Iterator[BinaryIO]:
+    """
+    :param path: file name, with or without ``suffix``, or file object
+    :param suffix: of files without one
+    :return: file to append to; a named file is there as a whole or not at all
+    """
+    if not isinstance(path, str | os.PathLike):
+        yield path
+        return
+    path = Path(path)
+    path = path if path.suffix else path.with_name(path.name + suffix)
+    if path.parent.is_dir():
+        files.remove_leftovers(path.parent, re.escape(path.name))
+    with files.atomic_file(path) as file:
+        yield file
+
+
+def random_states(device: th.device) -> dict[str, Any]:
+    """
+    :param device: of the model
+    :return: JSON tree of the process's random states
+    """
+    states: dict[str, Any] = {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(legacy=False),
+        "torch": th.get_rng_state(),
+    }
+    if device.type == "cuda":
+        states["cuda"] = th.cuda.get_rng_state(device)
+    return encode(states)
+
+
+def restore_random_states(tree: dict[str, Any], device: th.device) -> None:
+    """
+    :param tree: what :func:`random_states` has returned
+    :param device: of the model
+    """
+    states = decode(tree)
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])
+    th.set_rng_state(states["torch"])
+    if device.type == "cuda" and "cuda" in states:
+        th.cuda.set_rng_state(states["cuda"], device)
+
+
+def machine(model: BaseAlgorithm) -> dict[str, Any]:
+    """
+    :return: what has to be the same for a continuation to be the same bit for bit
+    """
+    return {
+        "device": model.device.type,
+        "torch": th.__version__,
+        "threads of torch": th.get_num_threads(),
+        "vector instructions": th.backends.cpu.get_cpu_capability(),
+        "architecture": platform.machine(),
+        "numpy": np.__version__,
+        "mujoco": getattr(sys.modules.get("mujoco"), "__version__", None),
+    }

@@ -1,0 +1,263 @@
+"""
+What there is to save of a replay buffer, ours or any of SB3's kind: rows, cut into segments of a megabyte or more, and
+the rest, as a tree.
+"""
+
+import json
+import math
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from stable_baselines3.common.buffers import ReplayBuffer as SB3ReplayBuffer
+from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
+
+from sb3_softsac.archive import ArchiveReader, ArchiveWriter, CheckpointError
+from sb3_softsac.buffers import ReplayBuffer
+from sb3_softsac.state_codec import decode, encode
+
+# Given to the constructor, not state
+SETTINGS = {
+    *("buffer_size", "observation_space", "action_space", "obs_shape", "action_dim", "device", "n_envs", "env"),
+    *("optimize_memory_usage", "handle_timeout_termination", "n_steps", "gamma"),
+    *("n_sampled_goal", "goal_selection_strategy", "her_ratio", "copy_info_dict"),
+}
+# What ReplayBuffer.get_rows and get_state take care of
+OWN = {
+    *("observations", "actions", "rewards", "dones", "timeouts", "pos", "full", "rng", "n_added"),
+    *("_side_slot", "_side_obs", "_free_slots", "_newest_next_obs"),
+}
+SMALL, LARGE = 1 << 20, 1 << 24  # bytes of a segment
+Segment = tuple[int, int]  # first row, one past the last
+
+
+def get_rows(buffer: SB3ReplayBuffer, first: int, last: int) -> dict[str, np.ndarray]:
+    """
+    :param buffer: any replay buffer of SB3's kind
+    :param first: first row
+    :param last: one past the last row
+    :return: arrays by name: every array of the buffer that has an entry for each row and environment
+    """
+    rows = buffer.get_rows(first, last) if isinstance(buffer, ReplayBuffer) else {}
+    for name, storage in _row_storages(buffer).items():
+        part = storage[first:last]
+        rows[name] = _as_text(part) if storage.dtype == object else part
+    return rows
+
+
+def set_rows(buffer: SB3ReplayBuffer, first: int, rows: dict[str, np.ndarray]) -> None:
+    """
+    :param buffer: empty buffer
+    :param first: first row
+    :param rows: what :func:`get_rows` has returned
+    """
+    if isinstance(buffer, ReplayBuffer):
+        buffer.set_rows(first, rows)
+    for name, storage in _row_storages(buffer).items():
+        if storage.dtype == object:
+            part = decode(json.loads(rows[name].tobytes()))
+        else:
+            part = rows[name]
+        storage[first : first + len(part)] = part
+
+
+def describe(buffer: SB3ReplayBuffer) -> dict[str, Any]:
+    """
+    :return: JSON tree of what a file and a buffer must agree in: kind of buffer, capacity, arrays by name
+    """
+    return {
+        "class": f"{type(buffer).__module__}.{type(buffer).__qualname__}",
+        "buffer_size": buffer.buffer_size,
+        "n_envs": buffer.n_envs,
+        "arrays": {name: [rows.dtype.str, list(rows.shape[1:])] for name, rows in get_rows(buffer, 0, 0).items()},
+    }
+
+
+def get_state(buffer: SB3ReplayBuffer) -> Any:
+    """
+    :return: JSON tree of what there is besides the rows
+    :raises NotEncodable: naming what a class of the user's has and cannot be written
+    """
+    state = buffer.get_state() if isinstance(buffer, ReplayBuffer) else {}
+    rest = {name: value for name, value in vars(buffer).items() if name in _rest(buffer)}
+    return encode({"own": state, "rest": rest}, f"replay_buffer ({type(buffer).__name__})")
+
+
+def set_state(buffer: SB3ReplayBuffer, tree: Any) -> None:
+    """
+    :param tree: what :func:`get_state` has returned
+    :raises ValueError: if it is something else
+    """
+    state = decode(tree)
+    if isinstance(buffer, ReplayBuffer):
+        buffer.set_state(state["own"])
+    if set(state["rest"]) != _rest(buffer):
+        raise ValueError(f"the buffer has {sorted(_rest(buffer))}, the file {sorted(state['rest'])}")
+    vars(buffer).update(state["rest"])
+
+
+def segments(buffer: SB3ReplayBuffer) -> list[Segment]:
+    """
+    :return: the rows that hold something, cut into pieces whose limits do not depend on how many there are
+    """
+    row_bytes = sum(
+        math.prod(shape) * np.dtype(dtype).itemsize
+        for name, (dtype, shape) in describe(buffer)["arrays"].items()
+        if not name.startswith("side_")
+    )
+    wanted = min(max(row_bytes * buffer.buffer_size // 1024, SMALL), LARGE)
+    rows = 2 ** int(math.log2(max(wanted // max(row_bytes, 1), 16)))
+    # With optimize_memory_usage, SB3 keeps the newest next observation in the row after the last
+    size = buffer.size() + (not isinstance(buffer, ReplayBuffer))
+    size = min(size, buffer.buffer_size)
+    return [(first, min(first + rows, size)) for first in range(0, size, rows)]
+
+
+def may_have_changed(buffer: SB3ReplayBuffer, segment: Segment, rows_before: int | None) -> bool:
+    """
+    :param segment: rows
+    :param rows_before: ``n_added`` of the buffer at an earlier time, or None
+    :return: False only if no row of the segment has changed since
+    """
+    # A class of the user's may change what it likes
+    if type(buffer) is not ReplayBuffer or rows_before is None:
+        return True
+    n_changed = buffer.n_added - rows_before + 1  # the newest row of then may have got a next observation on the side
+    first, last = segment
+    oldest_changed = buffer.pos - n_changed
+    return any(first < end and start < last for start, end in _wrapped(oldest_changed, buffer.pos, buffer.buffer_size))
+
+
+def _wrapped(start: int, end: int, size: int) -> list[Segment]:
+    """Ranges of rows from ``start`` (negative: before the wrap) to ``end``."""
+    if end - start >= size:
+        return [(0, size)]
+    return [(start, end)] if start >= 0 else [(0, end), (start + size, size)]
+
+
+def write_rows(archive: ArchiveWriter, buffer: SB3ReplayBuffer, segment: Segment, prefix: str = "") -> None:
+    """
+    :param archive: where to
+    :param buffer: where from
+    :param segment: which rows
+    :param prefix: of the members' names
+    """
+    for name, rows in get_rows(buffer, *segment).items():
+        archive.add_array(f"{prefix}{name}.npy", rows)
+
+
+def read_rows(
+    archive: ArchiveReader, description: dict[str, Any], segment: Segment, prefix: str = ""
+) -> dict[str, np.ndarray]:
+    """
+    :param archive: where from
+    :param description: of the buffer in the file, see :func:`describe`
+    :param segment: which rows
+    :param prefix: of the members' names
+    :raises CheckpointError: if arrays are missing or of another dtype or shape
+    """
+    n_rows = segment[1] - segment[0]
+    return {
+        name: archive.array(f"{prefix}{name}.npy", np.dtype(dtype), (None if _varies(name) else n_rows, *shape))
+        for name, (dtype, shape) in description["arrays"].items()
+    }
+
+
+def restore(
+    buffer: SB3ReplayBuffer, replay: dict[str, Any], parts: Iterator[tuple[int, dict[str, np.ndarray]]], what: str
+) -> None:
+    """
+    Fill an empty buffer from a file.
+
+    :param buffer: the buffer, with its settings
+    :param replay: what the file says: ``description``, ``state``, ``segments``
+    :param parts: first rows and arrays
+    :param what: name of the file
+    :raises CheckpointError: naming what does not fit
+    """
+    there, here = replay["description"], describe(buffer)
+    for name in sorted({*there["arrays"], *here["arrays"]}):
+        if there["arrays"].get(name) != here["arrays"].get(name) and not _differ_by_envs(there, here, name):
+            raise CheckpointError(
+                f"replay_buffer: {name} is {there['arrays'].get(name, 'missing')} (dtype, shape of a row) in {what}, "
+                f"but {here['arrays'].get(name, 'missing')} is needed by {type(buffer).__name__}."
+            )
+    layouts = [(layout["buffer_size"], layout["n_envs"]) for layout in (there, here)]
+    if layouts[0] == layouts[1]:
+        for first, rows in parts:
+            set_rows(buffer, first, rows)
+        set_state(buffer, replay["state"])
+        return
+    if type(buffer) is not ReplayBuffer:
+        raise CheckpointError(
+            f"replay_buffer: {what} has {layouts[0][0]} rows of {layouts[0][1]} environment(s), but {layouts[1][0]} "
+            f"rows of {layouts[1][1]} are needed. {type(buffer).__name__} keeps account of episodes by row and "
+            "environment, so its rows cannot be laid out anew: use as many environments and the same buffer_size, or "
+            "leave the replay buffer out with custom_objects={'replay_buffer': None}."
+        )
+    source = _empty_like(buffer, *layouts[0])
+    for first, rows in parts:
+        source.set_rows(first, rows)
+    set_state(source, replay["state"])
+    total = source.size() * source.n_envs
+    copied = buffer.copy_transitions(source)
+    buffer.rng.bit_generator.state = source.rng.bit_generator.state
+    if copied < total:
+        warnings.warn(
+            f"The replay buffer of {what} ({total} transitions of {source.n_envs} environment(s)) was laid out anew "
+            f"for {buffer.n_envs} environment(s) and buffer_size={buffer.buffer_size * buffer.n_envs}; the "
+            f"{total - copied} oldest did not fit.",
+            stacklevel=2,
+        )
+
+
+def adopt(buffer: SB3ReplayBuffer, template: SB3ReplayBuffer) -> SB3ReplayBuffer:
+    """
+    :param buffer: an unpickled buffer
+    :param template: the model's empty buffer
+    :return: ``buffer``, or ``template`` with its transitions, where that is ours and the other SB3's
+    """
+    if type(template) is not ReplayBuffer or type(buffer) is ReplayBuffer or isinstance(buffer, HerReplayBuffer):
+        return buffer
+    template.copy_transitions(buffer)
+    return template
+
+
+def _empty_like(buffer: ReplayBuffer, buffer_size: int, n_envs: int) -> ReplayBuffer:
+    spaces = buffer.observation_space, buffer.action_space
+    return ReplayBuffer(buffer_size * n_envs, *spaces, device=buffer.device, n_envs=n_envs)
+
+
+def _varies(name: str) -> bool:
+    """Arrays whose length is not the number of rows."""
+    return name.startswith("side_") or name.endswith(".json")
+
+
+def _differ_by_envs(there: dict[str, Any], here: dict[str, Any], name: str) -> bool:
+    """Whether two descriptions of an array differ in the number of environments only."""
+    a, b = there["arrays"].get(name), here["arrays"].get(name)
+    if a is None or b is None or _varies(name):
+        return False
+    return bool(a[0] == b[0] and a[1][1:] == b[1][1:] and [a[1][0], b[1][0]] == [there["n_envs"], here["n_envs"]])
+
+
+def _row_storages(buffer: SB3ReplayBuffer) -> dict[str, np.ndarray]:
+    found: dict[str, np.ndarray] = {}
+    for name, value in vars(buffer).items():
+        if isinstance(buffer, ReplayBuffer) and name in OWN:
+            continue
+        for key, array in value.items() if isinstance(value, dict) else [("", value)]:
+            if isinstance(array, np.ndarray) and array.shape[:2] == (buffer.buffer_size, buffer.n_envs):
+                found[name + (f".{key}" if key else "") + (".json" if array.dtype == object else "")] = array
+    return found
+
+
+def _rest(buffer: SB3ReplayBuffer) -> set[str]:
+    rows = {name.split(".")[0] for name in _row_storages(buffer)}
+    own = OWN if isinstance(buffer, ReplayBuffer) else set()
+    return set(vars(buffer)) - SETTINGS - rows - own
+
+
+def _as_text(objects: np.ndarray) -> np.ndarray:
+    return np.frombuffer(json.dumps(encode(objects, "infos")).encode(), dtype=np.uint8)

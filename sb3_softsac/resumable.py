@@ -1,0 +1,517 @@
+"""
+Runs that can be saved and continued at any step: what SB3's off-policy algorithms lack.
+
+:class:`ResumableAlgorithm` knows what a run consists of (parameters, replay buffer, random states, environments,
+callbacks, the rollout in progress); how that is written is said in ``model_file``, ``run_folder`` and ``env_state``.
+"""
+
+import warnings
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar, cast
+
+import numpy as np
+import torch as th
+from stable_baselines3.common.buffers import ReplayBuffer as SB3ReplayBuffer
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.noise import ActionNoise, VectorizedActionNoise
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+from stable_baselines3.common.type_aliases import (
+    GymEnv,
+    MaybeCallback,
+    RolloutReturn,
+    TrainFreq,
+    TrainFrequencyUnit,
+)
+from stable_baselines3.common.utils import (
+    check_for_correct_spaces,
+    get_system_info,
+    should_collect_more_steps,
+)
+from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
+
+from sb3_softsac import callback_state, env_state, model_file, replay_state
+from sb3_softsac.archive import ArchiveReader, ArchiveWriter, CheckpointError, naming
+from sb3_softsac.model_file import ModelFile
+from sb3_softsac.run_folder import RunFolder
+from sb3_softsac.state_codec import NotEncodable, decode, encode
+
+LOGGER_STATE = ("name_to_value", "name_to_count", "name_to_excluded")
+
+Self = TypeVar("Self", bound="ResumableAlgorithm")
+
+
+class ResumableAlgorithm(OffPolicyAlgorithm):
+    """Base class of ``SoftSAC``: rollouts, ``learn``, ``save`` and ``load``."""
+
+    actor: Any
+    random_steps: int | None
+
+    # What a plain save() leaves out; ("replay_buffer",) keeps files small
+    save_exclude: tuple[str, ...] = ()
+    run_folder: RunFolder | None = None  # where checkpoints of this run are, once there are some
+    is_learning = False
+    after_step: Callable[[], None] | None = None  # called once, when all callbacks are done with the current step
+
+    _callback: BaseCallback | None = None
+    # Of a file, for the callbacks and the logger of the next learn()
+    _callback_states: list[Any] | None = None
+    _log: dict[str, dict[str, Any]] | None = None
+    _loaded = False
+    _unread: str | None = None  # file whose replay buffer was not read, for want of an environment
+    _warmed_up = False  # no more random actions, whatever num_timesteps is
+    # Steps and episodes of the rollout in progress, and whether its last step still has to be logged
+    _rollout: tuple[int, int, bool] | None = None
+
+    def _setup_replay_buffer(self) -> None:
+        """Make the replay buffer, unless there is one, or no environment."""
+        raise NotImplementedError
+
+    def _exploration_state(self) -> Any:
+        """What the policy's exploration has drawn, apart from its parameters; :func:`encode` can write it."""
+        raise NotImplementedError
+
+    def _set_exploration_state(self, state: Any) -> None:
+        raise NotImplementedError
+
+    def _sample_action(
+        self, learning_starts: int, action_noise: ActionNoise | None = None, n_envs: int = 1
+    ) -> tuple[np.ndarray, np.ndarray]:
+        # SB3's one number says both when learning starts and when random actions end
+        random_steps = learning_starts if self.random_steps is None else self.random_steps
+        return super()._sample_action(0 if self._warmed_up else random_steps, action_noise, n_envs)
+
+    def collect_rollouts(
+        self,
+        env: VecEnv,
+        callback: BaseCallback,
+        train_freq: TrainFreq,
+        replay_buffer: SB3ReplayBuffer,
+        action_noise: ActionNoise | None = None,
+        learning_starts: int = 0,
+        log_interval: int | None = None,
+    ) -> RolloutReturn:
+        """
+        Collect transitions, as in SB3; and so that a model that a callback saves is one between two steps.
+
+        A run that continues without its replay buffer first collects ``learning_starts`` steps with its policy again,
+        instead of learning from the first few.
+
+        :param env: training environments, E
+        :param callback: called at each step, when all of the step is done
+        :param train_freq: steps or episodes to collect
+        :param replay_buffer: where they go
+        :param action_noise: added to the scaled actions
+        :param learning_starts: environment steps before the first gradient update
+        :param log_interval: episodes between log entries
+        :return: counts of the last rollout, and whether to go on
+        """
+        args = env, callback, train_freq, replay_buffer, action_noise, learning_starts, log_interval
+        rollout = self._collect_rollout(*args)
+        while rollout.continue_training and self._lacks_transitions(replay_buffer):
+            if self.num_timesteps >= self._total_timesteps:
+                return rollout._replace(continue_training=False)  # ends here, without an update
+            rollout = self._collect_rollout(*args)
+        return rollout
+
+    def _lacks_transitions(self, buffer: SB3ReplayBuffer) -> bool:
+        few = not buffer.full and buffer.size() * self.n_envs <= self.learning_starts < self.num_timesteps
+        return few and self._num_timesteps_at_start > 0
+
+    def _collect_rollout(
+        self,
+        env: VecEnv,
+        callback: BaseCallback,
+        train_freq: TrainFreq,
+        replay_buffer: SB3ReplayBuffer,
+        action_noise: ActionNoise | None,
+        learning_starts: int,
+        log_interval: int | None,
+    ) -> RolloutReturn:
+        # SB3's loop calls callbacks when the environment has made its step but the transition is not stored, and counts
+        # the rollout's steps where nobody can see them: a model saved there lacks a transition, and cannot go on from
+        # the middle of a rollout.
+        self.policy.set_training_mode(False)
+        assert train_freq.frequency > 0, "Should at least collect one step or episode."
+        if env.num_envs > 1:
+            assert train_freq.unit == TrainFrequencyUnit.STEP, "You must use only one env when doing episodic training."
+        if self._rollout is None:
+            if self.use_sde:
+                self.actor.reset_noise(env.num_envs)
+            self._rollout = 0, 0, False
+        num_collected_steps, num_collected_episodes, must_log = self._rollout
+        callback.on_rollout_start()
+        if must_log:
+            self.dump_logs()
+
+        while should_collect_more_steps(train_freq, num_collected_steps, num_collected_episodes):
+            if self.use_sde and self.sde_sample_freq > 0 and num_collected_steps % self.sde_sample_freq == 0:
+                self.actor.reset_noise(env.num_envs)
+            actions, buffer_actions = self._sample_action(learning_starts, action_noise, env.num_envs)
+            new_obs, rewards, dones, infos = env.step(actions)
+            self.num_timesteps += env.num_envs
+            num_collected_steps += 1
+            self._update_info_buffer(infos, dones)
+            self._store_transition(replay_buffer, buffer_actions, new_obs, rewards, dones, infos)  # type: ignore[arg-type]
+            self._update_current_progress_remaining(self.num_timesteps, self._total_timesteps)
+            self._on_step()
+            must_log = False
+            for idx in np.flatnonzero(dones).tolist():
+                num_collected_episodes += 1
+                self._episode_num += 1
+                if action_noise is not None:
+                    action_noise.reset(**({"indices": [idx]} if env.num_envs > 1 else {}))
+                must_log |= log_interval is not None and self._episode_num % log_interval == 0
+            self._rollout = num_collected_steps, num_collected_episodes, must_log
+
+            callback.update_locals(locals())
+            goes_on = callback.on_step()
+            if self.after_step is not None:
+                after_step, self.after_step = self.after_step, None
+                after_step()
+            if not goes_on:
+                return RolloutReturn(
+                    num_collected_steps * env.num_envs, num_collected_episodes, continue_training=False
+                )
+            if must_log:
+                self.dump_logs()
+                self._rollout = num_collected_steps, num_collected_episodes, False
+        callback.on_rollout_end()
+        self._rollout = None
+        return RolloutReturn(num_collected_steps * env.num_envs, num_collected_episodes, continue_training=True)
+
+    def learn(
+        self: Self,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        log_interval: int = 4,
+        tb_log_name: str = "SoftSAC",
+        reset_num_timesteps: bool | None = None,
+        progress_bar: bool = False,
+    ) -> Self:
+        """
+        Train. The arguments are SB3's, but for the default of ``reset_num_timesteps``.
+
+        :param total_timesteps: environment steps to take
+        :param callback: callback, or list of callbacks
+        :param log_interval: episodes between log entries
+        :param tb_log_name: name of the run in TensorBoard
+        :param reset_num_timesteps: start the step count, the schedules and the TensorBoard run anew; None: only if the
+            model has not been loaded from a file
+        :param progress_bar: show one (tqdm and rich)
+        :return: self
+        """
+        self.is_learning = True
+        try:
+            return super().learn(
+                total_timesteps=total_timesteps,
+                callback=callback,
+                log_interval=log_interval,
+                tb_log_name=tb_log_name,
+                reset_num_timesteps=not self._loaded if reset_num_timesteps is None else reset_num_timesteps,
+                progress_bar=progress_bar,
+            )
+        finally:
+            self.is_learning = False
+
+    def _setup_learn(
+        self,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        reset_num_timesteps: bool = True,
+        tb_log_name: str = "run",
+        progress_bar: bool = False,
+    ) -> tuple[int, BaseCallback]:
+        if reset_num_timesteps or self._last_obs is None:
+            self._rollout = None
+        assert self.env is not None, "You must set the environment before calling learn()"
+        if self._unread is not None:
+            warnings.warn(
+                f"The replay buffer in {self._unread} was not read, because load() was called without an environment. To "
+                "continue the run, pass one to load().",
+                stacklevel=3,
+            )
+            self._unread = None
+        env_state.prepare(self.env)
+        # SB3 resets the noise here. That would tear an episode that goes on; a vectorised one is left as it is.
+        noise = self.action_noise
+        goes_on = not reset_num_timesteps and self._last_obs is not None
+        keep_noise = goes_on and (self.env.num_envs == 1 or isinstance(noise, VectorizedActionNoise))
+        if keep_noise:
+            self.action_noise = None
+        total_timesteps, self._callback = super()._setup_learn(
+            total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
+        )
+        if keep_noise:
+            self.action_noise = noise
+        if self._callback_states is not None and not reset_num_timesteps:
+            callback_state.restore(self._callback, self._callback_states)
+        if self._log is not None and not reset_num_timesteps:
+            for name in LOGGER_STATE:
+                getattr(self.logger, name).update(self._log.get(name, {}))
+        self._callback_states = self._log = None
+        return total_timesteps, self._callback
+
+    def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
+        """
+        Use another environment, as in SB3; a model that was loaded without one then gets a replay buffer.
+
+        :param env: environment with the same spaces
+        :param force_reset: reset it before training
+        """
+        super().set_env(env, force_reset)
+        if force_reset:
+            self._rollout = None
+        self._setup_replay_buffer()
+
+    def save(
+        self,
+        path: str | Path | BinaryIO,  # type: ignore[override]
+        exclude: Iterable[str] | None = None,
+        include: Iterable[str] | None = None,
+    ) -> None:
+        """
+        Write everything that the run consists of, replay buffer included, to one file.
+
+        A file of that name is replaced when the new one is complete, whatever happens until then.
+
+        :param path: name of the file (``.zip`` is added), or file object
+        :param exclude: what to leave out besides ``save_exclude``: ``"replay_buffer"``, or names of attributes
+        :param include: what to write though it is excluded otherwise
+        """
+        with model_file.new_file(path) as file:
+            self.write(file, {*self.save_exclude, *(exclude or ())} - set(include or ()))
+
+    def write(self, file: BinaryIO, exclude: Iterable[str] = (), rows_elsewhere: bool = False) -> tuple[int, str]:
+        """
+        Write a model file.
+
+        :param file: file object to append to
+        :param exclude: see :meth:`save`
+        :param rows_elsewhere: the rows of the replay buffer are saved apart
+        :return: size of the file in bytes, and its SHA-256
+        """
+        skipped = {*self._excluded_save_params(), *exclude}
+        skipped.update(name.split(".")[0] for names in self._get_torch_save_params() for name in names)
+        replay = None
+        if self.replay_buffer is not None and "replay_buffer" not in exclude:
+            replay = self._replay_index(rows_elsewhere)
+        with ArchiveWriter(file) as archive:
+            attributes = {name: value for name, value in vars(self).items() if name not in skipped}
+            model_file.write_data(archive, attributes)
+            model_file.write_parameters(archive, self)
+            if replay is not None and not rows_elsewhere:
+                model_file.write_replay(archive, self.replay_buffer)  # type: ignore[arg-type]
+            return archive.close(
+                {
+                    "num_timesteps": self.num_timesteps,
+                    "n_envs": self.n_envs,
+                    "machine": model_file.machine(self),
+                    "random": model_file.random_states(self.device),
+                    "exploration": encode(self._exploration_state()),
+                    "env": None if self.env is None else env_state.capture(self.env),
+                    "callbacks": callback_state.capture(self._callback),
+                    "log": self._log_state(),
+                    "replay": replay,
+                }
+            )
+
+    def _replay_index(self, rows_elsewhere: bool) -> dict[str, Any] | None:
+        buffer = self.replay_buffer
+        assert buffer is not None
+        try:
+            state = replay_state.get_state(buffer)
+        except NotEncodable as error:
+            warnings.warn(
+                f"The replay buffer is not saved: {error}. Leave it out with exclude=['replay_buffer'].", stacklevel=3
+            )
+            return None
+        segments = None if rows_elsewhere else replay_state.segments(buffer)
+        return {"description": replay_state.describe(buffer), "state": state, "segments": segments}
+
+    @classmethod
+    def load(  # type: ignore[override]
+        cls: type[Self],
+        path: str | Path | BinaryIO,
+        env: GymEnv | None = None,
+        device: th.device | str = "auto",
+        custom_objects: dict[str, Any] | None = None,
+        print_system_info: bool = False,
+        force_reset: bool = True,
+        allow_pickle: bool = False,
+        **kwargs: Any,
+    ) -> Self:
+        """
+        Read a model that goes on where it was saved.
+
+        With an environment, everything is restored: replay buffer, optimisers, random states, VecNormalize, callbacks
+        (at the next ``learn()``, which continues the step count, the schedules and the TensorBoard run, without random
+        actions). Without one the model can predict, and has no replay buffer.
+
+        :param path: file of :meth:`save` or of SB3's ``SAC`` (``.zip`` may be left out), or folder of
+            ``CheckpointCallback``, whose newest checkpoint that is whole is taken
+        :param env: environment to train in; another number of environments than before is allowed
+        :param device: ``"auto"``, ``"cpu"``, ``"cuda"``, ...
+        :param custom_objects: values that take the place of those in the file, by name; ``{"replay_buffer": None}``
+            leaves the replay buffer out
+        :param print_system_info: print the system's and the file's
+        :param force_reset: start a new episode; False: go on in the middle of the episode, bit for bit, if the
+            environment's state can be restored (see ``env_state``); else a warning says why not
+        :param allow_pickle: unpickle what is pickled (SB3's files, what has no name): runs any code that is in it
+        :param kwargs: attributes to change, e.g. ``learning_rate``; with ``seed``, random states begin anew
+        :return: the model
+        :raises CheckpointError: (a ValueError) if the file is damaged, does not fit, or would have to be unpickled
+        """
+        with model_file.open_model_file(path) as file:
+            if print_system_info:
+                _print_system_info(file.archive)
+            data = model_file.read_data(file.archive, custom_objects, allow_pickle)
+            _check_policy_kwargs(data, kwargs)
+            if env is not None:
+                env = cls._wrap_env(env, data["verbose"])
+                check_for_correct_spaces(env, data["observation_space"], data["action_space"])
+            same_envs = env is not None and env.num_envs == data["n_envs"]
+            goes_on = same_envs and not force_reset
+            if env is not None:
+                data["n_envs"] = env.num_envs
+            if env is not None and not goes_on:
+                data.update(_last_obs=None, _rollout=None)
+            noise = data.get("action_noise")
+            if not same_envs and isinstance(noise, VectorizedActionNoise):
+                data["action_noise"] = noise.base_noise
+
+            model = cls(policy=data["policy_class"], env=env, device=device, _init_setup_model=False)  # type: ignore[arg-type, call-arg]
+            vars(model).update(data)
+            vars(model).update(kwargs)
+            model._loaded = True
+            model._warmed_up = model.num_timesteps >= (
+                model.learning_starts if model.random_steps is None else model.random_steps
+            )
+            restores_random_states = env is not None and "random" in file.index and "seed" not in kwargs
+            seed = model.seed
+            if restores_random_states:
+                model.seed = None  # no seeding on the way
+            model._setup_model()
+            model.seed = seed
+            model_file.read_parameters(file.archive, model, partly="ent_coef" in kwargs)
+            if model.use_sde:
+                model.policy.reset_noise()  # type: ignore[operator]
+            reads_replay = file.replay is not None and "replay_buffer" not in (custom_objects or {})
+            if env is None:
+                model._unread = file.name if reads_replay else None
+                return model
+
+            with naming(f"the state of the run in {file.name}"):
+                if reads_replay:
+                    file.restore_replay(model.replay_buffer)  # type: ignore[arg-type]
+                if file.run is not None:
+                    model.run_folder = file.run[0]
+                    file.run[0].continues(file.run[1], model.replay_buffer if reads_replay else None)
+                model._restore_envs(file, goes_on, force_reset)
+                model._callback_states = file.index.get("callbacks")
+                model._log = decode(file.index.get("log"))
+                model._set_exploration_state(decode(file.index.get("exploration", [])))
+                if restores_random_states:
+                    model_file.restore_random_states(file.index["random"], model.device)
+            return model
+
+    def _restore_envs(self, file: ModelFile, goes_on: bool, force_reset: bool) -> None:
+        assert self.env is not None
+        state = file.index.get("env")
+        if state is None:
+            reasons = [f"{file.name} has no state of the environment"]
+        else:
+            reasons = env_state.restore(self.env, state, mid_episode=goes_on)
+        if goes_on:
+            there, here = file.index.get("machine", {}), model_file.machine(self)
+            differences = [
+                f"{name}: {there.get(name)} then, {here[name]} now" for name in here if there.get(name) != here[name]
+            ]
+            if differences:
+                warnings.warn(f"The continuation may differ in rounding: {'; '.join(differences)}.", stacklevel=3)
+        if not force_reset and (reasons or not goes_on):
+            warnings.warn(
+                "The run continues with a new episode, not in the middle of the old one, because "
+                + ("; ".join(reasons) or "the number of environments has changed"),
+                stacklevel=3,
+            )
+            self._last_obs, self._rollout = None, None
+        buffer = self.replay_buffer
+        if self._last_obs is None and isinstance(buffer, HerReplayBuffer) and buffer.size() > 0:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # SB3 warns that it does what it is asked for
+                buffer.truncate_last_trajectory()
+
+    def _log_state(self) -> Any:
+        """What has been recorded since the logger was dumped last; pictures and the like are left out."""
+        logger = getattr(self, "_logger", None)
+        if logger is None:
+            return None
+        state: dict[str, dict[str, Any]] = {name: {} for name in LOGGER_STATE}
+        for name in LOGGER_STATE:
+            for key, value in getattr(logger, name).items():
+                with suppress(NotEncodable):
+                    state[name][key] = encode(value)
+        return state
+
+    def save_replay_buffer(self, path: str | Path | BinaryIO) -> None:  # type: ignore[override]
+        """
+        Write the replay buffer to a file of its own, without pickle.
+
+        :param path: name of the file (``.zip`` is added to one without suffix), or file object
+        """
+        assert self.replay_buffer is not None, "The replay buffer is not defined"
+        index = self._replay_index(rows_elsewhere=False)
+        with model_file.new_file(path) as file, ArchiveWriter(file) as archive:
+            model_file.write_replay(archive, self.replay_buffer)
+            archive.close({"replay": index})
+
+    def load_replay_buffer(  # type: ignore[override]
+        self, path: str | Path | BinaryIO, truncate_last_traj: bool = True, allow_pickle: bool = False
+    ) -> None:
+        """
+        Read the replay buffer from a file of :meth:`save_replay_buffer`, or of :meth:`save`.
+
+        :param path: name of the file, or file object
+        :param truncate_last_traj: with HER: take the last trajectory as finished
+        :param allow_pickle: read pickles as SB3 writes them: runs any code that is in them
+        :raises CheckpointError: (a ValueError) if the file is damaged, does not fit, or would have to be unpickled
+        """
+        assert self.env is not None, "You must pass an environment at load time, before its replay buffer"
+        self.replay_buffer, before = None, self.replay_buffer
+        self._setup_replay_buffer()
+        buffer = cast(SB3ReplayBuffer, self.replay_buffer)
+        self.replay_buffer = before
+        self.replay_buffer = model_file.read_replay_buffer(path, buffer, allow_pickle)
+        if isinstance(self.replay_buffer, HerReplayBuffer):
+            if self.replay_buffer.env is None:
+                self.replay_buffer.set_env(self.env)
+            if truncate_last_traj:
+                self.replay_buffer.truncate_last_trajectory()
+        self.replay_buffer.device = self.device
+
+    def _excluded_save_params(self) -> list[str]:
+        excluded = ["lr_schedule", "save_exclude", "run_folder", "is_learning", "after_step", "_loaded"]
+        return [*super()._excluded_save_params(), *excluded, "_unread", "_callback", "_callback_states", "_log"]
+
+
+def _check_policy_kwargs(data: dict[str, Any], kwargs: dict[str, Any]) -> None:
+    for name in ("policy_class", "policy_kwargs", "observation_space", "action_space", "verbose", "n_envs"):
+        if name not in data:
+            raise CheckpointError(f"data has no {name}: it is not a model's.")
+    if "policy_kwargs" in kwargs and kwargs["policy_kwargs"] != data["policy_kwargs"]:
+        raise ValueError(
+            f"policy_kwargs={kwargs['policy_kwargs']} differs from what the file was saved with: "
+            f"{data['policy_kwargs']}. Leave it out, or make a new model and use set_parameters()."
+        )
+
+
+def _print_system_info(archive: ArchiveReader) -> None:
+    print("== CURRENT SYSTEM INFO ==")
+    get_system_info()
+    if "system_info.txt" in archive:
+        print("== SAVED MODEL SYSTEM INFO ==")
+        with archive.open("system_info.txt") as stream:
+            print(stream.read().decode(errors="replace"))

@@ -1,0 +1,271 @@
+"""
+A folder of checkpoints of one run, each of which costs what is new since the one before.
+
+::
+
+    ckpt-000003.json               manifest: names, sizes and SHA-256 of what checkpoint 3 consists of
+    step-30000-000003.zip          everything but the replay buffer's rows: a model file
+    replay/00000-08192-<hash>.npz  rows of the replay buffer; shared by all checkpoints in which they are the same
+
+A file is never changed once it is there. The manifest comes last: without it, a checkpoint does not exist. Only then is
+removed what no kept manifest names.
+"""
+
+import hashlib
+import io
+import json
+import os
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from stable_baselines3.common.buffers import ReplayBuffer as SB3ReplayBuffer
+
+from sb3_softsac import files, replay_state
+from sb3_softsac.archive import ArchiveReader, ArchiveWriter, CheckpointError, naming, sha256_of
+
+MANIFEST = re.compile(r"ckpt-(\d{6,9})\.json")
+STATE = re.compile(r"step-(\d+)-(\d{6,9})\.zip")
+SEGMENT = re.compile(r"replay/(\d+)-(\d+)-[0-9a-f]{16}\.npz")
+FORMAT = 1
+Manifest = dict[str, Any]
+
+
+class RunFolder:
+    """
+    :param path: the folder; made at the first :meth:`save`
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.last: Manifest | None = None  # what this process has written or loaded last
+        self.newest = -1  # number of the newest checkpoint then, valid or not
+        self._rows_then: tuple[int, int] | None = None  # identity and n_added of the replay buffer then
+
+    def numbers(self) -> list[int]:
+        """
+        :return: numbers of the checkpoints that have a manifest, ascending
+        """
+        if not self.path.is_dir():
+            return []
+        return sorted(int(match[1]) for name in os.listdir(self.path) if (match := MANIFEST.fullmatch(name)))
+
+    def manifest(self, number: int) -> Manifest:
+        """
+        :param number: of the checkpoint
+        :return: its manifest
+        :raises CheckpointError: if it is damaged
+        """
+        path = self.path / f"ckpt-{number:06d}.json"
+        with naming(str(path)):
+            text = path.read_bytes()
+            whole = json.loads(text)
+            manifest: Manifest = whole["manifest"]
+            if _manifest_text(manifest) != text:
+                raise CheckpointError(f"{path} is damaged: it does not have the hash that it says.")
+            if manifest["format"] != FORMAT:
+                raise CheckpointError(f"{path} has the format {manifest['format']!r}, this version reads {FORMAT}.")
+            names = [manifest["state"]["file"], *(segment["file"] for segment in manifest["segments"])]
+            if not STATE.fullmatch(names[0]) or not all(SEGMENT.fullmatch(name) for name in names[1:]):
+                raise CheckpointError(f"{path} names files that are not of a checkpoint.")
+        return manifest
+
+    def verify(self, manifest: Manifest) -> None:
+        """
+        :param manifest: of the checkpoint
+        :raises CheckpointError: naming the first file that is missing or damaged
+        """
+        entries = [manifest["state"], *manifest["segments"]]
+        for entry in entries:  # all sizes first: it costs little, and tells most
+            path = self.path / entry["file"]
+            if not path.is_file() or path.stat().st_size != entry["size"]:
+                size = f"{path.stat().st_size} bytes" if path.is_file() else "missing"
+                raise CheckpointError(f"{path} is {size}, not of {entry['size']} bytes.")
+        for entry in entries:
+            path = self.path / entry["file"]
+            with path.open("rb") as file:
+                if sha256_of(file) != entry["sha256"]:
+                    raise CheckpointError(f"{path} is damaged: it does not have the contents that were written.")
+
+    def newest_valid(self) -> Manifest:
+        """
+        :return: manifest of the newest checkpoint that is whole; a warning says which newer ones are not, and why
+        :raises CheckpointError: if there is none
+        """
+        problems = []
+        for number in reversed(self.numbers()):
+            try:
+                manifest = self.manifest(number)
+                self.verify(manifest)
+            except (CheckpointError, OSError) as error:
+                problems.append(f"checkpoint {number}: {error}")
+                continue
+            if problems:
+                warnings.warn(
+                    f"Falling back to checkpoint {number} (step {manifest['num_timesteps']}) of {self.path}, because "
+                    + "; ".join(problems),
+                    stacklevel=2,
+                )
+            return manifest
+        raise CheckpointError(
+            f"{self.path} has no checkpoint that can be loaded"
+            + (": " + "; ".join(problems) if problems else " (no ckpt-*.json in it).")
+        )
+
+    def open_state(self, manifest: Manifest) -> BinaryIO:
+        """
+        :return: the model file of a checkpoint
+        """
+        return (self.path / manifest["state"]["file"]).open("rb")
+
+    def read_segments(self, manifest: Manifest, replay: dict[str, Any]) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+        """
+        :param manifest: of a checkpoint
+        :param replay: what its model file says of the replay buffer
+        :return: first rows and arrays, segment by segment
+        """
+        for entry in manifest["segments"]:
+            first, last = _rows(entry["file"])
+            path = self.path / entry["file"]
+            with path.open("rb") as file:
+                archive = ArchiveReader(file, str(path))
+                yield first, replay_state.read_rows(archive, replay["description"], (first, last))
+
+    def continues(self, manifest: Manifest, buffer: SB3ReplayBuffer | None) -> None:
+        """
+        Say that this process goes on from a checkpoint.
+
+        :param manifest: of the checkpoint
+        :param buffer: replay buffer whose rows are those of its segments; None: of no known buffer
+        """
+        self.last = manifest
+        self.newest = max([manifest["number"], *self.numbers()])
+        self._remember(buffer)
+
+    def save(
+        self,
+        num_timesteps: int,
+        write_state: Callable[[BinaryIO], tuple[int, str]],
+        buffer: SB3ReplayBuffer | None,
+        keep_last: int,
+    ) -> Manifest:
+        """
+        Write a checkpoint.
+
+        :param num_timesteps: environment steps so far
+        :param write_state: writes the model file, returns its size and hash
+        :param buffer: replay buffer to save; None: without one
+        :param keep_last: how many checkpoints to keep
+        :return: its manifest
+        :raises CheckpointError: if another process writes here too
+        :raises OSError: if the disk is full, ...; what was there before is still there
+        """
+        if max([-1, *self.numbers()]) != self.newest:
+            raise CheckpointError(
+                f"{self.path} has got checkpoints that this run has not written: is a second process at work there? "
+                "Each run needs a folder of its own."
+            )
+        number = self.newest + 1
+        segments = [] if buffer is None else self._save_segments(buffer)
+        name = f"step-{num_timesteps}-{number:06d}.zip"
+        with files.atomic_file(self.path / name, sync=False) as file:
+            size, sha256 = write_state(file)
+        files.sync_folder(self.path)
+        manifest = {
+            "format": FORMAT,
+            "number": number,
+            "num_timesteps": num_timesteps,
+            "state": {"file": name, "size": size, "sha256": sha256},
+            "segments": segments,
+        }
+        with files.atomic_file(self.path / f"ckpt-{number:06d}.json") as file:
+            file.write(_manifest_text(manifest))
+        self.last, self.newest = manifest, number
+        self._remember(buffer)
+        self._clean(keep_last)
+        return manifest
+
+    def _save_segments(self, buffer: SB3ReplayBuffer) -> list[dict[str, Any]]:
+        rows_before = None
+        if self._rows_then is not None and self._rows_then[0] == id(buffer):
+            rows_before = self._rows_then[1]
+        before = {} if self.last is None else {_rows(entry["file"]): entry for entry in self.last["segments"]}
+        entries = []
+        written = False
+        for segment in replay_state.segments(buffer):
+            entry = before.get(segment)
+            if entry is None or replay_state.may_have_changed(buffer, segment, rows_before):
+                data = io.BytesIO()
+                with ArchiveWriter(data) as archive:
+                    replay_state.write_rows(archive, buffer, segment)
+                    size, sha256 = archive.close({})
+                first, last = segment
+                name = f"replay/{first:05d}-{last:05d}-{sha256[:16]}.npz"
+                if entry is None or entry["sha256"] != sha256:
+                    with files.atomic_file(self.path / name, sync=False) as file:
+                        file.write(data.getbuffer())
+                    written = True
+                    entry = {"file": name, "size": size, "sha256": sha256}
+            entries.append(entry)
+        if written:
+            files.sync_folder(self.path / "replay")
+        return entries
+
+    def _remember(self, buffer: SB3ReplayBuffer | None) -> None:
+        self._rows_then = None if buffer is None else (id(buffer), getattr(buffer, "n_added", 0))
+
+    def _clean(self, keep_last: int) -> None:
+        """Remove older checkpoints, then what nothing names. A folder that cannot be read in full is left alone."""
+        kept: list[Manifest] = []
+        for number in reversed(self.numbers()):
+            try:
+                manifest = self.manifest(number)
+            except CheckpointError:
+                continue  # does not count, and goes when it is older than those kept
+            if len(kept) < keep_last:
+                kept.append(manifest)
+        oldest = kept[-1]["number"]
+        for number in self.numbers():
+            if number < oldest:
+                files.remove(self.path / f"ckpt-{number:06d}.json")
+        files.sync_folder(self.path)  # no manifest may outlive what it names
+        named = {entry["file"] for manifest in kept for entry in [manifest["state"], *manifest["segments"]]}
+        for folder, pattern in (("", STATE), ("replay/", SEGMENT)):
+            if not (self.path / folder).is_dir():
+                continue
+            for name in os.listdir(self.path / folder):
+                if pattern.fullmatch(folder + name) and folder + name not in named:
+                    files.remove(self.path / folder / name)
+            files.remove_leftovers(self.path / folder)
+
+
+def checkpoint_of(path: Path) -> tuple[RunFolder, Manifest] | None:
+    """
+    :param path: a model file
+    :return: the folder and the manifest of the checkpoint that it is part of; None if it is part of none
+    :raises CheckpointError: if it is part of one that is damaged
+    """
+    match = STATE.fullmatch(path.name)
+    folder = RunFolder(path.parent)
+    if match is None or int(match[2]) not in folder.numbers():
+        return None
+    manifest = folder.manifest(int(match[2]))
+    if manifest["state"]["file"] != path.name:
+        return None
+    folder.verify(manifest)
+    return folder, manifest
+
+
+def _rows(name: str) -> tuple[int, int]:
+    match = SEGMENT.fullmatch(name)
+    assert match is not None  # checked when the manifest was read
+    return int(match[1]), int(match[2])
+
+
+def _manifest_text(manifest: Manifest) -> bytes:
+    text = json.dumps(manifest, sort_keys=True, indent=1)
+    sha256 = hashlib.sha256(text.encode()).hexdigest()
+    return f'{{"manifest": {text},\n"sha256": "{sha256}"}}\n'.encode()

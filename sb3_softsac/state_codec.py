@@ -1,0 +1,343 @@
+"""
+Python values as JSON and back, without pickle: what the files of SoftSAC are written with.
+
+A value that JSON does not know becomes ``{"$": <kind>, ...}``. Classes are written by name, and only those of the
+packages that SoftSAC itself is built on. Reading never calls anything that a file names: classes are looked up, and
+must be of a kind that a model consists of; objects are made empty and given their attributes.
+"""
+
+import base64
+import importlib
+import inspect
+import math
+import sys
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable
+from enum import Enum
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.buffers import BaseBuffer
+from stable_baselines3.common.noise import ActionNoise
+from stable_baselines3.common.running_mean_std import RunningMeanStd
+from stable_baselines3.common.type_aliases import TrainFreq
+from stable_baselines3.common.utils import ConstantSchedule, FloatSchedule, LinearSchedule
+from torch import nn
+
+KIND = "$"
+KNOWN_PACKAGES = ("torch", "numpy", "gymnasium", "stable_baselines3", "sb3_contrib", "rl_zoo3", "sb3_softsac")
+# What a name in a file may stand for: nothing that does more than to be built when it is called
+NAMED_CLASSES: tuple[type, ...] = (
+    nn.Module,
+    th.optim.Optimizer,
+    spaces.Space,
+    BaseBuffer,
+    ActionNoise,
+    Enum,
+    np.generic,
+)
+# Objects that are their attributes
+PLAIN_CLASSES: tuple[type, ...] = (
+    spaces.Space,
+    ActionNoise,
+    RunningMeanStd,
+    ConstantSchedule,
+    FloatSchedule,
+    LinearSchedule,
+)
+PLAIN_NAMES = ("rl_zoo3.utils.SimpleLinearSchedule",)  # not imported for its sake
+BIT_GENERATORS = ("PCG64", "PCG64DXSM", "MT19937", "Philox", "SFC64")
+MAX_FILL_BYTES = 1 << 26  # of an array that the file holds as one number
+LONG = 64  # lists of so many floats are written as arrays
+
+
+class NotEncodable(TypeError):
+    """The value holds something that has no name in a known package; the message says where."""
+
+
+def encode(value: Any, where: str = "value") -> Any:
+    """
+    :param value: value to write
+    :param where: how error messages call it
+    :return: a tree of what ``json.dumps`` takes
+    :raises NotEncodable: naming the part that cannot be written
+    """
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    if type(value) is list:
+        if len(value) >= LONG and all(type(item) is float for item in value):
+            return {KIND: "floats", "array": _encode_array(np.array(value), where)}
+        return [encode(item, f"{where}[{i}]") for i, item in enumerate(value)]
+    if type(value) is dict and all(type(key) is str for key in value) and KIND not in value:
+        return {key: encode(item, f"{where}[{key!r}]") for key, item in value.items()}
+    for kind in _KINDS:
+        if kind.matches(value):
+            return {KIND: kind.name, **kind.to_tree(value, where)}
+    raise NotEncodable(f"{where} is a {_full_name(type(value))}, which cannot be written without pickle")
+
+
+def decode(tree: Any) -> Any:
+    """
+    :param tree: result of :func:`encode`, perhaps from a file that somebody has tampered with
+    :return: an equal value
+    :raises ValueError: if it is not such a tree
+    """
+    if isinstance(tree, list):
+        return [decode(item) for item in tree]
+    if not isinstance(tree, dict):
+        return tree
+    if KIND not in tree:
+        return {key: decode(item) for key, item in tree.items()}
+    kind = tree[KIND]
+    if not isinstance(kind, str) or kind not in _READERS:
+        raise ValueError(f"unknown kind of value {kind!r}: the file is damaged, or of a later version")
+    try:
+        return _READERS[kind](tree)
+    except RecursionError:
+        raise ValueError("values are nested too deeply") from None
+    except (KeyError, TypeError, AttributeError, IndexError, OverflowError, RuntimeError, MemoryError) as error:
+        raise ValueError(f"damaged value of kind {kind!r}: {type(error).__name__}: {error}") from error
+
+
+def name_of(value: Any, where: str = "value") -> str:
+    """
+    :param value: a class
+    :return: ``package.module.Class``, by which it can be found again
+    :raises NotEncodable: if it is not in a known package, or not under its own name
+    """
+    name = _full_name(value)
+    try:
+        if name in PLAIN_NAMES or find_class(name, NAMED_CLASSES + PLAIN_CLASSES) is value:
+            return name
+    except ValueError:
+        pass
+    raise NotEncodable(f"{where} is a {name}, which is not a class of {', '.join(KNOWN_PACKAGES)}")
+
+
+def find_class(name: str, kinds: tuple[type, ...] = NAMED_CLASSES) -> type:
+    """
+    :param name: ``package.module.Class``
+    :param kinds: what it must be a subclass of
+    :return: the class
+    :raises ValueError: if it is not a class of these kinds in a known package
+    """
+    found = _look_up(name)
+    if not (inspect.isclass(found) and issubclass(found, kinds)):
+        raise ValueError(f"{name!r} is not a class that a model can consist of")
+    return found
+
+
+def _look_up(name: str) -> Any:
+    if not isinstance(name, str) or name.split(".")[0] not in KNOWN_PACKAGES:
+        raise ValueError(f"{name!r} is not in a known package ({', '.join(KNOWN_PACKAGES)})")
+    parts = name.split(".")
+    if not all(part.isidentifier() and not part.startswith("__") for part in parts):
+        raise ValueError(f"{name!r} is not a name")
+    # Modules first: the longest prefix that is one
+    for n in range(len(parts) - 1, 0, -1):
+        module_name = ".".join(parts[:n])
+        try:
+            module = sys.modules.get(module_name) or importlib.import_module(module_name)
+        except ImportError:
+            continue
+        found: Any = module
+        for part in parts[n:]:
+            found = getattr(found, part, None)
+        if found is not None:
+            return found
+    raise ValueError(f"there is no {name!r}: is its package older or newer than the one that wrote the file?")
+
+
+def _full_name(value: Any) -> str:
+    return f"{getattr(value, '__module__', None)}.{getattr(value, '__qualname__', type(value).__qualname__)}"
+
+
+def _encode_array(array: np.ndarray, where: str) -> dict[str, Any]:
+    if array.dtype.kind not in "biufcSU":
+        raise NotEncodable(f"{where} is an array of {array.dtype}, which cannot be written without pickle")
+    array = np.asarray(array)
+    head = {"dtype": array.dtype.str, "shape": list(array.shape)}
+    data = np.ascontiguousarray(array).tobytes()
+    item = data[: array.itemsize]
+    if 1 < array.size and len(data) <= MAX_FILL_BYTES and data == item * array.size:
+        return {**head, "fill": base64.b64encode(item).decode()}
+    return {**head, "data": base64.b64encode(data).decode()}
+
+
+def _decode_array(tree: dict[str, Any]) -> np.ndarray:
+    dtype = np.dtype(tree["dtype"])
+    shape = tuple(tree["shape"])
+    if dtype.kind not in "biufcSU" or not all(type(n) is int and n >= 0 for n in shape):
+        raise ValueError(f"an array of dtype {dtype} and shape {shape} cannot be read")
+    n_bytes = math.prod(shape) * dtype.itemsize
+    if "fill" in tree:
+        if n_bytes > MAX_FILL_BYTES:
+            raise ValueError(f"an array of {n_bytes} bytes in one number: the file is damaged")
+        item = np.frombuffer(base64.b64decode(tree["fill"], validate=True), dtype)
+        return np.full(shape, item.reshape(()), dtype)
+    data = base64.b64decode(tree["data"], validate=True)
+    if len(data) != n_bytes:
+        raise ValueError(f"an array of shape {shape} and dtype {dtype} needs {n_bytes} bytes, the file has {len(data)}")
+    return np.frombuffer(data, dtype).reshape(shape).copy()
+
+
+def _encode_number(number: np.generic, where: str) -> dict[str, Any]:
+    return _encode_array(np.asarray(number), where)
+
+
+def _encode_random_state(state: Any, where: str) -> dict[str, Any]:
+    if state["bit_generator"] not in BIT_GENERATORS:
+        raise NotEncodable(f"{where} draws from {state['bit_generator']}, which is not one of {BIT_GENERATORS}")
+    return {"state": encode(state, where)}
+
+
+def _decode_bit_generator(tree: dict[str, Any]) -> np.random.BitGenerator:
+    state = decode(tree["state"])
+    if state["bit_generator"] not in BIT_GENERATORS:
+        raise ValueError(f"unknown bit generator {state['bit_generator']!r}")
+    bit_generator: np.random.BitGenerator = getattr(np.random, state["bit_generator"])(0)
+    bit_generator.state = state
+    return bit_generator
+
+
+def _decode_random_state(tree: dict[str, Any]) -> np.random.RandomState:
+    random_state = np.random.RandomState(0)
+    random_state.set_state(decode(tree["state"]))
+    return random_state
+
+
+def _encode_object(value: Any, where: str) -> dict[str, Any]:
+    # Attributes instead of constructor arguments: what changed since construction comes back too
+    state = {name: encode(item, f"{where}.{name}") for name, item in vars(value).items()}
+    return {"class": name_of(type(value), where), "state": state}
+
+
+def _decode_object(tree: dict[str, Any]) -> Any:
+    name, state = tree["class"], tree["state"]
+    found = _look_up(name) if name in PLAIN_NAMES else find_class(name, PLAIN_CLASSES)
+    if any(attribute.startswith("__") for attribute in state):
+        raise ValueError(f"attributes of {name} cannot be called {list(state)}")
+    value: Any = object.__new__(found)
+    value.__dict__.update({attribute: decode(item) for attribute, item in state.items()})
+    return value
+
+
+def _decode_torch_dtype(name: str) -> th.dtype:
+    dtype = getattr(th, name)
+    if not isinstance(dtype, th.dtype):
+        raise ValueError(f"torch.{name} is not a dtype")
+    return dtype
+
+
+def _encode_items(value: dict[Any, Any], where: str) -> dict[str, Any]:
+    return {
+        "items": [[encode(key, f"a key of {where}"), encode(item, f"{where}[{key!r}]")] for key, item in value.items()]
+    }
+
+
+def _decode_items(tree: dict[str, Any]) -> list[tuple[Any, Any]]:
+    return [(decode(key), decode(item)) for key, item in tree["items"]]
+
+
+def _encode_sequence(value: Iterable[Any], where: str) -> dict[str, Any]:
+    return {"items": [encode(item, f"{where}[{i}]") for i, item in enumerate(value)]}
+
+
+def _decode_sequence(tree: dict[str, Any]) -> list[Any]:
+    return [decode(item) for item in tree["items"]]
+
+
+def _encode_objects(array: np.ndarray, where: str) -> dict[str, Any]:
+    return {"shape": list(array.shape), "items": [encode(item, where) for item in array.ravel().tolist()]}
+
+
+def _decode_objects(tree: dict[str, Any]) -> np.ndarray:
+    items = _decode_sequence(tree)
+    array = np.empty(len(items), dtype=object)
+    array[:] = items
+    return array.reshape(tree["shape"])
+
+
+class _Kind(NamedTuple):
+    name: str
+    matches: Callable[[Any], bool]
+    to_tree: Callable[[Any, str], dict[str, Any]]
+    from_tree: Callable[[dict[str, Any]], Any]
+
+
+_KINDS = [
+    _Kind("tuple", lambda v: type(v) is tuple, _encode_sequence, lambda t: tuple(_decode_sequence(t))),
+    _Kind("list", lambda v: type(v) is list, _encode_sequence, _decode_sequence),
+    _Kind("floats", lambda v: False, _encode_sequence, lambda t: _decode_array(t["array"]).tolist()),
+    _Kind("dict", lambda v: type(v) is dict, _encode_items, lambda t: dict(_decode_items(t))),
+    _Kind("ordered", lambda v: type(v) is OrderedDict, _encode_items, lambda t: OrderedDict(_decode_items(t))),
+    _Kind(
+        "deque",
+        lambda v: type(v) is deque,
+        lambda v, where: {"maxlen": v.maxlen, "items": encode(list(v), where)},
+        lambda t: deque(decode(t["items"]), t["maxlen"]),
+    ),
+    _Kind(
+        "set",
+        lambda v: type(v) in (set, frozenset),
+        lambda v, where: {"frozen": type(v) is frozenset, **_encode_sequence(sorted(v, key=repr), where)},
+        lambda t: (frozenset if t["frozen"] else set)(_decode_sequence(t)),
+    ),
+    _Kind(
+        "bytes",
+        lambda v: type(v) is bytes,
+        lambda v, _: {"data": base64.b64encode(v).decode()},
+        lambda t: base64.b64decode(t["data"], validate=True),
+    ),
+    _Kind("objects", lambda v: type(v) is np.ndarray and v.dtype == object, _encode_objects, _decode_objects),
+    _Kind("array", lambda v: type(v) is np.ndarray, _encode_array, _decode_array),
+    _Kind("number", lambda v: isinstance(v, np.generic), _encode_number, lambda t: _decode_array(t)[()]),
+    _Kind("dtype", lambda v: isinstance(v, np.dtype), lambda v, _: {"name": v.str}, lambda t: np.dtype(t["name"])),
+    _Kind(
+        "generator",
+        lambda v: type(v) is np.random.Generator,
+        lambda v, where: _encode_random_state(v.bit_generator.state, where),
+        lambda t: np.random.Generator(_decode_bit_generator(t)),
+    ),
+    _Kind(
+        "random_state",
+        lambda v: type(v) is np.random.RandomState,
+        lambda v, where: _encode_random_state(v.get_state(legacy=False), where),
+        _decode_random_state,
+    ),
+    _Kind(
+        "tensor",
+        lambda v: type(v) in (th.Tensor, nn.Parameter),
+        lambda v, where: _encode_array(v.detach().cpu().numpy(), where),
+        lambda t: th.from_numpy(_decode_array(t)),
+    ),
+    _Kind(
+        "torch_dtype",
+        lambda v: isinstance(v, th.dtype),
+        lambda v, _: {"name": str(v).removeprefix("torch.")},
+        lambda t: _decode_torch_dtype(t["name"]),
+    ),
+    _Kind("device", lambda v: isinstance(v, th.device), lambda v, _: {"name": str(v)}, lambda t: th.device(t["name"])),
+    _Kind(
+        "enum",
+        lambda v: isinstance(v, Enum),
+        lambda v, where: {"class": name_of(type(v), where), "name": v.name},
+        lambda t: cast(type[Enum], find_class(t["class"], (Enum,)))[t["name"]],
+    ),
+    _Kind(
+        "train_freq",
+        lambda v: type(v) is TrainFreq,
+        lambda v, where: _encode_sequence(v, where),
+        lambda t: TrainFreq(*_decode_sequence(t)),
+    ),
+    _Kind("class", inspect.isclass, lambda v, where: {"name": name_of(v, where)}, lambda t: find_class(t["name"])),
+    _Kind(
+        "object",
+        lambda v: isinstance(v, PLAIN_CLASSES) or _full_name(type(v)) in PLAIN_NAMES,
+        _encode_object,
+        _decode_object,
+    ),
+]
+_READERS = {kind.name: kind.from_tree for kind in _KINDS}
