@@ -46,6 +46,32 @@ def storage_bytes(buffer: Any) -> int:
     return sum(value.nbytes for value in vars(buffer).values() if isinstance(value, np.ndarray))
 
 
+def fill(buffer: Any, env: gym.Env, length: int, n: int, seed: int = 0) -> None:
+    """
+    Add random transitions.
+
+    :param buffer: SB3's or SoftSAC's replay buffer, for one environment
+    :param env: environment, for its spaces and its time limit
+    :param length: steps of an episode
+    :param n: transitions to add
+    :param seed: of their observations
+    """
+    time_limit = env.spec.max_episode_steps if env.spec is not None else None
+    infos = [{"TimeLimit.truncated": length == time_limit}]
+    rng = np.random.default_rng(seed)
+    # Cycled through, as drawing new ones would take longer than storing them
+    stream = rng.normal(size=(4 * length + 1, 1, *env.observation_space.shape))  # type: ignore[misc]
+    action = np.zeros((1, *env.action_space.shape), dtype=np.float32)  # type: ignore[misc]
+    reward, done, not_done = np.ones(1), np.ones(1, dtype=bool), np.zeros(1, dtype=bool)
+    for step in range(n):
+        at = step % (len(stream) - 1)
+        if (step + 1) % length == 0:
+            # The next episode begins at stream[at + 1], so this one must end somewhere else
+            buffer.add(stream[at], stream[at + 1] + 1.0, action, reward, done, infos)
+        else:
+            buffer.add(stream[at], stream[at + 1], action, reward, not_done, [{}])
+
+
 def measure(name: str, env_id: str, size: int) -> dict[str, Any]:
     """
     Fill one buffer and sample from it. To be called in a fresh process.
@@ -64,25 +90,10 @@ def measure(name: str, env_id: str, size: int) -> dict[str, Any]:
         from stable_baselines3.common.buffers import ReplayBuffer  # type: ignore[assignment]
 
     env = gym.make(env_id)
-    time_limit = env.spec.max_episode_steps if env.spec is not None else None
-    length = EPISODE_LENGTH[env_id]
-    infos = [{"TimeLimit.truncated": length == time_limit}]
-    rng = np.random.default_rng(0)
-    # Cycled through, as drawing new ones would take longer than storing them
-    stream = rng.normal(size=(4 * length + 1, 1, *env.observation_space.shape))  # type: ignore[misc]
-    action = np.zeros((1, *env.action_space.shape), dtype=np.float32)  # type: ignore[misc]
-    reward, done, not_done = np.ones(1), np.ones(1, dtype=bool), np.zeros(1, dtype=bool)
-
     before = resident_bytes()
     buffer = ReplayBuffer(size, env.observation_space, env.action_space, device="cpu")
     start = time.perf_counter()
-    for step in range(size):
-        at = step % (len(stream) - 1)
-        if (step + 1) % length == 0:
-            # The next episode begins at stream[at + 1], so this one must end somewhere else
-            buffer.add(stream[at], stream[at + 1] + 1.0, action, reward, done, infos)
-        else:
-            buffer.add(stream[at], stream[at + 1], action, reward, not_done, [{}])
+    fill(buffer, env, EPISODE_LENGTH[env_id], size)
     seconds_add = time.perf_counter() - start
     resident, peak = resident_bytes() - before, resident_bytes("VmHWM") - before
 
@@ -95,7 +106,7 @@ def measure(name: str, env_id: str, size: int) -> dict[str, Any]:
         "buffer": name,
         "env": env_id,
         "transitions": size,
-        "episode_length": length,
+        "episode_length": EPISODE_LENGTH[env_id],
         "resident_bytes": resident,
         "peak_resident_bytes": peak,
         "storage_bytes": storage_bytes(buffer),

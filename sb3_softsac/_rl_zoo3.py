@@ -9,22 +9,24 @@ import ast
 import importlib
 import inspect
 from collections.abc import Callable
-from functools import partial, wraps
+from functools import wraps
 from importlib.abc import ExecutionLoader
 from pathlib import Path
-from types import CodeType, ModuleType, SimpleNamespace
+from types import CodeType, ModuleType
 from typing import TYPE_CHECKING, Any
 
 import sb3_softsac
-from sb3_softsac.callbacks import SaveBestTrainingReturnCallback
+from sb3_softsac.callbacks import CheckpointCallback, SaveBestTrainingReturnCallback
 from sb3_softsac.softsac import SoftSAC
 
 if TYPE_CHECKING:
     from optuna import Trial
     from rl_zoo3.exp_manager import ExperimentManager
+    from stable_baselines3.common.vec_env import VecEnv
 
 ALGO = "softsac"
 EXCLUDED = "excluded_options"
+CHECKPOINTS = "checkpoints"  # folder within that of a run
 
 
 def hyperparams_folder() -> Path:
@@ -143,19 +145,10 @@ def patch(module: ModuleType) -> None:
         module.ExperimentManager._knows_softsac = True
 
 
-def _patch_manager(manager: "type[ExperimentManager]") -> None:
-    original_init = manager.__init__
-    init_signature = inspect.signature(original_init)
+def _patch_manager(manager: Any) -> None:
+    for name, method in METHODS.items():
+        _replace_method(manager, name, method)
     original_schedules = manager._preprocess_schedules
-    original_create_callbacks = manager.create_callbacks
-    original_learn = manager.learn
-    original_objective = manager.objective
-
-    @wraps(original_init)
-    def __init__(self: "ExperimentManager", *args: Any, **kwargs: Any) -> None:
-        original_init(self, *args, **kwargs)
-        if self.algo == ALGO:
-            self.config = own_config(init_signature.bind(self, *args, **kwargs).arguments.get("config"))
 
     @wraps(original_schedules)
     def _preprocess_schedules(hyperparams: dict[str, Any]) -> dict[str, Any]:
@@ -164,36 +157,117 @@ def _patch_manager(manager: "type[ExperimentManager]") -> None:
                 hyperparams[name] = original_schedules({"learning_rate": hyperparams[name]})["learning_rate"]
         return original_schedules(hyperparams)
 
-    @wraps(original_create_callbacks)
-    def create_callbacks(self: "ExperimentManager") -> None:
-        original_create_callbacks(self)
-        for callback in self.callbacks:
-            if isinstance(callback, SaveBestTrainingReturnCallback) and callback.save_path is None:
-                callback.save_path = self.save_path
-        # Trials of an optimisation create their callbacks themselves, and have no folder to save to
-        if self.optimize_hyperparameters and self.specified_callbacks:
+    manager._preprocess_schedules = staticmethod(_preprocess_schedules)
+
+
+def _replace_method(manager: Any, name: str, method: Callable[..., Any]) -> None:
+    """:param method: takes what it replaces, then the manager and the arguments"""
+    original = getattr(manager, name)
+
+    @wraps(original)
+    def replacement(self: "ExperimentManager", *args: Any, **kwargs: Any) -> Any:
+        return method(original, self, *args, **kwargs)
+
+    setattr(manager, name, replacement)
+
+
+def _init(original: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
+    original(self, *args, **kwargs)
+    if self.algo == ALGO:
+        arguments = inspect.signature(original).bind(self, *args, **kwargs).arguments
+        self.config = own_config(arguments.get("config"))
+        self._asks_for_n_timesteps = arguments.get("n_timesteps", 0) > 0
+
+
+def _create_callbacks(original: Callable[..., None], self: Any) -> None:
+    asked_save_freq = self.save_freq
+    original(self)
+    for callback in self.callbacks:
+        if isinstance(callback, SaveBestTrainingReturnCallback) and callback.save_path is None:
+            callback.save_path = self.save_path
+    # Trials of an optimisation create their callbacks themselves, and have no folder to save to
+    if self.optimize_hyperparameters:
+        if self.specified_callbacks:
             callbacks = self.specified_callbacks
             callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
             name = SaveBestTrainingReturnCallback.__name__
             self.specified_callbacks = [callback for callback in callbacks if name not in str(callback)]
+    elif self.algo == ALGO:
+        # Besides the zoo's rl_model_<n>_steps.zip, which are for watching. Without --save-replay-buffer, only a signal
+        # leaves a checkpoint, of everything else.
+        save_freq = self.save_freq if asked_save_freq > 0 and self.save_replay_buffer else 0
+        folder = Path(self.save_path) / CHECKPOINTS
+        self.callbacks.append(
+            CheckpointCallback(save_freq, folder, save_replay_buffer=self.save_replay_buffer, verbose=1)
+        )
 
-    @wraps(original_learn)
-    def learn(self: "ExperimentManager", model: Any) -> None:
-        if self.continue_training and isinstance(model, SoftSAC):
-            # `-i` continues the count of steps, instead of repeating the warm-up and the schedules from their start
-            model = SimpleNamespace(learn=partial(model.learn, reset_num_timesteps=False), env=model.env)
-        original_learn(self, model)
 
-    @wraps(original_objective)
-    def objective(self: "ExperimentManager", trial: "Trial") -> float:
-        # The zoo does not tell the sampler what the trial's other hyperparameters are
-        if self.algo == ALGO:
-            trial.set_user_attr(EXCLUDED, excluded_options(self._hyperparams))
-        return original_objective(self, trial)
+def _setup_experiment(original: Callable[..., Any], self: Any) -> Any:
+    experiment = original(self)
+    if experiment is not None and isinstance(experiment[0], SoftSAC):
+        experiment[0].save_exclude = ("replay_buffer",)  # of the best model, and of other files on the way
+    return experiment
 
-    for method in (__init__, create_callbacks, learn, objective):
-        setattr(manager, method.__name__, method)
-    setattr(manager, original_schedules.__name__, staticmethod(_preprocess_schedules))
+
+def _load_pretrained_agent(original: Callable[..., Any], self: Any, hyperparams: dict[str, Any], env: "VecEnv") -> Any:
+    if self.algo != ALGO:
+        return original(self, hyperparams, env)
+    print("Loading pretrained agent")
+    changes = {name: value for name, value in hyperparams.items() if name not in ("policy", "policy_kwargs")}
+    noise = changes.pop("action_noise", None)
+    # Goes on where the file was written, random states included: the zoo's seed is drawn anew for each command
+    model = SoftSAC.load(
+        self.trained_agent,
+        env=env,
+        device=self.device,
+        force_reset=False,
+        tensorboard_log=self.tensorboard_log,
+        verbose=self.verbose,
+        **changes,
+    )
+    if repr(getattr(model.action_noise, "base_noise", model.action_noise)) != repr(noise):
+        model.action_noise = noise
+    buffer_path = Path(self.trained_agent).parent / "replay_buffer.pkl"
+    if model.replay_buffer is not None and model.replay_buffer.size() == 0 and buffer_path.exists():
+        print("Loading replay buffer")
+        model.load_replay_buffer(buffer_path, truncate_last_traj=self.truncate_last_trajectory)
+    return model
+
+
+def _learn(original: Callable[..., None], self: Any, model: Any) -> None:
+    if self.continue_training and isinstance(model, SoftSAC):
+        left = model._total_timesteps - model.num_timesteps
+        if left > 0 and not self._asks_for_n_timesteps:
+            self.n_timesteps = left
+        print(f"Continuing at step {model.num_timesteps:,}, for {self.n_timesteps:,} steps")
+    original(self, model)
+
+
+def _save_trained_model(original: Callable[..., None], self: Any, model: Any) -> None:
+    wanted = self.save_replay_buffer
+    if isinstance(model, SoftSAC):  # the replay buffer goes into the model's own file
+        self.save_replay_buffer = False
+        model.save_exclude = () if wanted else ("replay_buffer",)
+    original(self, model)
+    self.save_replay_buffer = wanted
+
+
+def _objective(original: Callable[..., float], self: Any, trial: "Trial") -> float:
+    # The zoo does not tell the sampler what the trial's other hyperparameters are
+    if self.algo == ALGO:
+        trial.set_user_attr(EXCLUDED, excluded_options(self._hyperparams))
+    return original(self, trial)
+
+
+METHODS: dict[str, Callable[..., Any]] = {
+    "__init__": _init,
+    "create_callbacks": _create_callbacks,
+    "setup_experiment": _setup_experiment,
+    "_load_pretrained_agent": _load_pretrained_agent,
+    "learn": _learn,
+    "save_trained_model": _save_trained_model,
+    "objective": _objective,
+}
 
 
 def edited_code(loader: ExecutionLoader, name: str) -> CodeType:

@@ -1,11 +1,16 @@
-"""Counters and records of SB3's callbacks, so that evaluations of a resumed run come when they would have come."""
+"""
+Counters and records of SB3's callbacks, and the random states of the environments that they evaluate in: evaluations of
+a resumed run come when they would have come, and begin as they would have begun.
+"""
 
 import warnings
 from collections.abc import Iterator
 from typing import Any
 
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList, EvalCallback, EventCallback
+from stable_baselines3.common.vec_env import VecEnv
 
+from sb3_softsac import env_state
 from sb3_softsac.state_codec import NotEncodable, decode, encode
 
 # Attributes that change during training. What a user passes to a callback is not among them.
@@ -27,8 +32,10 @@ def capture(callback: BaseCallback | None) -> list[Any]:
             state = each.get_state()
         else:
             state = {name: value for name, value in vars(each).items() if name in STATE}
+        eval_env = getattr(each, "eval_env", None)
+        env = env_state.capture(eval_env) if isinstance(eval_env, VecEnv) else None
         try:
-            states.append([_name(each), encode(state, type(each).__name__)])
+            states.append([_name(each), encode(state, type(each).__name__), env])
         except NotEncodable as error:
             warnings.warn(f"The state of a callback is not saved: {error}.", stacklevel=2)
     return states
@@ -41,7 +48,7 @@ def restore(callback: BaseCallback | None, states: list[Any]) -> None:
     """
     left = list(states)
     for each in _walk(callback):
-        for i, (name, tree) in enumerate(left):
+        for i, (name, tree, env) in enumerate(left):
             if name != _name(each):
                 continue
             del left[i]
@@ -50,6 +57,9 @@ def restore(callback: BaseCallback | None, states: list[Any]) -> None:
                 each.set_state(state)
             else:
                 vars(each).update({k: v for k, v in state.items() if k in STATE and k in vars(each)})
+            eval_env = getattr(each, "eval_env", None)
+            if env is not None and isinstance(eval_env, VecEnv):
+                env_state.restore(eval_env, env, mid_episode=True)  # where it cannot, evaluations begin as in a new run
             break
 
 

@@ -7,6 +7,7 @@ the replay buffer's layout) and ``replay/<first row>/<array>.npy``.
 """
 
 import base64
+import io
 import os
 import platform
 import random
@@ -62,21 +63,24 @@ def write_data(archive: ArchiveWriter, attributes: dict[str, Any]) -> None:
     archive.add_json("data", trees)
 
 
-def read_data(archive: ArchiveReader, custom_objects: dict[str, Any] | None, allow_pickle: bool) -> dict[str, Any]:
+def read_data(
+    archive: ArchiveReader, custom_objects: dict[str, Any] | None, given: dict[str, Any], allow_pickle: bool
+) -> dict[str, Any]:
     """
     Read SB3's member ``data``.
 
     :param archive: where from
     :param custom_objects: values that take the place of those in the file, by name
+    :param given: values that take the place of those that are pickled
     :param allow_pickle: unpickle what is pickled
     :return: attributes of the model, by name
     :raises CheckpointError: if something is pickled that is neither substituted nor to be unpickled
     """
-    custom_objects = custom_objects or {}
     trees = archive.json("data")
     if not isinstance(trees, dict):
         raise CheckpointError(f"data in {archive.name} is not a model's.")
     pickled = [name for name, tree in trees.items() if isinstance(tree, dict) and PICKLED in tree]
+    custom_objects = {name: given[name] for name in pickled if name in given} | (custom_objects or {})
     refused = [] if allow_pickle else [name for name in pickled if name not in custom_objects]
     if refused:
         substitutes = ", ".join(f"{name!r}: ..." for name in refused)
@@ -113,8 +117,10 @@ def write_parameters(archive: ArchiveWriter, model: BaseAlgorithm) -> None:
     names = model._get_torch_save_params()[1]
     variables = {name: recursive_getattr(model, name) for name in names}
     for name, state in {"pytorch_variables": variables, **model.get_parameters()}.items():
+        data = io.BytesIO()  # on a full disk, th.save would raise something else than OSError
+        th.save(state, data)
         with archive.member(f"{name}.pth") as stream:
-            th.save(state, stream)
+            stream.write(data.getbuffer())
     with archive.member("_stable_baselines3_version") as stream:
         stream.write(stable_baselines3.__version__.encode())
     with archive.member("system_info.txt") as stream:

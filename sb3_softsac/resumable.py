@@ -229,8 +229,8 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
         assert self.env is not None, "You must set the environment before calling learn()"
         if self._unread is not None:
             warnings.warn(
-                f"The replay buffer in {self._unread} was not read, because load() was called without an environment. To "
-                "continue the run, pass one to load().",
+                f"The replay buffer in {self._unread} was not read, because load() was called without an environment. "
+                "To continue the run, pass one to load().",
                 stacklevel=3,
             )
             self._unread = None
@@ -367,7 +367,7 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
         with model_file.open_model_file(path) as file:
             if print_system_info:
                 _print_system_info(file.archive)
-            data = model_file.read_data(file.archive, custom_objects, allow_pickle)
+            data = model_file.read_data(file.archive, custom_objects, kwargs, allow_pickle)
             _check_policy_kwargs(data, kwargs)
             if env is not None:
                 env = cls._wrap_env(env, data["verbose"])
@@ -399,6 +399,8 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
             if model.use_sde:
                 model.policy.reset_noise()  # type: ignore[operator]
             reads_replay = file.replay is not None and "replay_buffer" not in (custom_objects or {})
+            if kwargs.get("buffer_size") == 1:  # what the zoo says when it only wants to watch
+                reads_replay = False
             if env is None:
                 model._unread = file.name if reads_replay else None
                 return model

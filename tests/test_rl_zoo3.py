@@ -13,8 +13,10 @@ import multiprocessing
 import os
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
+import time
 import zipfile
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -23,6 +25,7 @@ from types import CodeType
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 
 import sb3_softsac
@@ -91,11 +94,68 @@ def test_continue(trained: Path, tmp_path: Path, with_buffer: bool) -> None:
     model = trained / "logs/softsac/Pendulum-v1_1/Pendulum-v1.zip"
     before = saved_data(model)
     if not with_buffer:
-        model = Path(shutil.copy(model, tmp_path))
+        run_module("sb3_softsac.checkpoint", "export", str(model), "-o", "light.zip", cwd=tmp_path)
+        model = tmp_path / "light.zip"
     run_module("rl_zoo3.train", *SHORT, "-n", "50", "-i", str(model), "-params", *ONE_STEP, cwd=tmp_path)
     after = saved_data(tmp_path / "logs/softsac/Pendulum-v1_1/Pendulum-v1.zip")
     assert (before["num_timesteps"], after["num_timesteps"]) == (400, 450)
     assert after["_n_updates"] - before["_n_updates"] == (50 if with_buffer else 0)
+
+
+SMALL = ["learning_starts:100", "buffer_size:250", "policy_kwargs:dict(net_arch=[16])", "learning_rate:'lin_1e-3'"]
+RUN = "logs/softsac/Pendulum-v1_1"
+
+
+def contents(path: Path, *names: str) -> dict[str, bytes]:
+    with zipfile.ZipFile(path) as archive:
+        return {name: archive.read(name) for name in archive.namelist() if name.startswith(names)}
+
+
+def test_checkpoints_continue_to_the_same_end(tmp_path: Path) -> None:
+    """From either of the checkpoints that were kept, with the evaluations in between and the schedule."""
+    saving = ["--save-freq", "100", "--save-replay-buffer", "-n", "450", "--seed", "3"]
+    evaluating = ["--eval-freq", "150", "--eval-episodes", "1"]
+    command = ["rl_zoo3.train", *SHORT, *evaluating, "-params", *ONE_STEP, *SMALL]
+    run_module(*command, *saving, cwd=tmp_path)
+    run = tmp_path / RUN
+    assert len(list(run.glob("rl_model_*_steps.zip"))) == 4
+    kept = sorted(run.glob("checkpoints/step-*.zip"))
+    assert [path.name.split("-")[1] for path in kept] == ["300", "400"]
+    replay = contents(run / "Pendulum-v1.zip", "replay/")
+    assert replay and not contents(run / "best_model.zip", "replay/")
+    for i, path in enumerate(kept):
+        output = run_module(*command, "--save-replay-buffer", "-i", str(path), cwd=tmp_path)
+        assert f"Continuing at step {(i + 3) * 100}, for {150 - i * 100} steps" in output
+        resumed = tmp_path / f"logs/softsac/Pendulum-v1_{i + 2}"
+        for name in ("policy", "actor", "critic", "ent_coef", "replay/"):
+            assert contents(resumed / "Pendulum-v1.zip", name) == contents(run / "Pendulum-v1.zip", name)
+        np.testing.assert_equal(dict(np.load(resumed / "evaluations.npz")), dict(np.load(run / "evaluations.npz")))
+
+
+@pytest.mark.parametrize("with_buffer", [False, True])
+def test_sigterm_leaves_a_checkpoint(with_buffer: bool, tmp_path: Path) -> None:
+    options = [*SHORT, "-n", "100000", *(["--save-replay-buffer"] if with_buffer else []), "-params", *ONE_STEP, *SMALL]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "rl_zoo3.train", *options, "n_envs:2", "--vec-env", "subproc"],
+        cwd=tmp_path,
+        env={**os.environ, **ENVIRONMENT},
+        start_new_session=True,
+    )
+    log = tmp_path / RUN / "0.monitor.csv"
+    for _ in range(1200):
+        if log.is_file() and len(log.read_text().splitlines()) > 2:
+            break
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGTERM)  # as schedulers do: the environments' processes get it too
+    assert process.wait(timeout=60) == 143
+    (checkpoint,) = (tmp_path / RUN / "checkpoints").glob("step-*.zip")
+    assert (tmp_path / RUN / "checkpoints" / "replay").is_dir() == with_buffer
+    before = saved_data(checkpoint)["num_timesteps"]
+    run_module(
+        "rl_zoo3.train", *options, "n_envs:2", "--vec-env", "subproc", "-i", str(checkpoint), "-n", "150", cwd=tmp_path
+    )
+    after = saved_data(tmp_path / "logs/softsac/Pendulum-v1_2/Pendulum-v1.zip")["num_timesteps"]
+    assert after == before + 150
 
 
 def test_subproc_and_parallel_training(tmp_path: Path) -> None:
@@ -158,8 +218,7 @@ def watched_buffer_sizes(folder: Path, module: str, args: list[str]) -> list[int
 
     def spy(*args: Any, **kwargs: Any) -> Any:
         model = load(*args, **kwargs)
-        assert model.replay_buffer is not None
-        sizes.append(model.replay_buffer.buffer_size)
+        sizes.append(0 if model.replay_buffer is None else model.replay_buffer.buffer_size)
         return model
 
     with patch.object(sb3_softsac.SoftSAC, "load", spy):
@@ -178,7 +237,7 @@ def test_watch(trained: Path, command: str) -> None:
     if "enjoy" in command:
         args.append("--no-render")
     # The model's own buffer has 1000 rows: none of them is needed to watch it
-    assert in_process(watched_buffer_sizes, trained, module, args) == [1]
+    assert in_process(watched_buffer_sizes, trained, module, args) == [0]
     if command == "rl_zoo3.record_video":
         assert list(trained.glob("logs/softsac/Pendulum-v1_1/videos/*.mp4"))
 

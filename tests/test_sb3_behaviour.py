@@ -117,7 +117,7 @@ def test_loaded_model_does_the_same_update(tmp_path: pathlib.Path) -> None:
 def test_continuing_without_the_buffer_fills_it_first(with_buffer: bool, tmp_path: pathlib.Path) -> None:
     model = make_model(learning_starts=30)
     model.learn(50)
-    model.save(tmp_path / "model.zip")
+    model.save(tmp_path / "model.zip", exclude=["replay_buffer"])
     model.save_replay_buffer(tmp_path / "replay.pkl")
     loaded = SoftSAC.load(tmp_path / "model.zip", env=gym.make("Pendulum-v1"), device="cpu")
     if with_buffer:
@@ -163,9 +163,13 @@ def test_exclude_and_include(tmp_path: pathlib.Path) -> None:
     assert variables.keys() == {"log_ent_coef"}
     model.save(tmp_path / "excluded.zip", exclude=["learning_rate"])
     assert "learning_rate" not in load_from_zip_file(tmp_path / "excluded.zip")[0]  # type: ignore[operator]
+    model.save(tmp_path / "light.zip", exclude=["replay_buffer"])
+    model.save_exclude = ("replay_buffer",)
+    model.save(tmp_path / "light_too.zip")
     model.save(tmp_path / "included.zip", include=["replay_buffer"])
-    loaded = SoftSAC.load(tmp_path / "included.zip", device="cpu")
-    assert loaded.replay_buffer.size() == 30
+    for name, size in {"plain": 30, "light": 0, "light_too": 0, "included": 30}.items():
+        loaded = SoftSAC.load(tmp_path / f"{name}.zip", env=gym.make("Pendulum-v1"), device="cpu")
+        assert loaded.replay_buffer.size() == size
     np.testing.assert_array_equal(loaded.replay_buffer.observations, model.replay_buffer.observations)
 
 
@@ -189,10 +193,15 @@ def test_get_and_set_parameters() -> None:
 
 def test_custom_objects(tmp_path: pathlib.Path) -> None:
     model = make_model(learning_rate=lambda progress: 1e-3 * progress)
-    model.save(tmp_path / "model.zip")
-    loaded = SoftSAC.load(tmp_path / "model.zip", custom_objects={"learning_rate": 0.5}, device="cpu")
-    assert loaded.learning_rate == 0.5
-    assert SoftSAC.load(tmp_path / "model.zip", device="cpu").learning_rate(0.5) == pytest.approx(5e-4)
+    with pytest.warns(UserWarning, match="Written with pickle: learning_rate is a builtins.function"):
+        model.save(tmp_path / "model.zip")
+    for substitute in ({"custom_objects": {"learning_rate": 0.5}}, {"learning_rate": 0.5}):
+        loaded = SoftSAC.load(tmp_path / "model.zip", device="cpu", **substitute)
+        assert loaded.learning_rate == 0.5 and loaded.lr_schedule(0.3) == 0.5
+    with pytest.raises(ValueError, match=r"\(learning_rate\).*custom_objects=\{'learning_rate'.*allow_pickle=True"):
+        SoftSAC.load(tmp_path / "model.zip", device="cpu")
+    trusted = SoftSAC.load(tmp_path / "model.zip", device="cpu", allow_pickle=True)
+    assert trusted.learning_rate(0.5) == pytest.approx(5e-4)
 
 
 def test_load_with_new_options(tmp_path: pathlib.Path) -> None:
@@ -218,15 +227,19 @@ def test_sb3_sac_zip_loads(kwargs: dict[str, Any], tmp_path: pathlib.Path) -> No
     sac.learn(60)
     sac.save(tmp_path / "sac.zip")
     obs = np.stack([sac.observation_space.sample() for _ in range(20)])
-    model = SoftSAC.load(tmp_path / "sac.zip", device="cpu")
+    with pytest.raises(ValueError, match="policy_class.*allow_pickle=True"):
+        SoftSAC.load(tmp_path / "sac.zip", device="cpu")
+    model = SoftSAC.load(tmp_path / "sac.zip", device="cpu", allow_pickle=True)
     np.testing.assert_array_equal(model.predict(obs, deterministic=True)[0], sac.predict(obs, deterministic=True)[0])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        model = SoftSAC.load(tmp_path / "sac.zip", env=gym.make("Pendulum-v1"), device="cpu")
+        model = SoftSAC.load(tmp_path / "sac.zip", env=gym.make("Pendulum-v1"), device="cpu", allow_pickle=True)
     assert type(model.policy) is SoftSACPolicy
     assert isinstance(model.replay_buffer, ReplayBuffer)
     assert model.replay_buffer.n_steps == kwargs.get("n_steps", 1)
-    changed = SoftSAC.load(tmp_path / "sac.zip", device="cpu", n_steps=2, gamma=0.5)
+    changed = SoftSAC.load(
+        tmp_path / "sac.zip", env=gym.make("Pendulum-v1"), device="cpu", allow_pickle=True, n_steps=2, gamma=0.5
+    )
     assert (changed.replay_buffer.n_steps, changed.replay_buffer.gamma) == (2, 0.5)
     assert_same(everything(model), everything(sac))
     model.learn(60, reset_num_timesteps=False)
@@ -242,7 +255,7 @@ def test_sb3_sac_zip_of_other_policies(policy: str, ours: Any, tmp_path: pathlib
         env = gym.wrappers.TransformObservation(env, lambda obs: obs["img"], env.observation_space["img"])
     sac = SAC(policy, env, **SMALL)
     sac.save(tmp_path / "sac.zip")
-    model = SoftSAC.load(tmp_path / "sac.zip", device="cpu", env=env)
+    model = SoftSAC.load(tmp_path / "sac.zip", device="cpu", env=env, allow_pickle=True)
     assert type(model.policy) is ours
     obs, _ = env.reset()
     np.testing.assert_array_equal(model.predict(obs, deterministic=True)[0], sac.predict(obs, deterministic=True)[0])
@@ -294,7 +307,7 @@ def test_replay_buffer_files(tmp_path: pathlib.Path) -> None:
     model.learn(250)
     model.save_replay_buffer(tmp_path / "replay")
     other = make_model()
-    other.load_replay_buffer(tmp_path / "replay.pkl")
+    other.load_replay_buffer(tmp_path / "replay")
     for name in ("observations", "actions", "rewards", "dones", "timeouts"):
         np.testing.assert_array_equal(getattr(other.replay_buffer, name), getattr(model.replay_buffer, name))
     np.testing.assert_array_equal(other.replay_buffer.next_observations, model.replay_buffer.next_observations)
@@ -303,7 +316,13 @@ def test_replay_buffer_files(tmp_path: pathlib.Path) -> None:
     sac = SAC("MlpPolicy", "Pendulum-v1", **SMALL)
     sac.learn(30)
     sac.save_replay_buffer(tmp_path / "sb3.pkl")
-    other.load_replay_buffer(tmp_path / "sb3.pkl")
+    with pytest.raises(ValueError, match="allow_pickle=True"):
+        other.load_replay_buffer(tmp_path / "sb3.pkl")
+    assert other.replay_buffer.size() == 290  # as it was
+    other.load_replay_buffer(tmp_path / "sb3.pkl", allow_pickle=True)
+    assert type(other.replay_buffer) is ReplayBuffer
+    np.testing.assert_array_equal(other.replay_buffer.rewards[:30], sac.replay_buffer.rewards[:30])
+    np.testing.assert_allclose(other.replay_buffer.next_observations[:30], sac.replay_buffer.next_observations[:30])
     other.learn(40)
 
 
@@ -326,9 +345,14 @@ def test_users_replay_buffer_class(tmp_path: pathlib.Path) -> None:
     model.learn(60)
     assert isinstance(model.replay_buffer, CountingBuffer)
     assert model.replay_buffer.flavour == "sour" and model.replay_buffer.samples == 40
-    model.save(tmp_path / "model.zip")
-    loaded = SoftSAC.load(tmp_path / "model.zip", env=gym.make("Pendulum-v1"), device="cpu")
+    with pytest.warns(UserWarning, match="replay_buffer_class is a .*CountingBuffer"):
+        model.save(tmp_path / "model.zip")
+    loaded = SoftSAC.load(
+        tmp_path / "model.zip", env=gym.make("Pendulum-v1"), device="cpu", replay_buffer_class=CountingBuffer
+    )
     assert isinstance(loaded.replay_buffer, CountingBuffer)
+    assert loaded.replay_buffer.flavour == "sour" and loaded.replay_buffer.samples == 40
+    np.testing.assert_array_equal(loaded.replay_buffer.next_observations, model.replay_buffer.next_observations)
     with pytest.warns(UserWarning, match="`n_steps=3` is ignored"):
         make_model(replay_buffer_class=CountingBuffer, n_steps=3)
 
