@@ -159,6 +159,9 @@ class ArchiveReader:
             self.sizes = {info.filename: info.file_size for info in infos}
             if len(self.sizes) != len(infos):
                 raise CheckpointError(f"{name} has two members of one name.")
+            if min((info.header_offset for info in infos), default=0) != 0:
+                # Else what is left of a truncated file could be taken for the .pth member at its end
+                raise CheckpointError(f"{name} cannot be read: it does not begin as a zip file, or its end is missing.")
             for info in infos:
                 if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
                     raise CheckpointError(f"{name} has a compressed member ({info.filename}): it is not a model file.")

@@ -27,28 +27,32 @@ def capture(callback: BaseCallback | None) -> list[Any]:
     :return: JSON tree; a callback with ``get_state()`` is asked for its state
     """
     states = []
-    for each in _walk(callback):
+    for each, sees_all_steps in _walk(callback):
         if hasattr(each, "get_state"):
             state = each.get_state()
         else:
             state = {name: value for name, value in vars(each).items() if name in STATE}
         eval_env = getattr(each, "eval_env", None)
         env = env_state.capture(eval_env) if isinstance(eval_env, VecEnv) else None
+        # A callback that saves the model is called before those that come after it in the list
+        is_late = sees_all_steps and callback is not None and each.num_timesteps < callback.num_timesteps
         try:
-            states.append([_name(each), encode(state, type(each).__name__), env])
+            states.append([_name(each), encode(state, type(each).__name__), env, is_late])
         except NotEncodable as error:
             warnings.warn(f"The state of a callback is not saved: {error}.", stacklevel=2)
     return states
 
 
-def restore(callback: BaseCallback | None, states: list[Any]) -> None:
+def restore(callback: BaseCallback | None, states: list[Any]) -> list[BaseCallback]:
     """
     :param callback: the callback of ``learn()``; each takes the first state that is left of its class
     :param states: what :func:`capture` has returned
+    :return: evaluations that have not seen the last step, because a callback before them in the list had saved the model
     """
+    late: list[BaseCallback] = []
     left = list(states)
-    for each in _walk(callback):
-        for i, (name, tree, env) in enumerate(left):
+    for each, _ in _walk(callback):
+        for i, (name, tree, env, is_late) in enumerate(left):
             if name != _name(each):
                 continue
             del left[i]
@@ -57,16 +61,24 @@ def restore(callback: BaseCallback | None, states: list[Any]) -> None:
                 each.set_state(state)
             else:
                 vars(each).update({k: v for k, v in state.items() if k in STATE and k in vars(each)})
+            if isinstance(each, EvalCallback):
+                # It may have saved its best model before it noted how good that is
+                each.best_mean_reward = max(each.best_mean_reward, each.last_mean_reward)
+            if is_late and isinstance(each, EvalCallback):
+                late.append(each)
+            elif is_late:
+                each.n_calls += 1  # what the environment answered is no longer known
             eval_env = getattr(each, "eval_env", None)
-            if env is not None and isinstance(eval_env, VecEnv):
+            if env is not None and isinstance(eval_env, VecEnv) and eval_env is not each.training_env:
                 env_state.restore(eval_env, env, mid_episode=True)  # where it cannot, evaluations begin as in a new run
             break
+    return late
 
 
-def _walk(callback: BaseCallback | None) -> Iterator[BaseCallback]:
+def _walk(callback: BaseCallback | None, sees_all_steps: bool = True) -> Iterator[tuple[BaseCallback, bool]]:
     if callback is None:
         return
-    yield callback
+    yield callback, sees_all_steps
     inner: list[BaseCallback | None] = []
     if isinstance(callback, CallbackList):
         inner = list(callback.callbacks)
@@ -75,7 +87,7 @@ def _walk(callback: BaseCallback | None) -> Iterator[BaseCallback]:
         if isinstance(callback, EvalCallback):
             inner.append(callback.callback_on_new_best)
     for each in inner:
-        yield from _walk(each)
+        yield from _walk(each, sees_all_steps and isinstance(callback, CallbackList))
 
 
 def _name(callback: BaseCallback) -> str:

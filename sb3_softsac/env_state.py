@@ -68,6 +68,7 @@ CALL = "_sb3_softsac_call"
 RECORDER = "_sb3_softsac_recorder"
 MAX_REPLAY = 100_000  # steps of one episode
 CLOSE_SECONDS = 5.0
+_GUARDED: "weakref.WeakSet[SubprocVecEnv]" = weakref.WeakSet()
 
 # Attributes that live across episodes, and those of the episode; None: all others. Of classes that are not here all
 # plain attributes belong to the episode, but random generators and running means.
@@ -88,6 +89,8 @@ STATE: dict[type, tuple[tuple[str, ...], tuple[str, ...] | None]] = {
     **dict.fromkeys((VecVideoRecorder, RecordVideo, RenderCollection, HumanRendering), ((), ())),
 }
 ALL: tuple[tuple[str, ...], None] = ((), None)
+# As soon as rl_zoo3 is imported gym.make() uses its own; in a VecEnv they are the same
+SAME_CLASSES = {"rl_zoo3.gym_patches.PatchedTimeLimit": "gymnasium.wrappers.common.TimeLimit"}
 # The checker compares the data of the first two steps by identity, which no file can keep: its checks count as done
 CHECKS_DONE = {"checked_reset": True, "checked_step": True, "checked_data_reuse": True, "_previous_data": None}
 # Clocks begin anew in each process: what is kept is the time that has passed
@@ -97,7 +100,7 @@ CLOCKS: dict[str, tuple[Callable[[], float], tuple[type, ...]]] = {
 }
 CONSTANT_NAMES = {"spec", "_cached_spec", "metadata", "_metadata", "render_mode", "fullpath", "class_attributes"}
 CONSTANT_NAMES |= {"_saved_kwargs", "_ezpickle_args", "_ezpickle_kwargs"}
-CONSTANT_TYPES = (type, types.ModuleType, EnvSpec, logging.Logger, Logger, ResultsWriter, io.IOBase)
+CONSTANT_TYPES = (type, gym.Space, types.ModuleType, EnvSpec, logging.Logger, Logger, ResultsWriter, io.IOBase)
 FUNCTION_TYPES = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, functools.partial, np.ufunc)
 # Objects that only draw: (package, beginning of the class's name)
 RENDERERS = (
@@ -132,17 +135,16 @@ def capture(env: VecEnv) -> dict[str, Any]:
     :param env: with all its wrappers
     :return: a tree of what ``json.dumps`` takes
     """
-    chain = _chain(env)
-    base = chain[-1]
-    wrappers = _capture_chain(chain)
-    state = {"n_envs": int(base.num_envs), "wrappers": wrappers}
-    state["envs"] = [] if "own" in wrappers[-1] else _call(base, "capture")
-    for name in ("_seeds", "_options"):
-        try:
-            state[name[1:]] = encode(vars(base).get(name), f"the VecEnv's {name}")
-        except NotEncodable:  # a reset to come would not be the same: restore() will find no list and say so
-            state[name[1:]] = None
-    return state
+    try:
+        chain = _chain(env)
+        base = chain[-1]
+        wrappers = _capture_chain(chain)
+        envs = [] if "own" in wrappers[-1] else _call(base, "capture")
+        state = {"n_envs": int(base.num_envs), "wrappers": wrappers, "envs": envs}
+        # Of a reset to come
+        return {**state, "seeds": encode(vars(base).get("_seeds")), "options": encode(vars(base).get("_options"))}
+    except Exception as error:
+        return {"missing": _describe(error)}
 
 
 def restore(env: VecEnv, state: dict[str, Any], mid_episode: bool) -> list[str]:
@@ -158,6 +160,8 @@ def restore(env: VecEnv, state: dict[str, Any], mid_episode: bool) -> list[str]:
     """
     chain = _chain(env)
     try:
+        if "missing" in state:
+            return [str(state["missing"])]
         if state["n_envs"] != env.num_envs:
             _restore_statistics(chain, state)
             return [f"the state is of {state['n_envs']} environments, here are {env.num_envs}"]
@@ -177,8 +181,10 @@ def ignore_signals(env: VecEnv, signals: Iterable[int]) -> None:
     base = _chain(env)[-1]
     if isinstance(base, SubprocVecEnv):
         _call(base, "survive_signals", [int(number) for number in signals])
-        # At its exit Python would send SIGTERM to the workers and wait for them for ever
-        atexit.register(_end_workers, weakref.ref(base))
+        if base not in _GUARDED:
+            # At its exit Python would send SIGTERM to the workers, and wait for them for ever
+            _GUARDED.add(base)
+            atexit.register(_end_workers, weakref.ref(base))
 
 
 # --- the VecEnv -------------------------------------------------------------------------------------------------------
@@ -237,7 +243,7 @@ def _call(base: Any, operation: str, *args: Any, indices: Sequence[int] | None =
         if not isinstance(base, SubprocVecEnv):
             raise ValueError(f"{_name(base)} is a VecEnv that cannot be looked into; {OFFER}")
         # All must live: the answers of the others would wait, and be taken for those of the next command
-        if base.closed or not all(process.is_alive() for process in base.processes):
+        if base.closed or not all(map(_is_alive, base.processes, base.remotes)):
             raise ValueError("the SubprocVecEnv is closed, or one of its worker processes has ended")
         # SB3's workers know no command that runs a function on the environment. But set_attr puts a function, pickled
         # by its name, on the outermost wrapper, where env_method calls it (as no method, so without the environment).
@@ -245,6 +251,17 @@ def _call(base: Any, operation: str, *args: Any, indices: Sequence[int] | None =
         return base.env_method(CALL, operation, *args, indices=indices)
     except Exception as error:
         return [when_failed(_describe(error)) for _ in indices]
+
+
+def _is_alive(process: Any, remote: Any) -> bool:
+    if process.is_alive():
+        return True
+    try:
+        # A SIGTERM to the whole job ends the fork server too, and Python then takes its children for dead
+        os.kill(process.pid, 0)
+        return not remote.poll()  # there would be the end of the stream
+    except OSError:
+        return False
 
 
 def _in_worker(operation: str, *args: Any) -> Any:
@@ -304,7 +321,11 @@ def _capture_env(env: gym.Env) -> dict[str, Any]:
         missing = [reason for layer in layers[:-1] for reason in layer["unreadable"].values()]
         for unreadable in list(layers[-1]["unreadable"].values())[:1]:
             try:
-                tree["replay"] = _recorder_of(chain[-1]).tree()
+                recorder = vars(chain[-1]).get(RECORDER)
+                if recorder is None:
+                    raise NotEncodable("it has not been recorded")
+                tree["replay"] = recorder.tree()
+                layers[-1]["episode"] = {}
             except NotEncodable as error:
                 missing.append(f"{unreadable}; nor can the episode be replayed: {error}")
         if missing:
@@ -352,15 +373,15 @@ def _restore_exactly(chain: list[Any], layers: list[dict[str, Any]], replay: dic
         for reason in () if is_replayed else layer["unreadable"].values():
             raise ValueError(f"{reason}; {OFFER}")
         now = _arguments(obj)
-        for name in layer["made"].keys() | now.keys():
-            if not _same(layer["made"].get(name), now.get(name)):
-                raise ValueError(f"{_short(obj)} was made with another {name!r} than here")
+        names = layer["made"].keys() | now.keys()
+        if others := sorted(name for name in names if not _same(layer["made"].get(name), now.get(name))):
+            raise ValueError(f"{_short(obj)} was made with other arguments than here: {', '.join(others)}")
     if replay is not None:
         _replay(chain, replay)
     for obj, layer in zip(chain, layers, strict=True):
         attributes = {**layer["lasting"], **layer["episode"]}
         if replay is None or obj is not chain[-1]:
-            extra = vars(obj).keys() - attributes.keys() - set(layer["constant"]) - layer["spaces"].keys()
+            extra = vars(obj).keys() - attributes.keys() - set(layer["constant"])
             extra = {name for name in extra if not _is_constant(name, vars(obj)[name], chain)}
             if extra and "own" not in layer and STATE.get(type(obj), ALL)[1] is None:
                 raise ValueError(f"{_short(obj)} has attributes that the state lacks: {', '.join(sorted(extra))}")
@@ -383,7 +404,7 @@ def _restore_lasting(chain: list[Any], layers: list[dict[str, Any]]) -> list[str
             _restore_spaces(obj, layer)
         except Exception as error:
             reasons.append(_describe(error))
-    if len(pairs) == len(chain) == len(layers):
+    if len(pairs) == len(chain) == len(layers) and not reasons:
         _link(chain, layers, ("lasting",))
     partners = [id(layer) for _, layer in pairs]
     for layer in layers:
@@ -418,6 +439,7 @@ class _Recorder:
         self.shadowed = {name: value for name, value in vars(env).items() if name in ("reset", "step")}
         self.real_reset, self.real_step = env.reset, env.step
         self.is_busy = False  # environments step in their reset, and the other way round
+        self.is_needed = False
         self.is_fresh = vars(env).get("_np_random") is None
         self.reason: str | None = "the recording began in mid-episode; it can be captured after the next reset"
         self.began: dict[str, Any] = {}
@@ -434,9 +456,11 @@ class _Recorder:
         if self.is_busy:
             return self.real_reset(*args, **kwargs)
         # Only after an episode is it known which attributes there are
-        if self.reason is None and _is_readable(self.env):
-            self.remove()
-            return self.real_reset(*args, **kwargs)
+        if self.reason is None and not self.is_needed:
+            self.is_needed = not _is_readable(self.env)
+            if not self.is_needed:
+                self.remove()
+                return self.real_reset(*args, **kwargs)
         worlds = [] if self.is_fresh else _worlds(self.env)
         self._begin(args, kwargs)
         result = self._run(self.real_reset, args, kwargs, n_results=1)
@@ -501,20 +525,13 @@ class _Recorder:
         return result
 
 
-def _recorder_of(env: Any) -> _Recorder:
-    recorder = vars(env).get(RECORDER)
-    if not isinstance(recorder, _Recorder):
-        raise NotEncodable("it was not recorded")
-    return recorder
-
-
 def _prepare_env(env: gym.Env) -> None:
     with contextlib.suppress(Exception):  # capture() will say what the matter is
         inner = _chain(env)[-1]
         if RECORDER in vars(inner) or _offers_state(inner):
             return
         # Others may get unreadable attributes in their first reset or step; the recorder leaves if they do not
-        if not (type(inner).__module__.startswith("gymnasium.envs.") and _is_readable(inner)):
+        if not (_module(inner).startswith("gymnasium.envs.") and _is_readable(inner)):
             _Recorder(inner)
 
 
@@ -527,8 +544,8 @@ def _replay(chain: list[Any], replay: dict[str, Any]) -> None:
     :raises Exception: of any kind, if the environment has not come to where it was
     """
     env = chain[-1]
-    with contextlib.suppress(NotEncodable):
-        _recorder_of(env).remove()
+    if isinstance(old := vars(env).get(RECORDER), _Recorder):
+        old.remove()
     recorder = _Recorder(env)
     actions, args, kwargs = (decode(replay[name]) for name in ("actions", "args", "kwargs"))
     if len(actions) > MAX_REPLAY:
@@ -592,11 +609,17 @@ def _trace(value: Any, digest: Any, seen: set[int]) -> None:
     if len(seen) > MAX_REPLAY:
         raise NotEncodable("it consists of too many objects to compare")
     seen.add(id(value))
-    parts = value if isinstance(value, dict) else getattr(value, "__dict__", {})
-    for key, part in parts.items():
+    slots = [name for cls in type(value).__mro__ for name in vars(cls).get("__slots__") or ()]
+    members = {name: getattr(value, name) for name in slots if name not in ("__dict__", "__weakref__")}
+    for key, part in {
+        **members,
+        **getattr(value, "__dict__", {}),
+        **(value if isinstance(value, dict) else {}),
+    }.items():
         digest.update((key if isinstance(key, str) else repr(key)).encode())
         _trace(part, digest, seen)
-    for part in value if isinstance(value, list | tuple | deque) else ():
+    items = sorted(value, key=repr) if isinstance(value, set | frozenset) else value
+    for part in items if isinstance(items, list | tuple | deque) else ():
         _trace(part, digest, seen)
 
 
@@ -627,13 +650,16 @@ def _capture_object(chain: list[Any], index: int, seen: dict[int, tuple[Any, ...
         unreadable["__slots__"] = f"{_short(obj)} has __slots__, which are not looked into"
     lasting_names, episode_names = STATE.get(type(obj), ALL)
     is_env = isinstance(obj, gym.Env) and index == len(chain) - 1
+    for name, space in _spaces(obj).items():
+        rngs = [part._np_random for part in _subspaces(space)]
+        try:
+            layer["spaces"][name] = [None if rng is None else _encode_random(rng) for rng in rngs]
+        except NotEncodable as error:
+            unreadable[name] = _describe(error)
     for name, value in vars(obj).items():
         where = f"{_short(obj)}.{name}"
         try:
-            if isinstance(value, gym.Space):
-                spaces = _subspaces(value)
-                layer["spaces"][name] = [None if s._np_random is None else _encode_random(s._np_random) for s in spaces]
-            elif _is_constant(name, value, chain):
+            if _is_constant(name, value, chain):
                 layer["constant"].append(name)
             elif isinstance(value, RANDOM_TYPES) or (
                 not has_own and (episode_names is None or name in lasting_names + episode_names)
@@ -657,10 +683,9 @@ def _restore_attributes(obj: Any, attributes: dict[str, Any], chain: list[Any]) 
     for name, tree in attributes.items():
         values = vars(obj)
         where = f"{_short(obj)}.{name}"
-        is_code = (
-            name.startswith("__") or name in CONSTANT_NAMES or _is_code(inspect.getattr_static(type(obj), name, 0))
-        )
-        if is_code or not (name in values or name in _names_in(type(obj))):
+        cls: Any = type(obj)
+        is_code = name.startswith("__") or name in CONSTANT_NAMES or _is_code(inspect.getattr_static(cls, name, None))
+        if is_code or not (name in values or name in _names_in(cls)):
             raise ValueError(f"{_short(obj)} has no attribute {name!r} to restore")
         current = values.get(name)
         if name in values and _is_constant(name, current, chain):
@@ -689,12 +714,18 @@ def _restore_own(obj: Any, layer: dict[str, Any]) -> None:
 
 def _restore_spaces(obj: Any, layer: dict[str, Any]) -> None:
     for name, states in layer["spaces"].items():
-        space = vars(obj).get(name)
-        parts = _subspaces(space) if isinstance(space, gym.Space) else []
+        space = _spaces(obj).get(name)
+        parts = [] if space is None else _subspaces(space)
         if len(parts) != len(states):
             raise ValueError(f"{_short(obj)}.{name} is another space")
         for part, state in zip(parts, states, strict=True):
             part._np_random = None if state is None else _decode(state, part._np_random, name)  # type: ignore[assignment]
+
+
+def _spaces(obj: Any) -> dict[str, gym.Space[Any]]:
+    """Its spaces by attribute, those of its class too."""
+    of_class = {name: inspect.getattr_static(type(obj), name, None) for name in ("action_space", "observation_space")}
+    return {name: value for name, value in {**of_class, **vars(obj)}.items() if isinstance(value, gym.Space)}
 
 
 def _subspaces(space: gym.Space[Any]) -> list[gym.Space[Any]]:
@@ -759,8 +790,9 @@ def _decode(tree: dict[str, Any], current: Any, where: str) -> Any:
         for name, part in content.items():
             old = vars(current)[name]
             new = _decode(part, old, f"{where}.{name}")
-            if (type(new) is not type(old) and not isinstance(old, float)) or np.shape(new) != np.shape(old):
-                raise ValueError(f"{where}.{name} is another kind of value than here")
+            kinds = [(np.shape(x), np.asarray(x).dtype.kind) for x in (new, old)]
+            if kinds[0] != kinds[1]:
+                raise ValueError(f"{where}.{name} has shape {kinds[0][0]} in the state, and {kinds[1][0]} here")
             vars(current)[name] = new
         return current
     if kind == "objects" and _is_nested_dict(current) and content.keys() == current.keys():
@@ -775,15 +807,14 @@ def _decode(tree: dict[str, Any], current: Any, where: str) -> Any:
         return target
     if kind == "random":
         new = decode(content)
-        if type(new) is np.random.RandomState and type(current) is np.random.RandomState:
+        if type(new) not in RANDOM_TYPES:
+            raise ValueError(f"{where} is not a random generator in the state")
+        if type(new) is type(current) is np.random.RandomState:
             current.set_state(new.get_state())
             return current
-        if type(new) is np.random.Generator and type(current) is np.random.Generator:
-            if type(new.bit_generator) is type(current.bit_generator):
-                current.bit_generator.state = new.bit_generator.state
-                return current
-        if not isinstance(new, RANDOM_TYPES):
-            raise ValueError(f"{where} is not a random generator in the state")
+        if type(new) is type(current) and type(new.bit_generator) is type(current.bit_generator):
+            current.bit_generator.state = new.bit_generator.state
+            return current
         return new
     if kind != "value":
         raise ValueError(f"{where} is {kind!r} in the state, and a {type(current).__name__} here")
@@ -874,12 +905,12 @@ def _is_constant(name: str, value: Any, chain: list[Any]) -> bool:
         # A bound method has the state of its object
         owner = getattr(value, "__self__", None)
         return owner is None or _is_constant("", owner, chain)
-    package, kind = type(value).__module__.partition(".")[0], type(value).__name__
+    package, kind = _module(value).partition(".")[0], type(value).__name__
     return any(package == known and kind.startswith(start) for known, start in RENDERERS)
 
 
 def _is_code(value: Any) -> bool:
-    return callable(value) or hasattr(type(value), "__get__")
+    return callable(value) or (hasattr(type(value), "__get__") and not isinstance(value, functools.cached_property))
 
 
 @functools.lru_cache
@@ -913,7 +944,7 @@ def _is_nested_dict(value: Any) -> bool:
 
 
 def _is_mujoco_data(value: Any) -> bool:
-    return type(value).__name__ == "MjData" and type(value).__module__.partition(".")[0] == "mujoco"
+    return type(value).__name__ == "MjData" and _module(value).partition(".")[0] == "mujoco"
 
 
 def _python_state(state: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -942,9 +973,14 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def _name(obj: Any) -> str:
-    cls = type(obj)
+    module, name = _module(obj), type(obj).__qualname__
     # The script that a run was started with has another name in its worker processes
-    return cls.__qualname__ if cls.__module__ in ("__main__", "__mp_main__") else f"{cls.__module__}.{cls.__qualname__}"
+    name = name if module in ("__main__", "__mp_main__") else f"{module}.{name}"
+    return SAME_CLASSES.get(name, name)
+
+
+def _module(obj: Any) -> str:
+    return str(getattr(type(obj), "__module__", ""))  # some extension types have none
 
 
 def _short(obj: Any) -> str:

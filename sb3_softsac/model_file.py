@@ -133,27 +133,25 @@ def _system_info() -> str:
     return text
 
 
-def read_parameters(archive: ArchiveReader, model: BaseAlgorithm, partly: bool) -> None:
+def read_parameters(archive: ArchiveReader, model: BaseAlgorithm, optional: set[str]) -> None:
     """
     Put SB3's ``.pth`` members into a model.
 
     :param archive: where from
     :param model: with networks and optimisers of the same shapes
-    :param partly: take what both have, where they differ
+    :param optional: names that the file may lack, or have in vain
     :raises CheckpointError: if the file has other parameters than the model
     """
     names, variable_names = model._get_torch_save_params()
     found = {name.removesuffix(".pth") for name in archive.sizes if name.endswith(".pth")} - {"pytorch_variables"}
-    if partly:
-        names = [name for name in names if name in found]
-    elif found != set(names):
+    if (found ^ set(names)) - optional:
         raise CheckpointError(
             f"{archive.name} has the parameters {sorted(found)}, but {sorted(names)} are needed: was it saved with "
             "another ent_coef or by another algorithm?"
         )
-    parameters = {name: archive.torch(f"{name}.pth", model.device) for name in names}
+    parameters = {name: archive.torch(f"{name}.pth", model.device) for name in names if name in found}
     with naming(f"the parameters in {archive.name}"):
-        model.set_parameters(parameters, exact_match=not partly, device=model.device)
+        model.set_parameters(parameters, exact_match=parameters.keys() == set(names), device=model.device)
         if "pytorch_variables.pth" not in archive:
             return
         for name, value in archive.torch("pytorch_variables.pth", model.device).items():

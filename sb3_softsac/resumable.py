@@ -58,7 +58,10 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
     _callback: BaseCallback | None = None
     # Of a file, for the callbacks and the logger of the next learn()
     _callback_states: list[Any] | None = None
+    _late: Iterable[BaseCallback] = ()  # callbacks that have not seen the last step: one before them has saved it
     _log: dict[str, dict[str, Any]] | None = None
+    # Of a file that is continued in mid-episode: whatever is done before the next learn() draws from other states
+    _random: dict[str, Any] | None = None
     _loaded = False
     _unread: str | None = None  # file whose replay buffer was not read, for want of an environment
     _warmed_up = False  # no more random actions, whatever num_timesteps is
@@ -143,6 +146,9 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
             self._rollout = 0, 0, False
         num_collected_steps, num_collected_episodes, must_log = self._rollout
         callback.on_rollout_start()
+        late, self._late = self._late, ()
+        if not all([each.on_step() for each in late]):
+            return RolloutReturn(num_collected_steps * env.num_envs, num_collected_episodes, continue_training=False)
         if must_log:
             self.dump_logs()
 
@@ -247,12 +253,24 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
         if keep_noise:
             self.action_noise = noise
         if self._callback_states is not None and not reset_num_timesteps:
-            callback_state.restore(self._callback, self._callback_states)
+            self._late = callback_state.restore(self._callback, self._callback_states)
         if self._log is not None and not reset_num_timesteps:
             for name in LOGGER_STATE:
                 getattr(self.logger, name).update(self._log.get(name, {}))
-        self._callback_states = self._log = None
+        if self._random is not None and not reset_num_timesteps:
+            model_file.restore_random_states(self._random, self.device)
+        self._callback_states = self._log = self._random = None
         return total_timesteps, self._callback
+
+    def set_random_seed(self, seed: int | None = None) -> None:
+        """
+        Seed Python, NumPy, PyTorch, environments and action space.
+
+        :param seed: None: leave all as they are
+        """
+        if seed is not None:
+            self._random = None
+        super().set_random_seed(seed)
 
     def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
         """
@@ -297,7 +315,13 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
         skipped.update(name.split(".")[0] for names in self._get_torch_save_params() for name in names)
         replay = None
         if self.replay_buffer is not None and "replay_buffer" not in exclude:
-            replay = self._replay_index(rows_elsewhere)
+            try:
+                replay = self._replay_index(rows_elsewhere)
+            except NotEncodable as error:
+                warnings.warn(
+                    f"The replay buffer is not saved: {error}. To leave it out knowingly: exclude=['replay_buffer'].",
+                    stacklevel=3,
+                )
         with ArchiveWriter(file) as archive:
             attributes = {name: value for name, value in vars(self).items() if name not in skipped}
             model_file.write_data(archive, attributes)
@@ -309,26 +333,20 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
                     "num_timesteps": self.num_timesteps,
                     "n_envs": self.n_envs,
                     "machine": model_file.machine(self),
-                    "random": model_file.random_states(self.device),
+                    "random": self._random or model_file.random_states(self.device),
                     "exploration": encode(self._exploration_state()),
                     "env": None if self.env is None else env_state.capture(self.env),
-                    "callbacks": callback_state.capture(self._callback),
+                    "callbacks": self._callback_states or callback_state.capture(self._callback),
                     "log": self._log_state(),
                     "replay": replay,
                 }
             )
 
-    def _replay_index(self, rows_elsewhere: bool) -> dict[str, Any] | None:
+    def _replay_index(self, rows_elsewhere: bool) -> dict[str, Any]:
         buffer = self.replay_buffer
         assert buffer is not None
-        try:
-            state = replay_state.get_state(buffer)
-        except NotEncodable as error:
-            warnings.warn(
-                f"The replay buffer is not saved: {error}. Leave it out with exclude=['replay_buffer'].", stacklevel=3
-            )
-            return None
         segments = None if rows_elsewhere else replay_state.segments(buffer)
+        state = replay_state.get_state(buffer)
         return {"description": replay_state.describe(buffer), "state": state, "segments": segments}
 
     @classmethod
@@ -386,16 +404,15 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
             vars(model).update(data)
             vars(model).update(kwargs)
             model._loaded = True
-            model._warmed_up = model.num_timesteps >= (
-                model.learning_starts if model.random_steps is None else model.random_steps
-            )
+            random_steps = model.learning_starts if model.random_steps is None else model.random_steps
+            model._warmed_up = model._warmed_up or model.num_timesteps >= random_steps
             restores_random_states = env is not None and "random" in file.index and "seed" not in kwargs
             seed = model.seed
             if restores_random_states:
                 model.seed = None  # no seeding on the way
             model._setup_model()
             model.seed = seed
-            model_file.read_parameters(file.archive, model, partly="ent_coef" in kwargs)
+            model_file.read_parameters(file.archive, model, {"ent_coef_optimizer"} if "ent_coef" in kwargs else set())
             if model.use_sde:
                 model.policy.reset_noise()  # type: ignore[operator]
             reads_replay = file.replay is not None and "replay_buffer" not in (custom_objects or {})
@@ -417,6 +434,7 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
                 model._set_exploration_state(decode(file.index.get("exploration", [])))
                 if restores_random_states:
                     model_file.restore_random_states(file.index["random"], model.device)
+                    model._random = file.index["random"] if model._last_obs is not None else None
             return model
 
     def _restore_envs(self, file: ModelFile, goes_on: bool, force_reset: bool) -> None:
@@ -429,7 +447,9 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
         if goes_on:
             there, here = file.index.get("machine", {}), model_file.machine(self)
             differences = [
-                f"{name}: {there.get(name)} then, {here[name]} now" for name in here if there.get(name) != here[name]
+                f"{name}: {there.get(name)} then, {here[name]} now"
+                for name in here
+                if None not in (there.get(name), here[name]) and there.get(name) != here[name]
             ]
             if differences:
                 warnings.warn(f"The continuation may differ in rounding: {'; '.join(differences)}.", stacklevel=3)
@@ -449,6 +469,8 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
     def _log_state(self) -> Any:
         """What has been recorded since the logger was dumped last; pictures and the like are left out."""
         logger = getattr(self, "_logger", None)
+        if self._log is not None:  # of a file, not yet handed to a logger
+            return encode(self._log)
         if logger is None:
             return None
         state: dict[str, dict[str, Any]] = {name: {} for name in LOGGER_STATE}
@@ -463,6 +485,7 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
         Write the replay buffer to a file of its own, without pickle.
 
         :param path: name of the file (``.zip`` is added to one without suffix), or file object
+        :raises NotEncodable: (a TypeError) if a buffer class of yours holds what cannot be written
         """
         assert self.replay_buffer is not None, "The replay buffer is not defined"
         index = self._replay_index(rows_elsewhere=False)
@@ -482,6 +505,7 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
         :raises CheckpointError: (a ValueError) if the file is damaged, does not fit, or would have to be unpickled
         """
         assert self.env is not None, "You must pass an environment at load time, before its replay buffer"
+        self._unread = None
         self.replay_buffer, before = None, self.replay_buffer
         self._setup_replay_buffer()
         buffer = cast(SB3ReplayBuffer, self.replay_buffer)
@@ -496,18 +520,31 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
 
     def _excluded_save_params(self) -> list[str]:
         excluded = ["lr_schedule", "save_exclude", "run_folder", "is_learning", "after_step", "_loaded"]
-        return [*super()._excluded_save_params(), *excluded, "_unread", "_callback", "_callback_states", "_log"]
+        return [
+            *super()._excluded_save_params(),
+            *excluded,
+            "_unread",
+            "_callback",
+            "_callback_states",
+            "_late",
+            "_log",
+            "_random",
+        ]
 
 
 def _check_policy_kwargs(data: dict[str, Any], kwargs: dict[str, Any]) -> None:
     for name in ("policy_class", "policy_kwargs", "observation_space", "action_space", "verbose", "n_envs"):
         if name not in data:
             raise CheckpointError(f"data has no {name}: it is not a model's.")
-    if "policy_kwargs" in kwargs and kwargs["policy_kwargs"] != data["policy_kwargs"]:
-        raise ValueError(
-            f"policy_kwargs={kwargs['policy_kwargs']} differs from what the file was saved with: "
-            f"{data['policy_kwargs']}. Leave it out, or make a new model and use set_parameters()."
-        )
+    sde = {"use_sde": data.get("use_sde", False)}  # SB3 adds it to what the user passes
+    data["policy_kwargs"] = {**sde, **data["policy_kwargs"]}
+    if "policy_kwargs" in kwargs:
+        given = kwargs.pop("policy_kwargs") or {}
+        if {**sde, **given} != data["policy_kwargs"]:
+            raise ValueError(
+                f"policy_kwargs={given} differs from what the file was saved with: {data['policy_kwargs']}. Leave it "
+                "out, or make a new model and use set_parameters()."
+            )
 
 
 def _print_system_info(archive: ArchiveReader) -> None:
