@@ -22,6 +22,7 @@ import torch as th
 INDEX = "softsac.json"
 FORMAT = 1
 CHUNK = 1 << 20
+END = struct.Struct("<4s4H2LH")  # what a zip file without comment ends with
 
 
 class CheckpointError(ValueError):
@@ -92,7 +93,7 @@ class ArchiveWriter:
         """
         with self.member(name) as stream:
             head = {"descr": np.lib.format.dtype_to_descr(array.dtype), "fortran_order": False, "shape": array.shape}
-            np.lib.format.write_array_header_2_0(stream, head)
+            np.lib.format.write_array_header_1_0(stream, head)
             rows = max(1, CHUNK // max(1, array[:1].nbytes))
             for first in range(0, len(array), rows):
                 stream.write(np.ascontiguousarray(array[first : first + rows]).reshape(-1).view(np.uint8).data)
@@ -159,9 +160,11 @@ class ArchiveReader:
             self.sizes = {info.filename: info.file_size for info in infos}
             if len(self.sizes) != len(infos):
                 raise CheckpointError(f"{name} has two members of one name.")
-            if min((info.header_offset for info in infos), default=0) != 0:
-                # Else what is left of a truncated file could be taken for the .pth member at its end
-                raise CheckpointError(f"{name} cannot be read: it does not begin as a zip file, or its end is missing.")
+            file.seek(-END.size, io.SEEK_END)
+            signature, _, _, _, n_infos, _, _, _ = END.unpack(file.read(END.size))
+            if signature != b"PK\5\6" or n_infos != min(len(infos), 0xFFFF) or (infos and infos[0].header_offset != 0):
+                # zipfile would take a .pth member at the end of a truncated file for all of it, and passes over members
+                raise CheckpointError(f"{name} cannot be read: a part is missing, or its list of members damaged.")
             for info in infos:
                 if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
                     raise CheckpointError(f"{name} has a compressed member ({info.filename}): it is not a model file.")
@@ -177,11 +180,14 @@ class ArchiveReader:
 
     def verify(self) -> None:
         """
-        Compare every member with the index.
+        Compare every member with the index, and read them all.
 
         :raises CheckpointError: naming the member that is damaged, missing or unexpected
         """
-        if self.index is None:
+        if self.index is None:  # a file of SB3's: the zip's own check sums are all there is
+            for name in self.sizes:
+                with naming(f"{name} in {self.name}"), self.open(name) as stream:
+                    sha256_of(stream)
             return
         with naming(f"the index of {self.name}"):
             members = dict(self.index["members"])
@@ -232,9 +238,9 @@ class ArchiveReader:
         """
         what = f"{name} in {self.name}"
         with naming(what), self.open(name) as stream:
-            if np.lib.format.read_magic(stream) != (2, 0):
-                raise CheckpointError(f"{what} is not of NumPy's npy format 2.0.")
-            found_shape, fortran, found_dtype = np.lib.format.read_array_header_2_0(stream)
+            if np.lib.format.read_magic(stream) != (1, 0):
+                raise CheckpointError(f"{what} is not of NumPy's npy format 1.0.")
+            found_shape, fortran, found_dtype = np.lib.format.read_array_header_1_0(stream)
             fits = len(found_shape) == len(shape) and all(
                 n in (None, found) for n, found in zip(shape, found_shape, strict=True)
             )

@@ -271,18 +271,22 @@ class ReplayBuffer(SB3ReplayBuffer):
         :param other: buffer with the same spaces
         :return: transitions added
         """
-        n_rows = other.size()
+        # With optimize_memory_usage, SB3 keeps next observations in the row after, the newest one's in the oldest row
+        is_shifted = not hasattr(other, "next_observations")
+        n_lost = int(is_shifted and other.full)
+        n_rows = other.size() - n_lost
         n_new = min(n_rows * other.n_envs // self.n_envs, self.buffer_size)
-        order = (np.arange(n_rows) + (other.pos if other.full else 0)) % other.buffer_size
+        order = (np.arange(n_rows) + (other.pos + n_lost if other.full else 0)) % other.buffer_size
         kept = order[n_rows - -(-n_new * self.n_envs // other.n_envs) :]
         rows = np.tile(kept, other.n_envs)[-n_new * self.n_envs :].reshape(self.n_envs, n_new)
         env_indices = np.repeat(np.arange(other.n_envs), len(kept))[-n_new * self.n_envs :].reshape(self.n_envs, n_new)
         for step in range(n_new):
             at = rows[:, step], env_indices[:, step]
-            obs, next_obs = (
-                map_obs(lambda storage, at=at: np.asarray(storage[at]), source)
-                for source in (other.observations, other.next_observations)
-            )
+            obs = map_obs(lambda storage, at=at: np.asarray(storage[at]), other.observations)
+            next_at, source = at, other.observations if is_shifted else other.next_observations
+            if is_shifted:
+                next_at = (at[0] + 1) % other.buffer_size, at[1]
+            next_obs = map_obs(lambda storage, at=next_at: np.asarray(storage[at]), source)
             infos = [{"TimeLimit.truncated": bool(timeout)} for timeout in other.timeouts[at]]
             self.add(obs, next_obs, other.actions[at], other.rewards[at], other.dones[at], infos)
         return n_new * self.n_envs

@@ -47,7 +47,7 @@ def restore(callback: BaseCallback | None, states: list[Any]) -> list[BaseCallba
     """
     :param callback: the callback of ``learn()``; each takes the first state that is left of its class
     :param states: what :func:`capture` has returned
-    :return: evaluations that have not seen the last step, because a callback before them in the list had saved the model
+    :return: evaluations that have not seen the last step, as a callback before them in the list had saved the model
     """
     late: list[BaseCallback] = []
     left = list(states)

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import threading
 import warnings
 from pathlib import Path
@@ -91,11 +92,19 @@ class CheckpointCallback(BaseCallback):
             self.model.after_step = self._save_and_exit
         return True
 
+    def _on_training_end(self) -> None:
+        if self._signal is not None:  # it came after the last step, in the updates say
+            self._save_and_exit()
+
     def _save_and_exit(self) -> None:
         self.save()
         if self._signal is not None:
             name = signal.Signals(self._signal).name
-            print(f"{name}: saved a checkpoint at step {self.num_timesteps} in {self.save_path}, exiting.", flush=True)
+            text = f"{name}: saved a checkpoint at step {self.num_timesteps} in {self.save_path}, exiting."
+            try:
+                print(text, flush=True)
+            except OSError:  # the program that reads our output has been stopped, too
+                sys.stdout = None  # Python would write to it again, and change the status
             raise SystemExit(EXIT_STATUS)
 
     def save(self) -> None:

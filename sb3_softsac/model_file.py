@@ -34,7 +34,7 @@ from sb3_softsac import files, replay_state
 from sb3_softsac.archive import ArchiveReader, ArchiveWriter, CheckpointError, naming
 from sb3_softsac.replay_state import Segment
 from sb3_softsac.run_folder import Manifest, RunFolder, checkpoint_of
-from sb3_softsac.state_codec import NotEncodable, decode, encode
+from sb3_softsac.state_codec import KIND, NotEncodable, decode, encode
 
 PICKLED = ":serialized:"  # SB3's key
 
@@ -79,6 +79,8 @@ def read_data(
     trees = archive.json("data")
     if not isinstance(trees, dict):
         raise CheckpointError(f"data in {archive.name} is not a model's.")
+    if archive.index is None and any(isinstance(tree, dict) and KIND in tree for tree in trees.values()):
+        raise CheckpointError(f"{archive.name} is damaged: SoftSAC has written it, and its index is missing.")
     pickled = [name for name, tree in trees.items() if isinstance(tree, dict) and PICKLED in tree]
     custom_objects = {name: given[name] for name in pickled if name in given} | (custom_objects or {})
     refused = [] if allow_pickle else [name for name in pickled if name not in custom_objects]

@@ -17,6 +17,7 @@ import json
 import os
 import re
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -25,11 +26,11 @@ import numpy as np
 from stable_baselines3.common.buffers import ReplayBuffer as SB3ReplayBuffer
 
 from sb3_softsac import files, replay_state
-from sb3_softsac.archive import ArchiveReader, ArchiveWriter, CheckpointError, naming, sha256_of
+from sb3_softsac.archive import ArchiveReader, CheckpointError, naming, sha256_of
 
-MANIFEST = re.compile(r"ckpt-(\d{6,9})\.json")
-STATE = re.compile(r"step-(\d+)-(\d{6,9})\.zip")
-SEGMENT = re.compile(r"replay/(\d+)-(\d+)-[0-9a-f]{16}\.npz")
+MANIFEST = re.compile(r"ckpt-(0[0-9]{5}|[1-9][0-9]{5,8})\.json")  # just the names that save() gives
+STATE = re.compile(r"step-([0-9]+)-(0[0-9]{5}|[1-9][0-9]{5,8})\.zip")
+SEGMENT = re.compile(r"replay/([0-9]{5,12})-([0-9]{5,12})-[0-9a-f]{16}\.npz")
 FORMAT = 1
 Manifest = dict[str, Any]
 
@@ -43,7 +44,8 @@ class RunFolder:
         self.path = path
         self.last: Manifest | None = None  # what this process has written or loaded last
         self.newest = -1  # number of the newest checkpoint then, valid or not
-        self._rows_then: tuple[int, int] | None = None  # identity and n_added of the replay buffer then
+        # The replay buffer and its n_added then; not its id, which another may get when it is gone
+        self._rows_then: tuple[weakref.ref[SB3ReplayBuffer], int] | None = None
 
     def numbers(self) -> list[int]:
         """
@@ -163,7 +165,7 @@ class RunFolder:
         :raises CheckpointError: if another process writes here too
         :raises OSError: if the disk is full, ...; what was there before is still there
         """
-        if max([-1, *self.numbers()]) != self.newest:
+        if max([-1, *self.numbers()]) > self.newest:
             raise CheckpointError(
                 f"{self.path} has got checkpoints that this run has not written: is a second process at work there? "
                 "Each run needs a folder of its own."
@@ -181,48 +183,53 @@ class RunFolder:
             "state": {"file": name, "size": size, "sha256": sha256},
             "segments": segments,
         }
+        self.newest = number  # even if there is an error now: the name may be there
         with files.atomic_file(self.path / f"ckpt-{number:06d}.json") as file:
             file.write(_manifest_text(manifest))
-        self.last, self.newest = manifest, number
+        self.last = manifest
         self._remember(buffer)
         self._clean(keep_last)
         return manifest
 
     def _save_segments(self, buffer: SB3ReplayBuffer) -> list[dict[str, Any]]:
         rows_before = None
-        if self._rows_then is not None and self._rows_then[0] == id(buffer):
+        if self._rows_then is not None and self._rows_then[0]() is buffer:
             rows_before = self._rows_then[1]
         before = {} if self.last is None else {_rows(entry["file"]): entry for entry in self.last["segments"]}
         entries = []
+        folder = self.path / "replay"
+        there = {f"replay/{name}" for name in os.listdir(folder)} if folder.is_dir() else set()
         written = False
         for segment in replay_state.segments(buffer):
             entry = before.get(segment)
+            if entry is not None and entry["file"] not in there:
+                entry = None  # somebody has removed it
             if entry is None or replay_state.may_have_changed(buffer, segment, rows_before):
-                data = io.BytesIO()
-                with ArchiveWriter(data) as archive:
-                    replay_state.write_rows(archive, buffer, segment)
-                    size, sha256 = archive.close({})
+                stream = io.BytesIO()
+                np.savez(stream, **replay_state.get_rows(buffer, *segment))  # type: ignore[arg-type]
+                data = stream.getbuffer()
+                sha256 = hashlib.sha256(data).hexdigest()
                 first, last = segment
                 name = f"replay/{first:05d}-{last:05d}-{sha256[:16]}.npz"
                 if entry is None or entry["sha256"] != sha256:
                     with files.atomic_file(self.path / name, sync=False) as file:
-                        file.write(data.getbuffer())
+                        file.write(data)
                     written = True
-                    entry = {"file": name, "size": size, "sha256": sha256}
+                    entry = {"file": name, "size": len(data), "sha256": sha256}
             entries.append(entry)
         if written:
-            files.sync_folder(self.path / "replay")
+            files.sync_folder(folder)
         return entries
 
     def _remember(self, buffer: SB3ReplayBuffer | None) -> None:
-        self._rows_then = None if buffer is None else (id(buffer), getattr(buffer, "n_added", 0))
+        self._rows_then = None if buffer is None else (weakref.ref(buffer), getattr(buffer, "n_added", 0))
 
     def _clean(self, keep_last: int) -> None:
         """Remove older checkpoints, then what nothing names. A folder that cannot be read in full is left alone."""
         kept: list[Manifest] = []
         for number in reversed(self.numbers()):
             try:
-                manifest = self.manifest(number)
+                manifest = self.last if self.last and self.last["number"] == number else self.manifest(number)
             except CheckpointError:
                 continue  # does not count, and goes when it is older than those kept
             if len(kept) < keep_last:
@@ -266,6 +273,6 @@ def _rows(name: str) -> tuple[int, int]:
 
 
 def _manifest_text(manifest: Manifest) -> bytes:
-    text = json.dumps(manifest, sort_keys=True, indent=1)
+    text = json.dumps(manifest, sort_keys=True)
     sha256 = hashlib.sha256(text.encode()).hexdigest()
     return f'{{"manifest": {text},\n"sha256": "{sha256}"}}\n'.encode()

@@ -1,0 +1,489 @@
+"""
+State of one object of an environment: attribute by attribute, with its random generators, as a JSON tree.
+
+What is neither plain data nor clearly constant is "unreadable", with a reason that names it. The tables say what is
+known of classes; everything else is found out from the attributes themselves.
+"""
+
+import contextlib
+import copy
+import functools
+import hashlib
+import inspect
+import io
+import json
+import logging
+import random
+import time
+import types
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch as th
+from gymnasium.envs.registration import EnvSpec
+from gymnasium.wrappers import HumanRendering, NormalizeReward, RecordEpisodeStatistics, RecordVideo, RenderCollection
+from gymnasium.wrappers.common import PassiveEnvChecker
+from gymnasium.wrappers.utils import RunningMeanStd as GymRunningMeanStd
+from stable_baselines3.common.logger import Logger
+from stable_baselines3.common.monitor import Monitor, ResultsWriter
+from stable_baselines3.common.running_mean_std import RunningMeanStd
+from stable_baselines3.common.vec_env import (
+    DummyVecEnv,
+    SubprocVecEnv,
+    VecCheckNan,
+    VecExtractDictObs,
+    VecFrameStack,
+    VecMonitor,
+    VecNormalize,
+    VecTransposeImage,
+    VecVideoRecorder,
+)
+from stable_baselines3.common.vec_env.base_vec_env import VecEnvWrapper
+from stable_baselines3.common.vec_env.stacked_observations import StackedObservations
+
+from sb3_softsac.state_codec import NotEncodable, decode, encode
+
+
+class Bookkeeping:
+    """What this package adds to an environment: no part of its state."""
+
+
+# Attributes that live across episodes, and those of the episode; None: all others. Of classes that are not here all
+# plain attributes belong to the episode, but random generators and running means.
+STATE: dict[type, tuple[tuple[str, ...], tuple[str, ...] | None]] = {
+    Monitor: (
+        ("total_steps", "episode_returns", "episode_lengths", "episode_times", "t_start"),
+        ("rewards", "needs_reset", "current_reset_info"),
+    ),
+    RecordEpisodeStatistics: (("episode_count", "time_queue", "return_queue", "length_queue"), None),
+    NormalizeReward: (("discounted_reward",), None),
+    # The settings (training, norm_reward, clip_obs, ...) are for the user to choose anew
+    VecNormalize: (("obs_rms", "ret_rms", "returns"), ("old_obs", "old_reward")),
+    VecMonitor: (("episode_count", "t_start"), ("episode_returns", "episode_lengths")),
+    VecFrameStack: ((), ("stacked_obs",)),
+    VecCheckNan: ((), ("_user_warned", "_actions", "_observations")),
+    # DummyVecEnv's buffers are written anew in each step; pending seeds and options are kept apart
+    **dict.fromkeys((DummyVecEnv, SubprocVecEnv, VecTransposeImage, VecExtractDictObs), ((), ())),
+    **dict.fromkeys((VecVideoRecorder, RecordVideo, RenderCollection, HumanRendering), ((), ())),
+}
+ALL: tuple[tuple[str, ...], None] = ((), None)
+# As soon as rl_zoo3 is imported gym.make() uses its own; in a VecEnv they are the same
+SAME_CLASSES = {"rl_zoo3.gym_patches.PatchedTimeLimit": "gymnasium.wrappers.common.TimeLimit"}
+# The checker compares the data of the first two steps by identity, which no file can keep: its checks count as done
+CHECKS_DONE = {"checked_reset": True, "checked_step": True, "checked_data_reuse": True, "_previous_data": None}
+# Clocks begin anew in each process: what is kept is the time that has passed
+CLOCKS: dict[str, tuple[Callable[[], float], tuple[type, ...]]] = {
+    "t_start": (time.time, (Monitor, VecMonitor)),
+    "episode_start_time": (time.perf_counter, (RecordEpisodeStatistics,)),
+}
+CONSTANT_NAMES = {"spec", "_cached_spec", "metadata", "_metadata", "render_mode", "fullpath", "class_attributes"}
+CONSTANT_NAMES |= {"_saved_kwargs", "_ezpickle_args", "_ezpickle_kwargs"}
+CONSTANT_TYPES = (
+    type,
+    gym.Space,
+    types.ModuleType,
+    EnvSpec,
+    logging.Logger,
+    Logger,
+    ResultsWriter,
+    io.IOBase,
+    Bookkeeping,
+)
+FUNCTION_TYPES = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, functools.partial, np.ufunc)
+# Objects that only draw: (package, beginning of the class's name)
+RENDERERS = (
+    *(("pygame", name) for name in ("Surface", "Clock", "Font")),
+    *(("mujoco", name) for name in ("Mjv", "Mjr", "Renderer", "GLContext", "MjModel")),  # the model's digest is kept
+    ("gymnasium", "MujocoRenderer"),
+    ("matplotlib", ""),
+)
+RENDER_ARGUMENTS = {"render_mode", "width", "height", "camera_id", "camera_name", "default_camera_config", "max_geom"}
+RENDER_ARGUMENTS |= {"visual_options"}
+# Objects that are their attributes; they are written in place
+NESTED = (RunningMeanStd, GymRunningMeanStd, StackedObservations)
+RANDOM_TYPES = (np.random.Generator, np.random.RandomState, random.Random)
+OFFER = "give its class get_state() and set_state(state), see sb3_softsac.env_state"
+
+
+def chain_of(env: Any) -> list[Any]:
+    """All objects from the outermost wrapper to the VecEnv or environment itself."""
+    chain = [env]
+    while isinstance(chain[-1], gym.Wrapper | VecEnvWrapper):
+        chain.append(chain[-1].env if isinstance(chain[-1], gym.Wrapper) else chain[-1].venv)
+    return chain
+
+
+def capture_object(chain: list[Any], index: int, seen: dict[int, tuple[Any, ...]]) -> dict[str, Any]:
+    """
+    :param chain: all objects from the outermost wrapper to the environment
+    :param index: of the object
+    :param seen: id of each mutable value met so far, and where; kept by the caller for the whole chain
+    :return: ``class``; ``made``: constructor arguments; ``lasting``, ``episode``: attributes; ``spaces``: their random
+        states; ``constant``: names left out; ``unreadable``: reasons by name; ``own``: of ``get_state``, if it has that
+    """
+    obj = chain[index]
+    lasting: dict[str, Any] = {}
+    episode: dict[str, Any] = {}
+    unreadable: dict[str, str] = {}
+    layer: dict[str, Any] = {
+        "class": class_name(obj),
+        "made": arguments_of(obj),
+        "lasting": lasting,
+        "episode": episode,
+    }
+    layer |= {"spaces": {}, "constant": [], "unreadable": unreadable}
+    has_own = offers_state(obj)
+    if has_own:
+        try:
+            layer["own"] = encode(obj.get_state(), f"{short_name(obj)}.get_state()")
+        except Exception as error:
+            unreadable["get_state"] = describe_error(error)
+    elif any(set(vars(c).get("__slots__") or ()) - {"__dict__", "__weakref__"} for c in type(obj).__mro__):
+        unreadable["__slots__"] = f"{short_name(obj)} has __slots__, which are not looked into"
+    lasting_names, episode_names = STATE.get(type(obj), ALL)
+    is_env = isinstance(obj, gym.Env) and index == len(chain) - 1
+    for name, space in _spaces(obj).items():
+        rngs = [part._np_random for part in _subspaces(space)]
+        try:
+            layer["spaces"][name] = [None if rng is None else encode_random(rng) for rng in rngs]
+        except NotEncodable as error:
+            unreadable[name] = describe_error(error)
+    for name, value in vars(obj).items():
+        where = f"{short_name(obj)}.{name}"
+        try:
+            if is_constant(name, value, chain):
+                layer["constant"].append(name)
+            elif isinstance(value, RANDOM_TYPES) or (
+                not has_own and (episode_names is None or name in lasting_names + episode_names)
+            ):
+                if type(obj) is PassiveEnvChecker:
+                    value = CHECKS_DONE.get(name, value)
+                lives_on = name in (*lasting_names, "_np_random_seed") or isinstance(value, RANDOM_TYPES + NESTED)
+                part = lasting if lives_on or _is_nested_dict(value) else episode
+                same = seen.get(id(value), ())
+                if len(same) == 2 and getattr(value, "base", None) is None:
+                    part[name] = {"same": list(same)}
+                else:
+                    _note(value, (index, name), where, seen, is_deep=is_env)
+                    part[name] = encode_attribute(obj, name, value, where)
+        except Exception as error:
+            unreadable[name] = describe_error(error)
+    return layer
+
+
+def restore_attributes(obj: Any, attributes: dict[str, Any], chain: list[Any]) -> None:
+    for name, tree in attributes.items():
+        values = vars(obj)
+        where = f"{short_name(obj)}.{name}"
+        cls: Any = type(obj)
+        is_code = name.startswith("__") or name in CONSTANT_NAMES or _is_code(inspect.getattr_static(cls, name, None))
+        if is_code or not (name in values or name in _names_in(cls)):
+            raise ValueError(f"{short_name(obj)} has no attribute {name!r} to restore")
+        current = values.get(name)
+        if name in values and is_constant(name, current, chain):
+            if not are_same(tree, {"value": None}):  # a window that is not open yet
+                raise ValueError(f"{where} was plain data and is a {type(current).__name__} here")
+        elif "elapsed" in tree:
+            values[name] = CLOCKS[name][0]() - float(tree["elapsed"])
+        elif "same" not in tree:
+            values[name] = _decode(tree, current, where)
+
+
+def link_shared(chain: list[Any], layers: list[dict[str, Any]], parts: Sequence[str]) -> None:
+    """Attributes that were one and the same object become so again."""
+    for obj, layer in zip(chain, layers, strict=True):
+        for name, tree in ((name, tree) for part in parts for name, tree in layer[part].items() if "same" in tree):
+            i, other = tree["same"]
+            vars(obj)[name] = vars(chain[i])[other]
+
+
+def restore_own(obj: Any, layer: dict[str, Any]) -> None:
+    if "own" in layer:
+        if not offers_state(obj):
+            raise ValueError(f"{short_name(obj)} has no set_state(state) for what its get_state() returned")
+        obj.set_state(decode(layer["own"]))
+
+
+def restore_spaces(obj: Any, layer: dict[str, Any]) -> None:
+    for name, states in layer["spaces"].items():
+        space = _spaces(obj).get(name)
+        parts = [] if space is None else _subspaces(space)
+        if len(parts) != len(states):
+            raise ValueError(f"{short_name(obj)}.{name} is another space")
+        for part, state in zip(parts, states, strict=True):
+            part._np_random = None if state is None else _decode(state, part._np_random, name)  # type: ignore[assignment]
+
+
+def _spaces(obj: Any) -> dict[str, gym.Space[Any]]:
+    """Its spaces by attribute, those of its class too."""
+    of_class = {name: inspect.getattr_static(type(obj), name, None) for name in ("action_space", "observation_space")}
+    return {name: value for name, value in {**of_class, **vars(obj)}.items() if isinstance(value, gym.Space)}
+
+
+def _subspaces(space: gym.Space[Any]) -> list[gym.Space[Any]]:
+    found = [space]
+    for value in vars(space).values():
+        items = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
+        for item in items:
+            if isinstance(item, gym.Space):
+                found += _subspaces(item)
+    return found
+
+
+def arguments_of(obj: Any) -> dict[str, Any]:
+    """What the object was made with, as far as it says so: a state goes on only in an object made alike."""
+    values = vars(obj)
+    arguments = {**(values.get("_saved_kwargs") or {}), **(values.get("_ezpickle_kwargs") or {})}
+    arguments |= {f"argument {i}": value for i, value in enumerate(values.get("_ezpickle_args") or ())}
+    spec = values.get("spec")
+    if isinstance(spec, EnvSpec):
+        arguments |= {"id": spec.id, **spec.kwargs}
+    found = {}
+    for name, value in arguments.items():
+        is_file = isinstance(value, str) and value.endswith(".xml")  # it may lie elsewhere; the model is compared
+        if not (name in RENDER_ARGUMENTS or is_file or isinstance(value, gym.Space)):
+            with contextlib.suppress(TypeError):
+                found[str(name)] = encode(value)
+    return found
+
+
+# --- one value --------------------------------------------------------------------------------------------------------
+
+
+def encode_attribute(obj: Any, name: str, value: Any, where: str) -> dict[str, Any]:
+    """
+    :param obj: what has the attribute ``name``
+    :return: ``{kind: tree}``
+    :raises NotEncodable: naming the part that is not plain data
+    """
+    clock = CLOCKS.get(name)
+    if clock is not None and isinstance(obj, clock[1]):
+        return {"elapsed": clock[0]() - value}
+    if type(value) in NESTED:
+        parts = {k: v for k, v in vars(value).items() if not isinstance(v, gym.Space)}
+        return {"object": {k: encode_attribute(value, k, v, f"{where}.{k}") for k, v in parts.items()}}
+    if _is_nested_dict(value):
+        return {"objects": {k: encode_attribute(value, k, v, f"{where}[{k!r}]") for k, v in value.items()}}
+    if isinstance(value, RANDOM_TYPES):
+        return encode_random(value, where)
+    if _is_mujoco_data(value):
+        return {"mujoco": _encode_mujoco(value)}
+    return {"value": encode(value, where)}
+
+
+def _decode(tree: dict[str, Any], current: Any, where: str) -> Any:
+    """
+    :param tree: of :func:`encode_attribute`
+    :param current: what is there now; written in place if it is an object of the same kind, so that aliases stay
+    :return: the new value
+    """
+    ((kind, content),) = tree.items()
+    if kind == "object" and type(current) in NESTED:
+        for name, part in content.items():
+            old = vars(current)[name]
+            new = _decode(part, old, f"{where}.{name}")
+            kinds = [(np.shape(x), np.asarray(x).dtype.kind) for x in (new, old)]
+            if kinds[0] != kinds[1]:
+                raise ValueError(f"{where}.{name} has shape {kinds[0][0]} in the state, and {kinds[1][0]} here")
+            vars(current)[name] = new
+        return current
+    if kind == "objects" and _is_nested_dict(current) and content.keys() == current.keys():
+        return {name: _decode(part, current[name], f"{where}[{name!r}]") for name, part in content.items()}
+    if kind == "mujoco" and _is_mujoco_data(current):
+        _restore_mujoco(current, content)
+        return current
+    if kind == "python_random":
+        version, words, gauss = decode(content)
+        target = current if type(current) is random.Random else random.Random(0)
+        target.setstate((version, tuple(words.tolist()), gauss))
+        return target
+    if kind == "random":
+        new = decode(content)
+        if type(new) not in RANDOM_TYPES:
+            raise ValueError(f"{where} is not a random generator in the state")
+        if type(new) is type(current) is np.random.RandomState:
+            current.set_state(new.get_state())
+            return current
+        if type(new) is type(current) and type(new.bit_generator) is type(current.bit_generator):
+            current.bit_generator.state = new.bit_generator.state
+            return current
+        return new
+    if kind != "value":
+        raise ValueError(f"{where} is {kind!r} in the state, and a {type(current).__name__} here")
+    return decode(content)
+
+
+def encode_random(rng: Any, where: str = "a space's random generator") -> dict[str, Any]:
+    if type(rng) is random.Random:
+        return {"python_random": encode(_python_state(rng.getstate()), where)}
+    return {"random": encode(rng, where)}
+
+
+def _encode_mujoco(data: Any) -> dict[str, Any]:
+    import mujoco  # type: ignore[import-untyped]
+
+    kind = mujoco.mjtState.mjSTATE_INTEGRATION
+    state = np.empty(mujoco.mj_stateSize(data.model, kind))
+    mujoco.mj_getState(data.model, data, state, kind)
+    # Other sizes than in new data are those of the contacts, which the next step computes anew
+    new = mujoco.MjData(data.model)
+    arrays = {name: getattr(data, name) for name in dir(data) if isinstance(getattr(data, name), np.ndarray)}
+    fixed = {name: a for name, a in arrays.items() if a.size > 0 and a.shape == getattr(new, name).shape}
+    return {"model": _model_digest(data.model), "state": encode(state), "arrays": encode(fixed)}
+
+
+def _restore_mujoco(data: Any, tree: dict[str, Any]) -> None:
+    import mujoco
+
+    model, state, arrays = data.model, decode(tree["state"]), decode(tree["arrays"])
+    if tree["model"] != _model_digest(model):
+        raise ValueError("the MuJoCo model is another one than the state's, or of another MuJoCo version")
+    kind = mujoco.mjtState.mjSTATE_INTEGRATION
+    mujoco.mj_setState(model, data, state, kind)
+    mujoco.mj_forward(model, data)
+    mujoco.mj_setState(model, data, state, kind)  # before 3.3.6 mj_forward changed the warm start
+    # What mj_forward computes belongs to the new position. The simulator leaves some of it a step behind, and tasks
+    # read that before they step: Ant and Humanoid would get a wrong first reward.
+    for name, array in arrays.items():
+        target = None if name.startswith("_") else getattr(data, name, None)
+        if not isinstance(target, np.ndarray) or (target.shape, target.dtype) != (array.shape, array.dtype):
+            raise ValueError(f"MuJoCo's {name} has another size than in the state")
+        target[...] = array
+
+
+def _model_digest(model: Any) -> str:
+    import mujoco
+
+    model = copy.copy(model)
+    model.vis.global_.offwidth = model.vis.global_.offheight = 0  # of the window, for the user to choose
+    buffer = np.zeros(mujoco.mj_sizeModel(model), dtype=np.uint8)
+    mujoco.mj_saveModel(model, None, buffer)
+    return hashlib.sha256(buffer.data).hexdigest()
+
+
+def _note(value: Any, path: tuple[Any, ...], where: str, seen: dict[int, tuple[Any, ...]], is_deep: bool) -> None:
+    """
+    Memory that two attributes share would be two after a restore. Whole attributes that are one object are linked
+    again; anything finer is refused, inside of the environment to any depth, since that can be replayed instead.
+
+    :raises NotEncodable: if ``value``, or a part of it, is a part of something that has been seen
+    """
+    root = value
+    if isinstance(value, np.ndarray):
+        while isinstance(root.base, np.ndarray):
+            root = root.base
+        if not (root.base is None or isinstance(root.base, bytes | bytearray)):
+            raise NotEncodable(f"{where} is a view of memory that is not numpy's")
+        if is_deep and not value.flags.c_contiguous:
+            raise NotEncodable(f"{where} is not contiguous")
+    if isinstance(root, (np.ndarray, list, dict, deque, set, *RANDOM_TYPES, *NESTED)) or _is_mujoco_data(root):
+        # A view of an array that is no attribute itself must not pass for the whole
+        owner = seen.setdefault(id(root), path if root is value else (*path, "its base"))
+        if owner != path and owner != (*path, "its base"):
+            raise NotEncodable(f"{where} shares memory with {'.'.join(map(str, owner[1:]))}")
+    if is_deep and isinstance(value, set) and len(value) > 1:
+        raise NotEncodable(f"{where} is a set, whose order cannot be kept")
+    if is_deep and isinstance(value, dict | list | tuple | deque):
+        for i, item in enumerate(value.values() if isinstance(value, dict) else value):
+            _note(item, (*path, i), f"{where}[{i}]", seen, is_deep)
+
+
+def is_constant(name: str, value: Any, chain: list[Any]) -> bool:
+    if name in CONSTANT_NAMES or isinstance(value, CONSTANT_TYPES) or any(value is obj for obj in chain):
+        return True
+    if isinstance(value, functools.partial):
+        return is_constant("", value.func, chain)
+    if isinstance(value, FUNCTION_TYPES):
+        # A bound method has the state of its object
+        owner = getattr(value, "__self__", None)
+        return owner is None or is_constant("", owner, chain)
+    package, kind = module_of(value).partition(".")[0], type(value).__name__
+    return any(package == known and kind.startswith(start) for known, start in RENDERERS)
+
+
+def _is_code(value: Any) -> bool:
+    return callable(value) or (hasattr(type(value), "__get__") and not isinstance(value, functools.cached_property))
+
+
+@functools.lru_cache
+def _names_in(cls: Any) -> frozenset[str]:
+    """Names that the methods of a class use: the attributes that it may come to have."""
+    names: set[str] = set()
+    for base in cls.__mro__:
+        names.update(vars(base).get("__annotations__", {}))
+        for value in vars(base).values():
+            function = inspect.unwrap(getattr(value, "fget", None) or value)
+            if isinstance(function, types.FunctionType):
+                names.update(function.__code__.co_names)
+    return frozenset(names)
+
+
+def offers_state(obj: Any) -> bool:
+    """MujocoEnv has a set_state(qpos, qvel), and no get_state()."""
+    cls = type(obj)
+    if not (callable(getattr(cls, "get_state", None)) and callable(getattr(cls, "set_state", None))):
+        return False
+    try:
+        inspect.signature(obj.get_state).bind()
+        inspect.signature(obj.set_state).bind(None)
+        return True
+    except (TypeError, ValueError):
+        return False
+
+
+def _is_nested_dict(value: Any) -> bool:
+    return type(value) is dict and bool(value) and all(type(item) in NESTED for item in value.values())
+
+
+def _is_mujoco_data(value: Any) -> bool:
+    return type(value).__name__ == "MjData" and module_of(value).partition(".")[0] == "mujoco"
+
+
+def _python_state(state: tuple[Any, ...]) -> tuple[Any, ...]:
+    version, words, gauss = state
+    return version, np.array(words, dtype=np.uint32), gauss
+
+
+def global_random_states() -> dict[str, Any]:
+    return {
+        "python": _python_state(random.getstate()),
+        "numpy": np.random.get_state(legacy=False),
+        "torch": th.get_rng_state(),
+    }
+
+
+def set_global_random_states(states: dict[str, Any]) -> None:
+    version, words, gauss = states["python"]
+    random.setstate((version, tuple(words.tolist()), gauss))
+    np.random.set_state(states["numpy"])
+    th.set_rng_state(states["torch"])
+
+
+def are_same(a: Any, b: Any) -> bool:
+    """Of two trees; NaN equals itself."""
+    return json.dumps(a, sort_keys=True) == json.dumps(b, sort_keys=True)
+
+
+def class_name(obj: Any) -> str:
+    module, name = module_of(obj), type(obj).__qualname__
+    # The script that a run was started with has another name in its worker processes
+    name = name if module in ("__main__", "__mp_main__") else f"{module}.{name}"
+    return SAME_CLASSES.get(name, name)
+
+
+def module_of(obj: Any) -> str:
+    return str(getattr(type(obj), "__module__", ""))  # some extension types have none
+
+
+def short_name(obj: Any) -> str:
+    return type(obj).__name__
+
+
+def describe_error(error: BaseException) -> str:
+    return str(error) if type(error) in (ValueError, NotEncodable) else f"{type(error).__name__}: {error}"
+
+
+# What can be done with an environment, and the result where it cannot be reached, made of the reason
