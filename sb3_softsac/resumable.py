@@ -446,8 +446,8 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
             reasons = env_state.restore(self.env, state, mid_episode=goes_on)
             if self._vec_normalize_env is None and env_state.is_normalized(state):
                 warnings.warn(
-                    "The model was trained with VecNormalize, but the environment is not wrapped in it: its observations "
-                    "mean something else to the policy. Pass VecNormalize(env), whose statistics are in the file.",
+                    "The model was trained with VecNormalize, but the environment is not wrapped in it: its "
+                    "observations mean something else to the policy. Pass VecNormalize(env): the file has its statistics.",
                     stacklevel=3,
                 )
         if goes_on:
