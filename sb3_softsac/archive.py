@@ -11,6 +11,7 @@ import json
 import math
 import pickle
 import struct
+import tokenize
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -124,8 +125,10 @@ DAMAGE = (
     MemoryError,
     NotImplementedError,
     RuntimeError,
+    SyntaxError,
     TypeError,
     ValueError,
+    tokenize.TokenError,
 )
 
 
@@ -171,7 +174,7 @@ class ArchiveReader:
             if sum(self.sizes.values()) > file_size:
                 raise CheckpointError(f"{name} claims members of more bytes than it has: it is damaged.")
             index = self.json(INDEX) if INDEX in self.sizes else None
-        if index is not None and not (isinstance(index, dict) and index.get("format") == FORMAT):
+        if INDEX in self.sizes and not (isinstance(index, dict) and index.get("format") == FORMAT):
             found = index.get("format") if isinstance(index, dict) else index
             raise CheckpointError(
                 f"{name} has the format {found!r}, this version of sb3_softsac reads {FORMAT}: use that which wrote it."
@@ -226,8 +229,20 @@ class ArchiveReader:
         :param device: where its tensors go
         :return: what it holds: tensors and plain containers, nothing else can be in it
         """
-        with naming(f"{name} in {self.name}"), self.open(name) as stream:
-            return th.load(io.BytesIO(stream.read()), map_location=device, weights_only=True)
+        what = f"{name} in {self.name}"
+        with naming(what), self.open(name) as stream:
+            data = io.BytesIO(stream.read())
+            if data.getvalue().startswith(b"PK\3\4"):
+                with zipfile.ZipFile(data) as inner:
+                    if any(info.compress_type != zipfile.ZIP_STORED for info in inner.infolist()):
+                        raise CheckpointError(f"{what} is compressed: torch does not write such files.")
+            if b"bytearray" in data.getvalue():  # torch would make one of any length
+                raise CheckpointError(f"{what} holds something else than tensors.")
+            data.seek(0)
+            tree = th.load(data, map_location=device, weights_only=True)
+            if any(tensor.untyped_storage().nbytes() < tensor.nbytes for tensor in _tensors(tree)):
+                raise CheckpointError(f"{what} has a tensor with more elements than data.")
+            return tree
 
     def array(self, name: str, dtype: np.dtype, shape: tuple[int | None, ...]) -> np.ndarray:
         """
@@ -256,6 +271,17 @@ class ArchiveReader:
 
     def close(self) -> None:
         self._zip.close()
+
+
+def _tensors(tree: Any) -> Iterator[th.Tensor]:
+    left, seen = [tree], set()
+    while left:
+        item = left.pop()
+        if isinstance(item, th.Tensor):
+            yield item
+        elif isinstance(item, dict | list | tuple | set) and id(item) not in seen:
+            seen.add(id(item))
+            left += item.values() if isinstance(item, dict) else item
 
 
 def sha256_of(stream: IO[bytes]) -> str:

@@ -31,10 +31,10 @@ from stable_baselines3.common.save_util import load_from_pkl, recursive_getattr
 from stable_baselines3.common.utils import get_system_info
 
 from sb3_softsac import files, replay_state
-from sb3_softsac.archive import ArchiveReader, ArchiveWriter, CheckpointError, naming
+from sb3_softsac.archive import DAMAGE, ArchiveReader, ArchiveWriter, CheckpointError, naming
 from sb3_softsac.replay_state import Segment
 from sb3_softsac.run_folder import Manifest, RunFolder, checkpoint_of
-from sb3_softsac.state_codec import KIND, NotEncodable, decode, encode
+from sb3_softsac.state_codec import KIND, NotEncodable, check_random_state, decode, encode
 
 PICKLED = ":serialized:"  # SB3's key
 
@@ -223,7 +223,8 @@ def open_model_file(path: str | Path | BinaryIO) -> Iterator[ModelFile]:
     :raises FileNotFoundError: if it is not there
     """
     if not isinstance(path, str | os.PathLike):
-        yield _verified(path, "the file object")
+        with _using("the file object"):
+            yield _verified(path, "the file object")
         return
     name = Path(path)
     if name.is_dir():
@@ -235,8 +236,19 @@ def open_model_file(path: str | Path | BinaryIO) -> Iterator[ModelFile]:
         if not name.exists() and name.with_name(f"{name.name}.zip").exists():
             name = name.with_name(f"{name.name}.zip")
         run = checkpoint_of(name)
-    with name.open("rb") as file:
+    with name.open("rb") as file, _using(str(name)):
         yield _verified(file, str(name), run)
+
+
+@contextmanager
+def _using(name: str) -> Iterator[None]:
+    """Settings that no model can have make it fail anywhere. A ValueError says itself what is wrong."""
+    try:
+        yield
+    except ValueError:
+        raise
+    except (*DAMAGE, AssertionError) as error:
+        raise CheckpointError(f"{name} cannot be loaded: {type(error).__name__}: {error}") from error
 
 
 def _verified(file: BinaryIO, name: str, run: tuple[RunFolder, Manifest] | None = None) -> ModelFile:
@@ -319,7 +331,7 @@ def restore_random_states(tree: dict[str, Any], device: th.device) -> None:
     """
     states = decode(tree)
     random.setstate(states["python"])
-    np.random.set_state(states["numpy"])
+    np.random.set_state(check_random_state(states["numpy"]))
     th.set_rng_state(states["torch"])
     if device.type == "cuda" and "cuda" in states:
         th.cuda.set_rng_state(states["cuda"], device)

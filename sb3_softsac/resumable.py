@@ -322,6 +322,12 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
                     f"The replay buffer is not saved: {error}. To leave it out knowingly: exclude=['replay_buffer'].",
                     stacklevel=3,
                 )
+        elif self._unread is not None and "replay_buffer" not in exclude:
+            warnings.warn(
+                f"The replay buffer in {self._unread} was not read, and is not in the new file. Pass an environment to "
+                "load() to keep it, or exclude=['replay_buffer'] to save().",
+                stacklevel=3,
+            )
         with ArchiveWriter(file) as archive:
             attributes = {name: value for name, value in vars(self).items() if name not in skipped}
             model_file.write_data(archive, attributes)
@@ -447,7 +453,7 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
             if self._vec_normalize_env is None and env_state.is_normalized(state):
                 warnings.warn(
                     "The model was trained with VecNormalize, but the environment is not wrapped in it: its "
-                    "observations mean something else to the policy. Pass VecNormalize(env): the file has its statistics.",
+                    "observations mean something else to the policy. Pass VecNormalize(env); its statistics are here.",
                     stacklevel=3,
                 )
         if goes_on:

@@ -28,6 +28,8 @@ from torch import nn
 
 KIND = "$"
 KNOWN_PACKAGES = ("torch", "numpy", "gymnasium", "stable_baselines3", "sb3_contrib", "rl_zoo3", "sb3_softsac")
+# What is imported for the sake of a name in a file. Other modules must be there already: importing some does a lot.
+IMPORTED = ("torch.nn", "torch.optim", "gymnasium.spaces", "stable_baselines3", "sb3_contrib", "sb3_softsac")
 # What a name in a file may stand for: nothing that does more than to be built when it is called
 NAMED_CLASSES: tuple[type, ...] = (
     nn.Module,
@@ -49,7 +51,8 @@ PLAIN_CLASSES: tuple[type, ...] = (
 )
 PLAIN_NAMES = ("rl_zoo3.utils.SimpleLinearSchedule",)  # not imported for its sake
 BIT_GENERATORS = ("PCG64", "PCG64DXSM", "MT19937", "Philox", "SFC64")
-MAX_FILL_BYTES = 1 << 26  # of an array that the file holds as one number
+# Of an array that is written as one number
+SMALL_BYTES, MAX_BOUND_BYTES = 1 << 12, 1 << 26
 LONG = 64  # lists of so many floats are written as arrays
 
 
@@ -64,18 +67,10 @@ def encode(value: Any, where: str = "value") -> Any:
     :return: a tree of what ``json.dumps`` takes
     :raises NotEncodable: naming the part that cannot be written
     """
-    if value is None or type(value) in (bool, int, float, str):
-        return value
-    if type(value) is list:
-        if len(value) >= LONG and all(type(item) is float for item in value):
-            return {KIND: "floats", "array": _encode_array(np.array(value), where)}
-        return [encode(item, f"{where}[{i}]") for i, item in enumerate(value)]
-    if type(value) is dict and all(type(key) is str for key in value) and KIND not in value:
-        return {key: encode(item, f"{where}[{key!r}]") for key, item in value.items()}
-    for kind in _KINDS:
-        if kind.matches(value):
-            return {KIND: kind.name, **kind.to_tree(value, where)}
-    raise NotEncodable(f"{where} is a {_full_name(type(value))}, which cannot be written without pickle")
+    try:
+        return _encode(value, where)
+    except RecursionError:
+        raise NotEncodable(f"{where} contains itself, or is nested too deeply") from None
 
 
 def decode(tree: Any) -> Any:
@@ -84,19 +79,41 @@ def decode(tree: Any) -> Any:
     :return: an equal value
     :raises ValueError: if it is not such a tree
     """
+    try:
+        return _decode(tree)
+    except RecursionError:
+        raise ValueError("values are nested too deeply") from None
+
+
+def _encode(value: Any, where: str) -> Any:
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    if type(value) is list:
+        if len(value) >= LONG and all(type(item) is float for item in value):
+            return {KIND: "floats", "array": _encode_array(np.array(value), where)}
+        return [_encode(item, f"{where}[{i}]") for i, item in enumerate(value)]
+    if type(value) is dict and all(type(key) is str for key in value) and KIND not in value:
+        return {key: _encode(item, f"{where}[{key!r}]") for key, item in value.items()}
+    for kind in _KINDS:
+        if kind.matches(value):
+            return {KIND: kind.name, **kind.to_tree(value, where)}
+    raise NotEncodable(f"{where} is a {_full_name(type(value))}, which cannot be written without pickle")
+
+
+def _decode(tree: Any) -> Any:
     if isinstance(tree, list):
-        return [decode(item) for item in tree]
+        return [_decode(item) for item in tree]
     if not isinstance(tree, dict):
         return tree
     if KIND not in tree:
-        return {key: decode(item) for key, item in tree.items()}
+        return {key: _decode(item) for key, item in tree.items()}
     kind = tree[KIND]
     if not isinstance(kind, str) or kind not in _READERS:
         raise ValueError(f"unknown kind of value {kind!r}: the file is damaged, or of a later version")
     try:
         return _READERS[kind](tree)
     except RecursionError:
-        raise ValueError("values are nested too deeply") from None
+        raise
     except (KeyError, TypeError, AttributeError, IndexError, OverflowError, RuntimeError, MemoryError) as error:
         raise ValueError(f"damaged value of kind {kind!r}: {type(error).__name__}: {error}") from error
 
@@ -137,17 +154,28 @@ def _look_up(name: str) -> Any:
         raise ValueError(f"{name!r} is not a name")
     # Modules first: the longest prefix that is one
     for n in range(len(parts) - 1, 0, -1):
-        module_name = ".".join(parts[:n])
-        try:
-            module = sys.modules.get(module_name) or importlib.import_module(module_name)
-        except ImportError:
+        found: Any = _module(".".join(parts[:n]))
+        if found is None:
             continue
-        found: Any = module
         for part in parts[n:]:
             found = getattr(found, part, None)
         if found is not None:
             return found
-    raise ValueError(f"there is no {name!r}: is its package older or newer than the one that wrote the file?")
+    raise ValueError(
+        f"there is no {name!r}: is its package older or newer than the one that wrote the file, or must its module be "
+        "imported first?"
+    )
+
+
+def _module(name: str) -> Any:
+    if name in sys.modules:
+        return sys.modules[name]
+    if not f"{name}.".startswith((*(f"{package}." for package in IMPORTED), "rl_zoo3.utils.")):
+        return None
+    try:
+        return importlib.import_module(name)
+    except Exception:  # there is none, or it cannot be imported here
+        return None
 
 
 def _full_name(value: Any) -> str:
@@ -157,30 +185,40 @@ def _full_name(value: Any) -> str:
 def _encode_array(array: np.ndarray, where: str) -> dict[str, Any]:
     if array.dtype.kind not in "biufcSU":
         raise NotEncodable(f"{where} is an array of {array.dtype}, which cannot be written without pickle")
-    array = np.asarray(array)
-    head = {"dtype": array.dtype.str, "shape": list(array.shape)}
     data = np.ascontiguousarray(array).tobytes()
-    item = data[: array.itemsize]
-    if 1 < array.size and len(data) <= MAX_FILL_BYTES and data == item * array.size:
-        return {**head, "fill": base64.b64encode(item).decode()}
-    return {**head, "data": base64.b64encode(data).decode()}
+    return {"dtype": array.dtype.str, "shape": list(array.shape), "data": base64.b64encode(data).decode()}
 
 
 def _decode_array(tree: dict[str, Any]) -> np.ndarray:
-    dtype = np.dtype(tree["dtype"])
-    shape = tuple(tree["shape"])
-    if dtype.kind not in "biufcSU" or not all(type(n) is int and n >= 0 for n in shape):
-        raise ValueError(f"an array of dtype {dtype} and shape {shape} cannot be read")
-    n_bytes = math.prod(shape) * dtype.itemsize
-    if "fill" in tree:
-        if n_bytes > MAX_FILL_BYTES:
-            raise ValueError(f"an array of {n_bytes} bytes in one number: the file is damaged")
-        item = np.frombuffer(base64.b64decode(tree["fill"], validate=True), dtype)
-        return np.full(shape, item.reshape(()), dtype)
+    dtype, shape, n_bytes = _array_head(tree)
     data = base64.b64decode(tree["data"], validate=True)
     if len(data) != n_bytes:
         raise ValueError(f"an array of shape {shape} and dtype {dtype} needs {n_bytes} bytes, the file has {len(data)}")
     return np.frombuffer(data, dtype).reshape(shape).copy()
+
+
+def _array_head(tree: dict[str, Any]) -> tuple[np.dtype, tuple[int, ...], int]:
+    dtype, shape = np.dtype(tree["dtype"]), tuple(tree["shape"])
+    if dtype.kind not in "biufcSU" or not all(type(n) is int and n >= 0 for n in shape):
+        raise ValueError(f"an array of dtype {dtype} and shape {shape} cannot be read")
+    return dtype, shape, math.prod(shape) * dtype.itemsize
+
+
+def _encode_bound(array: np.ndarray, where: str) -> dict[str, Any]:
+    """An array of a space, which is often one number: those of images would be as large as the image, four times."""
+    tree = {KIND: "array", **_encode_array(array, where)}
+    item = array.ravel()[:1].tobytes()
+    if SMALL_BYTES < array.nbytes <= MAX_BOUND_BYTES and array.tobytes() == item * array.size:
+        tree.update({KIND: "bound", "data": base64.b64encode(item).decode()})
+    return tree
+
+
+def _decode_bound(tree: dict[str, Any]) -> np.ndarray:
+    dtype, shape, n_bytes = _array_head(tree)
+    if n_bytes > MAX_BOUND_BYTES:
+        raise ValueError(f"a bound of {n_bytes} bytes: the file is damaged")
+    item = np.frombuffer(base64.b64decode(tree["data"], validate=True), dtype)
+    return np.broadcast_to(item.reshape(()), shape)  # takes no memory, however many there are; read-only
 
 
 def _encode_number(number: np.generic, where: str) -> dict[str, Any]:
@@ -190,13 +228,29 @@ def _encode_number(number: np.generic, where: str) -> dict[str, Any]:
 def _encode_random_state(state: Any, where: str) -> dict[str, Any]:
     if state["bit_generator"] not in BIT_GENERATORS:
         raise NotEncodable(f"{where} draws from {state['bit_generator']}, which is not one of {BIT_GENERATORS}")
-    return {"state": encode(state, where)}
+    return {"state": _encode(state, where)}
+
+
+def check_random_state(state: dict[str, Any]) -> dict[str, Any]:
+    """
+    :param state: of one of NumPy's bit generators, perhaps from a file that somebody has tampered with
+    :return: ``state``
+    :raises ValueError: if drawing from it would read memory that is not its own: NumPy does not look
+    """
+    name = state["bit_generator"]
+    if name not in BIT_GENERATORS:
+        raise ValueError(f"unknown bit generator {name!r}")
+    position, last = {
+        "MT19937": lambda: (state["state"]["pos"], 624),
+        "Philox": lambda: (state["buffer_pos"], 4),
+    }.get(name, lambda: (0, 0))()
+    if not 0 <= position <= last:
+        raise ValueError(f"{name} cannot be at position {position} of {last}")
+    return state
 
 
 def _decode_bit_generator(tree: dict[str, Any]) -> np.random.BitGenerator:
-    state = decode(tree["state"])
-    if state["bit_generator"] not in BIT_GENERATORS:
-        raise ValueError(f"unknown bit generator {state['bit_generator']!r}")
+    state = check_random_state(_decode(tree["state"]))
     bit_generator: np.random.BitGenerator = getattr(np.random, state["bit_generator"])(0)
     bit_generator.state = state
     return bit_generator
@@ -204,14 +258,21 @@ def _decode_bit_generator(tree: dict[str, Any]) -> np.random.BitGenerator:
 
 def _decode_random_state(tree: dict[str, Any]) -> np.random.RandomState:
     random_state = np.random.RandomState(0)
-    random_state.set_state(decode(tree["state"]))
+    random_state.set_state(check_random_state(_decode(tree["state"])))
     return random_state
 
 
 def _encode_object(value: Any, where: str) -> dict[str, Any]:
     # Attributes instead of constructor arguments: what changed since construction comes back too
-    state = {name: encode(item, f"{where}.{name}") for name, item in vars(value).items()}
+    state = {
+        name: (_encode_bound if _is_bound(value, item) else _encode)(item, f"{where}.{name}")
+        for name, item in vars(value).items()
+    }
     return {"class": name_of(type(value), where), "state": state}
+
+
+def _is_bound(space: Any, value: Any) -> bool:
+    return isinstance(space, spaces.Space) and type(value) is np.ndarray and value.dtype != object
 
 
 def _decode_object(tree: dict[str, Any]) -> Any:
@@ -220,7 +281,7 @@ def _decode_object(tree: dict[str, Any]) -> Any:
     if any(attribute.startswith("__") for attribute in state):
         raise ValueError(f"attributes of {name} cannot be called {list(state)}")
     value: Any = object.__new__(found)
-    value.__dict__.update({attribute: decode(item) for attribute, item in state.items()})
+    value.__dict__.update({attribute: _decode(item) for attribute, item in state.items()})
     return value
 
 
@@ -232,31 +293,31 @@ def _decode_torch_dtype(name: str) -> th.dtype:
 
 
 def _encode_items(value: dict[Any, Any], where: str) -> dict[str, Any]:
-    return {
-        "items": [[encode(key, f"a key of {where}"), encode(item, f"{where}[{key!r}]")] for key, item in value.items()]
-    }
+    items = [[_encode(key, f"a key of {where}"), _encode(item, f"{where}[{key!r}]")] for key, item in value.items()]
+    return {"items": items}
 
 
 def _decode_items(tree: dict[str, Any]) -> list[tuple[Any, Any]]:
-    return [(decode(key), decode(item)) for key, item in tree["items"]]
+    return [(_decode(key), _decode(item)) for key, item in tree["items"]]
 
 
 def _encode_sequence(value: Iterable[Any], where: str) -> dict[str, Any]:
-    return {"items": [encode(item, f"{where}[{i}]") for i, item in enumerate(value)]}
+    return {"items": [_encode(item, f"{where}[{i}]") for i, item in enumerate(value)]}
 
 
 def _decode_sequence(tree: dict[str, Any]) -> list[Any]:
-    return [decode(item) for item in tree["items"]]
+    return [_decode(item) for item in tree["items"]]
 
 
 def _encode_objects(array: np.ndarray, where: str) -> dict[str, Any]:
-    return {"shape": list(array.shape), "items": [encode(item, where) for item in array.ravel().tolist()]}
+    return {"shape": list(array.shape), "items": [_encode(item, where) for item in array.ravel().tolist()]}
 
 
 def _decode_objects(tree: dict[str, Any]) -> np.ndarray:
     items = _decode_sequence(tree)
     array = np.empty(len(items), dtype=object)
-    array[:] = items
+    for i, item in enumerate(items):  # array[:] = items would look into them
+        array[i] = item
     return array.reshape(tree["shape"])
 
 
@@ -276,8 +337,8 @@ _KINDS = [
     _Kind(
         "deque",
         lambda v: type(v) is deque,
-        lambda v, where: {"maxlen": v.maxlen, "items": encode(list(v), where)},
-        lambda t: deque(decode(t["items"]), t["maxlen"]),
+        lambda v, where: {"maxlen": v.maxlen, "items": _encode(list(v), where)},
+        lambda t: deque(_decode(t["items"]), t["maxlen"]),
     ),
     _Kind(
         "set",
@@ -293,6 +354,7 @@ _KINDS = [
     ),
     _Kind("objects", lambda v: type(v) is np.ndarray and v.dtype == object, _encode_objects, _decode_objects),
     _Kind("array", lambda v: type(v) is np.ndarray, _encode_array, _decode_array),
+    _Kind("bound", lambda v: False, _encode_array, _decode_bound),
     _Kind("number", lambda v: isinstance(v, np.generic), _encode_number, lambda t: _decode_array(t)[()]),
     _Kind("dtype", lambda v: isinstance(v, np.dtype), lambda v, _: {"name": v.str}, lambda t: np.dtype(t["name"])),
     _Kind(

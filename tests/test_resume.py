@@ -1,0 +1,843 @@
+"""A run that is saved and continued in another process is the run that was not interrupted, to the last bit."""
+
+import io
+import os
+import random
+import signal
+import subprocess
+import sys
+import warnings
+from collections import Counter
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import resume_script
+import torch as th
+from resume_script import CASES, EPISODE, Records, differences, in_new_process, learn, pendulum, plain, snapshot
+from stable_baselines3 import SAC, HerReplayBuffer
+from stable_baselines3.common import callbacks as sb3_callbacks
+from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
+from stable_baselines3.common.logger import Logger
+from stable_baselines3.common.noise import NormalActionNoise, OrnsteinUhlenbeckActionNoise
+from stable_baselines3.common.torch_layers import FlattenExtractor
+from stable_baselines3.common.utils import LinearSchedule
+from stable_baselines3.common.vec_env import VecEnv
+
+from sb3_softsac import CheckpointCallback, CheckpointError, ReplayBuffer, SoftSAC, SoftSACPolicy, model_file
+from sb3_softsac.run_folder import RunFolder
+
+# Cases that the default suite leaves out: others do nearly the same
+SLOW = set(
+    "small_ring Hopper Walker2d Swimmer InvertedPendulum all_steps gsde gsde_warmup normal_noise ou_noise n_steps "
+    "frame_stack fixed_ent_coef sb3_buffer sb3_memory sb3_dict her dict_obs four_envs subproc Ant".split()
+)
+SMALL: dict[str, Any] = {
+    "policy_kwargs": {"net_arch": [16]},
+    "buffer_size": 500,
+    "learning_starts": 30,
+    "batch_size": 8,
+    "device": "cpu",
+    "seed": 0,
+}
+
+
+def make_model(env: Any = None, **kwargs: Any) -> SoftSAC:
+    return SoftSAC("MlpPolicy", pendulum() if env is None else env, **{**SMALL, **kwargs})
+
+
+def load(path: Any, env: Any = None, **kwargs: Any) -> SoftSAC:
+    return SoftSAC.load(path, pendulum() if env is None else env, device="cpu", **kwargs)
+
+
+def saved_model(path: Path, steps: int = 50, env: Any = None, **kwargs: Any) -> SoftSAC:
+    model = make_model(env, **kwargs)
+    model.learn(steps)
+    model.save(path)
+    return model
+
+
+def assert_same(expected: Any, actual: Any) -> None:
+    assert differences(plain(expected), plain(actual)) == []
+
+
+# --- Exact resume -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", [name for name in CASES if name not in SLOW | {"crashes"}])
+def test_exact_resume(case: str, tmp_path: Path) -> None:
+    """Each stop in one of the two formats: model file, checkpoint of a run folder."""
+    check_exact_resume(case, tmp_path, both=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [name for name in CASES if name != "crashes"])
+def test_exact_resume_in_both_formats(case: str, tmp_path: Path) -> None:
+    check_exact_resume(case, tmp_path, both=True)
+
+
+def check_exact_resume(name: str, folder: Path, both: bool) -> None:
+    stops = CASES[name].stops
+    whole = resume_script.run(CASES[name], folder)
+    files = {folder / f"{stop}.zip": stop for stop in stops}
+    checkpoints = {next(folder.glob(f"run/step-{stop}-*.zip")): stop for stop in stops}
+    tried = {**files, **checkpoints}
+    if not both:
+        tried = dict(pair[i % 2] for i, pair in enumerate(zip(files.items(), checkpoints.items(), strict=True)))
+    outcomes = in_new_process(resume_script.resume, name, list(tried))
+    for (path, stop), outcome in zip(tried.items(), outcomes, strict=True):
+        assert outcome.complaints == [], path
+        assert differences(whole.state, outcome.state) == [], path
+        assert differences(plain(whole.rows[whole.logged[stop] :]), plain(outcome.rows)) == [], path
+    assert whole.rows[whole.logged[stops[0]] :], "nothing was logged after the stop: nothing was compared"
+
+
+@pytest.mark.parametrize("case", ["plain", "her", "gsde_sampling", "vec_normalize"])
+def test_saving_changes_nothing(case: str, tmp_path: Path) -> None:
+    saved = resume_script.run(CASES[case], tmp_path)
+    model = CASES[case].make()
+    untouched = learn(model, CASES[case], CASES[case].steps, tmp_path)
+    assert_same(saved.state, untouched.state)
+    assert_same(saved.rows, untouched.rows)
+
+
+def test_between_two_calls_of_learn(tmp_path: Path) -> None:
+    """Saved when learn() has ended, by a script that then goes on; the noise of an unfinished episode goes on, too."""
+    case = CASES["ou_noise"]
+    model = case.make()
+    model.learn(70)
+    model.save(tmp_path / "70.zip")
+    whole = learn(model, case, case.steps, tmp_path, reset_num_timesteps=False)
+    (resumed,) = in_new_process(resume_script.resume, "ou_noise", [tmp_path / "70.zip"])
+    assert resumed.complaints == []
+    assert_same(whole.state, resumed.state)
+    assert_same(whole.rows, resumed.rows)
+
+
+@pytest.mark.parametrize(
+    "crashes", [(57, 140), pytest.param((9, 12, 29, 31, 69, 71, 100, 141, 199, 259), marks=pytest.mark.slow)]
+)
+def test_run_that_crashes_again_and_again(crashes: tuple[int, ...], tmp_path: Path) -> None:
+    """Each process begins with the last checkpoint of the one before; the ring closes in between."""
+    case = CASES["crashes"]
+    whole = learn(case.make(), case, case.steps, tmp_path)
+    folder = tmp_path / "run"
+    for at in crashes:
+        with pytest.raises(BrokenProcessPool):
+            in_new_process(resume_script.crash, "crashes", folder, at, 7)
+        if folder.exists():
+            last = RunFolder(folder).newest_valid()["num_timesteps"]
+            assert last == (at - 1) // 7 * 7 or last == at - at % 7
+    # A folder holds what its two checkpoints need, whatever was left behind
+    assert len(RunFolder(folder).numbers()) == 2
+    (resumed,) = in_new_process(resume_script.resume, "crashes", [folder], case.steps, 7)
+    assert resumed.complaints == []
+    assert_same(whole.state, resumed.state)
+    assert RunFolder(folder).newest_valid()["num_timesteps"] == case.steps - case.steps % 7
+
+
+def test_what_happens_between_load_and_learn_does_not_matter(tmp_path: Path) -> None:
+    """Environments that are made, for evaluation say, draw from the global random states."""
+    saved_model(tmp_path / "model.zip", 50, action_noise=NormalActionNoise(np.zeros(1), np.ones(1)))
+    states = []
+    for disturbed in (False, True):
+        model = load(tmp_path / "model.zip", force_reset=False)
+        if disturbed:
+            np.random.random(7)
+            th.rand(5)
+            random.random()
+            model.predict(model.observation_space.sample())
+            model.save(tmp_path / "again.zip")
+        model.learn(20)
+        states.append(snapshot(model))
+    assert_same(*states)
+    model = load(tmp_path / "again.zip", force_reset=False)
+    model.learn(20)
+    assert_same(states[0], snapshot(model))
+    # ... unless that is what the user wants
+    model = load(tmp_path / "model.zip", force_reset=False)
+    model.set_random_seed(7)
+    model.learn(20)
+    assert differences(states[0], snapshot(model))
+
+
+def test_saved_again_before_learning(tmp_path: Path) -> None:
+    """Loading and saving, to move a checkpoint to a file of its own, loses nothing."""
+    case = CASES["plain"]
+    whole = resume_script.run(case, tmp_path)
+    model = SoftSAC.load(tmp_path / "80.zip", case.make_env(), device="cpu", force_reset=False)
+    model.save(tmp_path / "copy.zip")
+    (resumed,) = in_new_process(resume_script.resume, "plain", [tmp_path / "copy.zip"])
+    assert_same(whole.state, resumed.state)
+    assert_same(whole.rows[whole.logged[80] :], resumed.rows)
+
+
+@pytest.mark.parametrize("order", ["before", "after", "best"])
+def test_saved_by_sb3s_callbacks(order: str, tmp_path: Path) -> None:
+    """The evaluation that is due at the same step is neither lost nor made twice, whichever callback comes first."""
+    results = []
+    path = tmp_path / "rl_model_60_steps.zip"
+    for part in ("whole", "resumed"):
+        env: VecEnv = pendulum()
+        model = make_model(env) if part == "whole" else load(path, env, force_reset=False)
+        eval_env = pendulum()
+        eval_env.seed(3)
+        best = str(tmp_path / "best") if order == "best" and part == "whole" else None
+        evaluation = EvalCallback(
+            eval_env, eval_freq=20, n_eval_episodes=1, log_path=str(tmp_path), best_model_save_path=best, verbose=0
+        )
+        saves = sb3_callbacks.CheckpointCallback(60, str(tmp_path))
+        callbacks: list[BaseCallback] = [saves, evaluation] if order == "before" else [evaluation, saves]
+        model.learn(110 - model.num_timesteps, callbacks)
+        if order == "best":
+            path = tmp_path / "best" / "best_model.zip"
+        results.append([snapshot(model, evaluation), evaluation.best_mean_reward])
+    assert_same(*results)
+    assert list(results[0][0]["evaluations"]["0"].values()) == [20, 40, 60, 80, 100]
+
+
+# --- After a load -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reset", [None, True], ids=["goes_on", "counts_anew"])
+@pytest.mark.parametrize("force_reset", [True, False])
+def test_warm_up_is_not_repeated(reset: bool | None, force_reset: bool, tmp_path: Path) -> None:
+    saved_model(tmp_path / "model.zip", 50)
+    model = load(tmp_path / "model.zip", force_reset=force_reset)
+    model.action_space.sample = None  # type: ignore[method-assign,assignment]  # no random actions any more
+    model.learn(20, reset_num_timesteps=reset)
+    assert model.num_timesteps == (20 if reset else 70)
+    # ... nor when that run is saved and loaded in its first steps
+    model.save(tmp_path / "again.zip")
+    model = load(tmp_path / "again.zip", force_reset=force_reset)
+    model.action_space.sample = None  # type: ignore[method-assign,assignment]
+    model.learn(5)
+    # A run saved in its warm-up finishes it
+    saved_model(tmp_path / "early.zip", 20)
+    model = load(tmp_path / "early.zip", force_reset=force_reset)
+    calls = iter(range(100))
+    sample = model.action_space.sample
+    model.action_space.sample = lambda *_: (next(calls), sample())[1]  # type: ignore[method-assign,misc]
+    model.learn(20)
+    assert next(calls) == 10
+
+
+@pytest.mark.parametrize("reset", [None, True], ids=["goes_on", "counts_anew"])
+def test_steps_schedule_and_tensorboard(reset: bool | None, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    log = tmp_path / "log"
+    saved_model(tmp_path / "model.zip", 60, learning_rate=LinearSchedule(1.0, 0.0, 1.0), tensorboard_log=str(log))
+    model = load(tmp_path / "model.zip")
+    model.learn(60, reset_num_timesteps=reset)
+    assert {path.name for path in log.iterdir()} == ({"SoftSAC_1", "SoftSAC_2"} if reset else {"SoftSAC_1"})
+    records = Records()
+    model = load(tmp_path / "model.zip")
+    model.set_logger(Logger(folder=None, output_formats=[records]))
+    model.learn(60, log_interval=1, reset_num_timesteps=reset)
+    # The last update before the log was one step earlier
+    assert [(step, row.get("train/learning_rate")) for step, row in records.rows] == [
+        (40, pytest.approx(1 - 39 / 60)) if reset else (100, pytest.approx(1 - 99 / 120))
+    ]
+    assert model.num_timesteps == (60 if reset else 120)
+
+
+def test_new_episode_with_continued_random_states(tmp_path: Path) -> None:
+    """force_reset=True: neither the old episode nor one of the first ones again, but the one that would come next."""
+    model = saved_model(tmp_path / "model.zip", 50)
+    assert model.replay_buffer is not None
+    began = [model.replay_buffer.observations[row, 0] for row in (0, EPISODE)]
+    continued = load(tmp_path / "model.zip", force_reset=False)
+    assert continued.env is not None
+    next_obs = continued.env.reset()[0]
+    model = load(tmp_path / "model.zip")
+    assert model._last_obs is None
+    model.learn(10)
+    np.testing.assert_array_equal(model.replay_buffer.observations[50, 0], next_obs)
+    for obs in began:
+        assert not np.array_equal(next_obs, obs)
+    # The transition before does not lead into the new episode
+    assert not np.array_equal(model.replay_buffer.next_observations[49, 0], next_obs)
+    assert not model.replay_buffer.dones[49, 0]
+    # All else goes on as well: a second time it is the same
+    again = load(tmp_path / "model.zip")
+    again.learn(10)
+    assert_same(snapshot(model), snapshot(again))
+
+
+def test_without_an_environment(tmp_path: Path) -> None:
+    model = saved_model(tmp_path / "model.zip")
+    obs = np.stack([model.observation_space.sample() for _ in range(10)])
+    loaded = SoftSAC.load(tmp_path / "model.zip", device="cpu")
+    assert loaded.replay_buffer is None
+    np.testing.assert_array_equal(model.predict(obs, deterministic=True)[0], loaded.predict(obs, deterministic=True)[0])
+    with pytest.raises(AssertionError, match="set the environment"):
+        loaded.learn(10)
+    loaded.set_env(pendulum())
+    with pytest.warns(UserWarning, match="replay buffer in .*model.zip was not read"):
+        loaded.learn(40)
+    # Updates begin when there is something to learn from again
+    assert (loaded.num_timesteps, loaded._n_updates) == (90, model._n_updates + 10)
+    assert loaded.replay_buffer.size() == 40
+    # A copy would lack them: not without a word
+    loaded = SoftSAC.load(tmp_path / "model.zip", device="cpu")
+    with pytest.warns(UserWarning, match="replay buffer in .*model.zip was not read, and is not in the new file"):
+        loaded.save(tmp_path / "copy.zip")
+    loaded.save(tmp_path / "copy.zip", exclude=["replay_buffer"])
+    # Nothing to warn of when the rows were read from elsewhere
+    loaded = SoftSAC.load(tmp_path / "model.zip", device="cpu")
+    loaded.set_env(pendulum())
+    loaded.load_replay_buffer(tmp_path / "model.zip")
+    loaded.learn(10)
+    assert loaded.replay_buffer.size() == 60
+
+
+def test_leaving_the_replay_buffer_out(tmp_path: Path) -> None:
+    model = saved_model(tmp_path / "with.zip")
+    model.save(tmp_path / "without.zip", exclude=["replay_buffer"])
+    model.save_exclude = ("replay_buffer",)
+    model.save(tmp_path / "by_default.zip")
+    model.save(tmp_path / "after_all.zip", include=["replay_buffer"])
+    for name, custom_objects, rows in (
+        ("with", None, 50),
+        ("with", {"replay_buffer": None}, 0),
+        ("without", None, 0),
+        ("by_default", None, 0),
+        ("after_all", None, 50),
+    ):
+        loaded = load(tmp_path / f"{name}.zip", custom_objects=custom_objects)
+        assert loaded.replay_buffer is not None and loaded.replay_buffer.size() == rows
+    # Nothing is learned from the first few transitions
+    loaded = load(tmp_path / "without.zip")
+    loaded.learn(40)
+    assert loaded._n_updates == model._n_updates + 10
+
+
+@pytest.mark.parametrize(("n_before", "n_after"), [(1, 4), (4, 1), (3, 2), (2, 2)])
+def test_another_number_of_environments(n_before: int, n_after: int, tmp_path: Path) -> None:
+    before = saved_model(tmp_path / "model.zip", 240, pendulum(n_before), n_steps=3, learning_starts=1000)
+    after = load(tmp_path / "model.zip", pendulum(n_after))
+    assert isinstance(after.replay_buffer, ReplayBuffer)
+    assert transitions(after.replay_buffer) == transitions(before.replay_buffer)
+    rows = check_n_step_returns(after.replay_buffer)
+    # Streams are cut where they are dealt out, no oftener
+    ends = sum(rows.values()) - rows[3]
+    n_episode_ends = 240 // EPISODE * 2
+    assert ends <= n_episode_ends + 2 * (n_before + n_after)
+    after.learn(8)
+    assert after.num_timesteps == 248
+    if n_before != n_after:
+        with pytest.warns(UserWarning, match=f"of {n_before} environments, here are {n_after}"):
+            load(tmp_path / "model.zip", pendulum(n_after), force_reset=False)
+
+
+def transitions(buffer: Any) -> Counter[bytes]:
+    """Multiset of all that is in the buffer."""
+    names = ("observations", "actions", "rewards", "next_observations", "dones", "timeouts")
+    arrays = (np.asarray(getattr(buffer, name))[: buffer.size()] for name in names)
+    rows = np.concatenate([array.reshape(buffer.size() * buffer.n_envs, -1) for array in arrays], axis=1)
+    return Counter(row.tobytes() for row in rows.astype(np.float32))
+
+
+def check_n_step_returns(buffer: ReplayBuffer) -> Counter[int]:
+    """Compare with a plain loop; returns how many returns have how many rewards."""
+    lengths: Counter[int] = Counter()
+    obs, next_obs = np.asarray(buffer.observations), np.asarray(buffer.next_observations)
+    size = buffer.size()
+    order = [(row + (buffer.pos if buffer.full else 0)) % buffer.buffer_size for row in range(size)]
+    for env in range(buffer.n_envs):
+        for i in range(size):
+            total, k = np.float32(0.0), 0
+            while True:
+                row = order[i + k]
+                total += np.float32(buffer.gamma) ** np.float32(k) * buffer.rewards[row, env]
+                k += 1
+                ended = buffer.dones[row, env] or i + k == size
+                if k == buffer.n_steps or ended or not np.array_equal(next_obs[row, env], obs[order[i + k], env]):
+                    break
+            batch = at(buffer, order[i], env)
+            assert batch.rewards.item() == pytest.approx(float(total), rel=1e-5)
+            np.testing.assert_array_equal(batch.next_observations[0], next_obs[row, env])
+            lengths[k] += 1
+    return lengths
+
+
+def at(buffer: ReplayBuffer, row: int, env: int) -> Any:
+    class Fixed:
+        def integers(self, high: int, size: int) -> np.ndarray:
+            return np.array([env])
+
+    rng, buffer.rng = buffer.rng, Fixed()  # type: ignore[assignment]
+    try:
+        return buffer._get_samples(np.array([row]))
+    finally:
+        buffer.rng = rng
+
+
+@pytest.mark.parametrize(("n_before", "n_after"), [(1, 3), (3, 1), (3, 2)])
+def test_noise_of_another_number_of_environments(n_before: int, n_after: int, tmp_path: Path) -> None:
+    noise = resume_script.noise(OrnsteinUhlenbeckActionNoise, 1)
+    saved_model(tmp_path / "model.zip", 30, pendulum(n_before), action_noise=noise)
+    model = load(tmp_path / "model.zip", pendulum(n_after))
+    model.learn(30)
+    assert model.action_noise is not None and model.action_noise().shape == ((n_after, 1) if n_after > 1 else (1,))
+
+
+def test_her_in_a_new_episode(tmp_path: Path) -> None:
+    """The episode that is broken off ends there, by a time limit; goals are not taken from the next one."""
+    case = CASES["her"]
+    model = case.make()
+    model.learn(50)
+    model.save(tmp_path / "model.zip")
+    buffer = model.replay_buffer
+    assert isinstance(buffer, HerReplayBuffer) and buffer._current_ep_start[0] != buffer.pos, "choose another step"
+    continued = load(tmp_path / "model.zip", case.make_env(), force_reset=False)
+    assert_same(*(resume_script.buffer_contents(each.replay_buffer) for each in (model, continued)))
+    fresh = load(tmp_path / "model.zip", case.make_env()).replay_buffer
+    assert isinstance(fresh, HerReplayBuffer)
+    assert fresh._current_ep_start[0] == fresh.pos == 50
+    assert fresh.dones[49, 0] == fresh.timeouts[49, 0] == 1.0
+    n = 50 - buffer._current_ep_start[0]
+    assert (fresh.ep_length[50 - n : 50, 0] == n).all()
+
+
+@pytest.mark.parametrize("name", ["her", "sb3_memory"])
+def test_other_buffers_are_not_laid_out_anew(name: str, tmp_path: Path) -> None:
+    case = CASES[name]
+    model = case.make()
+    model.learn(50)
+    model.save(tmp_path / "model.zip")
+    env = resume_script.bits(3) if name == "her" else pendulum(3)
+    with pytest.raises(CheckpointError, match=r"laid out anew: use as many environments .*custom_objects="):
+        load(tmp_path / "model.zip", env)
+    with pytest.raises(CheckpointError, match="laid out anew"):
+        load(tmp_path / "model.zip", case.make_env(), buffer_size=77)
+    model = load(tmp_path / "model.zip", env, custom_objects={"replay_buffer": None})
+    assert model.replay_buffer is not None and model.replay_buffer.size() == 0
+    model.learn(60)
+    assert model.replay_buffer.size() * 3 == 60
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_another_buffer_size(full: bool, tmp_path: Path) -> None:
+    before = saved_model(tmp_path / "model.zip", 130, buffer_size=100 if full else 500, n_steps=2)
+    with pytest.warns(UserWarning, match=r"buffer_size=60; the (70|40) oldest did not fit"):
+        after = load(tmp_path / "model.zip", buffer_size=60)
+    assert isinstance(after.replay_buffer, ReplayBuffer) and isinstance(before.replay_buffer, ReplayBuffer)
+    newest = [(before.replay_buffer.pos - 60 + i) % before.replay_buffer.buffer_size for i in range(60)]
+    oldest_first = [(after.replay_buffer.pos + i) % 60 for i in range(60)]
+    for name in ("observations", "actions", "rewards", "next_observations", "dones", "timeouts"):
+        there, here = (np.asarray(getattr(model.replay_buffer, name)) for model in (before, after))
+        np.testing.assert_array_equal(there[newest], here[oldest_first])
+    check_n_step_returns(after.replay_buffer)
+    larger = load(tmp_path / "model.zip", buffer_size=1000)  # nothing to warn of
+    assert transitions(larger.replay_buffer) == transitions(before.replay_buffer)
+    larger.learn(20)
+    assert not larger.replay_buffer.full
+
+
+@pytest.mark.parametrize(
+    ("wrapper", "message"),
+    [
+        (lambda env: gym.wrappers.FlattenObservation(gym.wrappers.FrameStackObservation(env, 2)), "Observation spaces"),
+        (lambda env: gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1)), "Action spaces"),
+    ],
+    ids=["observation", "action"],
+)
+def test_other_spaces(wrapper: Any, message: str, tmp_path: Path) -> None:
+    saved_model(tmp_path / "model.zip")
+    with pytest.raises(ValueError, match=f"{message} do not match: Box.* != Box"):
+        load(tmp_path / "model.zip", wrapper(gym.make("Pendulum-v1")))
+
+
+def test_seed_at_load(tmp_path: Path) -> None:
+    saved_model(tmp_path / "model.zip")
+    states = []
+    for seed in (5, 5, 6):
+        model = load(tmp_path / "model.zip", seed=seed)
+        model.learn(30)
+        states.append(snapshot(model))
+    assert_same(states[0], states[1])
+    assert differences(states[0]["last"], states[2]["last"])
+    load(tmp_path / "model.zip", seed=5)
+    drawn = random.random()
+    random.seed(5)
+    assert drawn == random.random()
+
+
+def test_ent_coef_changed_at_load(tmp_path: Path) -> None:
+    saved_model(tmp_path / "learned.zip")
+    fixed = load(tmp_path / "learned.zip", ent_coef=0.25)
+    assert fixed.log_ent_coef is None and fixed.ent_coef_tensor == 0.25
+    fixed.learn(20)
+    fixed.save(tmp_path / "fixed.zip")
+    assert load(tmp_path / "fixed.zip").ent_coef_tensor == 0.25
+    learned = load(tmp_path / "fixed.zip", ent_coef="auto_0.5")
+    assert learned.log_ent_coef is not None
+    assert learned.log_ent_coef.exp().item() == pytest.approx(0.5)
+    learned.learn(20)
+    assert learned.log_ent_coef.exp().item() != pytest.approx(0.5, rel=1e-6)
+
+
+@pytest.mark.parametrize("use_sde", [False, True])
+def test_policy_kwargs_repeated_at_load(use_sde: bool, tmp_path: Path) -> None:
+    kwargs: dict[str, Any] = {"net_arch": [16, 8], "activation_fn": th.nn.Tanh}
+    kwargs |= {} if use_sde else {"log_std_bounds": (-5, 2)}
+    model = saved_model(tmp_path / "model.zip", policy_kwargs=dict(kwargs), use_sde=use_sde)
+    loaded = load(tmp_path / "model.zip", policy_kwargs=dict(kwargs))
+    assert_same(model.get_parameters(), loaded.get_parameters())
+    assert loaded.actor.use_sde == use_sde
+    for other in ({**kwargs, "net_arch": [16]}, {}, None):
+        with pytest.raises(ValueError, match="differs from what the file was saved with"):
+            load(tmp_path / "model.zip", policy_kwargs=other)
+
+
+def test_learning_rate_without_a_name(tmp_path: Path) -> None:
+    model = make_model(learning_rate=lambda progress: 1e-3 * progress)
+    model.learn(50)
+    with pytest.warns(UserWarning, match="Written with pickle: learning_rate is a .*function"):
+        model.save(tmp_path / "model.zip")
+    with pytest.raises(
+        CheckpointError, match=r"\(learning_rate\).*custom_objects=\{'learning_rate': \.\.\.\}.*allow_pickle=True"
+    ):
+        load(tmp_path / "model.zip")
+    loaded = load(tmp_path / "model.zip", custom_objects={"learning_rate": 0.5})
+    assert loaded.learning_rate == 0.5
+    trusted = load(tmp_path / "model.zip", allow_pickle=True)
+    assert callable(trusted.learning_rate) and trusted.learning_rate(0.5) == pytest.approx(5e-4)
+    for each in (loaded, trusted):
+        assert each.replay_buffer is not None and each.replay_buffer.size() == 50
+        each.learn(10)
+
+
+class OwnPolicy(SoftSACPolicy):
+    """A user's own policy."""
+
+
+class OwnExtractor(FlattenExtractor):
+    """A user's own network."""
+
+
+@pytest.mark.parametrize("field", ["policy_class", "policy_kwargs"])
+def test_classes_of_the_users(field: str, tmp_path: Path) -> None:
+    if field == "policy_class":
+        model, substitute = SoftSAC(OwnPolicy, pendulum(), **SMALL), OwnPolicy
+    else:
+        kwargs = {"net_arch": [16], "features_extractor_class": OwnExtractor}
+        model, substitute = make_model(policy_kwargs=kwargs), kwargs
+    with pytest.warns(UserWarning, match=f"Written with pickle: {field}.*Own"):
+        model.save(tmp_path / "model.zip")
+    with pytest.raises(CheckpointError, match=rf"\({field}\)"):
+        load(tmp_path / "model.zip")
+    for kwargs in ({"custom_objects": {field: substitute}}, {"allow_pickle": True}):
+        loaded = load(tmp_path / "model.zip", **kwargs)
+        assert type(loaded.policy) is type(model.policy)
+        assert type(loaded.actor.features_extractor) is type(model.actor.features_extractor)
+        assert_same(model.get_parameters(), loaded.get_parameters())
+
+
+@pytest.mark.parametrize(
+    "field", ["torch", "threads of torch", "vector instructions", "architecture", "numpy", "device"]
+)
+def test_another_machine(field: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved_model(tmp_path / "model.zip")
+    here = model_file.machine
+    monkeypatch.setattr(model_file, "machine", lambda model: {**here(model), field: "another"})
+    load(tmp_path / "model.zip")  # nothing to warn of: a new episode is not the old one anyway
+    with pytest.warns(UserWarning, match=f"may differ in rounding: {field}: .* then, another now"):
+        load(tmp_path / "model.zip", force_reset=False)
+
+
+def test_mujoco_that_one_side_did_not_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved_model(tmp_path / "model.zip")
+    here = model_file.machine
+    for version in (None, "0.0"):
+        monkeypatch.setattr(model_file, "machine", lambda model, version=version: {**here(model), "mujoco": version})
+        saved_model(tmp_path / "model.zip")
+        monkeypatch.setattr(model_file, "machine", lambda model: {**here(model), "mujoco": "9.9"})
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            load(tmp_path / "model.zip", force_reset=False)
+        assert [w for w in caught if "mujoco: 0.0 then, 9.9 now" in str(w.message)] == caught[
+            : int(version is not None)
+        ]
+        assert len(caught) == int(version is not None)
+
+
+# --- Files of the replay buffer, and of SB3 ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["small_ring", "her_infos", "sb3_memory", "dict_obs"])
+def test_replay_buffer_file(name: str, tmp_path: Path) -> None:
+    case = CASES[name]
+    model = case.make()
+    model.learn(110)
+    model.save_replay_buffer(tmp_path / "new" / "replay")
+    other = case.make()
+    for path in (tmp_path / "new" / "replay", tmp_path / "new" / "replay.zip"):
+        other.load_replay_buffer(path, truncate_last_traj=False)
+        assert_same(*(resume_script.buffer_contents(each.replay_buffer) for each in (model, other)))
+    stream = io.BytesIO()
+    model.save_replay_buffer(stream)
+    stream.seek(0)
+    other.load_replay_buffer(stream, truncate_last_traj=False)
+    other.learn(20, reset_num_timesteps=False)
+    with pytest.raises(CheckpointError, match="no replay buffer"):
+        model.save(tmp_path / "without.zip", exclude=["replay_buffer"])
+        other.load_replay_buffer(tmp_path / "without.zip")
+
+
+@pytest.mark.parametrize(
+    "kwargs", [{}, {"n_steps": 3}, {"optimize_memory_usage": True}], ids=["plain", "n_steps", "memory"]
+)
+def test_sb3s_replay_buffer_pickle(kwargs: dict[str, Any], tmp_path: Path) -> None:
+    more: dict[str, Any] = {}
+    if "optimize_memory_usage" in kwargs:
+        more = {"replay_buffer_kwargs": {"handle_timeout_termination": False}}
+    sac = SAC("MlpPolicy", pendulum(2), **{**SMALL, "buffer_size": 100, "learning_starts": 1000}, **kwargs, **more)
+    sac.learn(140)
+    sac.save_replay_buffer(tmp_path / "replay.pkl")
+    model = make_model(pendulum(2), n_steps=kwargs.get("n_steps", 1))
+    with pytest.raises(CheckpointError, match=r"pickle.*allow_pickle=True"):
+        model.load_replay_buffer(tmp_path / "replay.pkl")
+    assert model.replay_buffer is not None and model.replay_buffer.size() == 0
+    model.load_replay_buffer(tmp_path / "replay", allow_pickle=True)
+    assert type(model.replay_buffer) is ReplayBuffer
+    theirs = sac.replay_buffer
+    assert theirs is not None
+    if "optimize_memory_usage" in kwargs:  # the oldest row holds the newest next observation
+        theirs.next_observations = np.roll(theirs.observations, -1, axis=0)
+        assert transitions(model.replay_buffer).total() == 100 - 2
+        assert not transitions(model.replay_buffer) - transitions(theirs)
+    else:
+        assert transitions(model.replay_buffer) == transitions(theirs)
+    model.learn(40)
+
+
+def test_sb3s_model_file(tmp_path: Path) -> None:
+    sac = SAC("MlpPolicy", pendulum(), **SMALL)
+    sac.learn(50)
+    sac.save(tmp_path / "sac.zip")
+    with pytest.raises(CheckpointError, match=r"pickled objects.*allow_pickle=True"):
+        SoftSAC.load(tmp_path / "sac.zip", device="cpu")
+    model = load(tmp_path / "sac.zip", allow_pickle=True)
+    assert_same(sac.get_parameters(), model.get_parameters())
+    model.action_space.sample = None  # type: ignore[method-assign,assignment]
+    model.learn(40)
+    assert (model.num_timesteps, model._n_updates) == (90, sac._n_updates + 10)
+
+
+def test_where_to_save(tmp_path: Path) -> None:
+    model = saved_model(tmp_path / "new" / "folder" / "model")
+    stream = io.BytesIO()
+    model.save(stream)
+    stream.seek(0)
+    assert os.listdir(tmp_path / "new" / "folder") == ["model.zip"]
+    paths: list[Any] = [tmp_path / "new" / "folder" / "model", str(tmp_path / "new" / "folder" / "model.zip"), stream]
+    states = []
+    for path in paths:
+        loaded = load(path, force_reset=False)
+        loaded.learn(10)
+        states.append(snapshot(loaded))
+    assert_same(states[0], states[1])
+    assert_same(states[0], states[2])
+    with pytest.raises(FileNotFoundError):
+        load(tmp_path / "missing")
+
+
+# --- Checkpoints ------------------------------------------------------------------------------------------------------
+
+
+def checkpointed(folder: Path, steps: int = 60, save_freq: int = 10, keep_last: int = 2, **kwargs: Any) -> SoftSAC:
+    model = make_model(**kwargs)
+    model.learn(steps, CheckpointCallback(save_freq, folder, keep_last=keep_last, on_signal=False))
+    return model
+
+
+def steps_in(folder: Path) -> list[int]:
+    return [RunFolder(folder).manifest(number)["num_timesteps"] for number in RunFolder(folder).numbers()]
+
+
+@pytest.mark.parametrize(("keep_last", "kept"), [(1, [60]), (2, [50, 60]), (9, [10, 20, 30, 40, 50, 60])])
+def test_keeps_the_last_checkpoints(keep_last: int, kept: list[int], tmp_path: Path) -> None:
+    checkpointed(tmp_path / "run", 65, keep_last=keep_last)
+    assert steps_in(tmp_path / "run") == kept
+    named = {
+        entry["file"]
+        for number in RunFolder(tmp_path / "run").numbers()
+        for manifest in [RunFolder(tmp_path / "run").manifest(number)]
+        for entry in [manifest["state"], *manifest["segments"]]
+    }
+    there = {str(path.relative_to(tmp_path / "run")) for path in (tmp_path / "run").rglob("*.*z*")}
+    assert there == named
+    assert load(tmp_path / "run").num_timesteps == 60
+    for step in kept:
+        model = load(next((tmp_path / "run").glob(f"step-{step}-*.zip")))
+        assert model.num_timesteps == step
+        assert model.replay_buffer is not None and model.replay_buffer.size() == step
+
+
+def test_save_freq_counts_calls(tmp_path: Path) -> None:
+    checkpointed(tmp_path / "run", 60, save_freq=7, keep_last=9, env=pendulum(3))
+    assert steps_in(tmp_path / "run") == [21, 42]
+    with pytest.raises(ValueError, match="keep_last=0"):
+        CheckpointCallback(10, tmp_path, keep_last=0)
+    with pytest.raises(ValueError, match="save_freq=-1"):
+        CheckpointCallback(-1, tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["state", "segment", "manifest"])
+def test_falls_back_to_the_one_before(damage: str, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    checkpointed(folder)
+    newest = RunFolder(folder).newest_valid()
+    name = {
+        "state": newest["state"]["file"],
+        "segment": newest["segments"][-1]["file"],
+        "manifest": f"ckpt-{newest['number']:06d}.json",
+    }[damage]
+    path = folder / name
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    with pytest.warns(UserWarning, match=rf"Falling back to checkpoint \d+ \(step 50\).*{name.rpartition('/')[2]}"):
+        model = load(folder)
+    assert model.num_timesteps == 50
+    # ... and goes on from there, past the damaged one
+    model.learn(25, CheckpointCallback(10, folder, on_signal=False))
+    assert steps_in(folder) == [60, 70]
+    assert load(folder).num_timesteps == 70
+
+
+def test_folder_of_another_run(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    checkpointed(folder)
+    before = sorted(path.name for path in folder.rglob("*"))
+    with pytest.raises(ValueError, match=r"checkpoints of another run: continue it with SoftSAC\.load\("):
+        checkpointed(folder)
+    # That of a loaded model is its own
+    model = load(folder)
+    assert sorted(path.name for path in folder.rglob("*")) == before
+    model.learn(20, CheckpointCallback(10, folder, on_signal=False))
+    assert steps_in(folder) == [70, 80]
+    # ... and may be left for another
+    load(folder).learn(10, CheckpointCallback(10, tmp_path / "other", on_signal=False))
+    assert steps_in(tmp_path / "other") == [90] and steps_in(folder) == [70, 80]
+    # A model file does not say which folder it belongs to
+    model.save(tmp_path / "model.zip")
+    with pytest.raises(ValueError, match="checkpoints of another run"):
+        load(tmp_path / "model.zip").learn(10, CheckpointCallback(10, folder, on_signal=False))
+
+
+def test_continues_an_older_checkpoint(tmp_path: Path) -> None:
+    """The newest one is then what this run saves next; those that it has left behind are not taken for its own."""
+    folder = tmp_path / "run"
+    checkpointed(folder, keep_last=9)
+    model = load(next(folder.glob("step-30-*.zip")))
+    model.learn(20, CheckpointCallback(10, folder, keep_last=9, on_signal=False))
+    assert steps_in(folder) == [10, 20, 30, 40, 50, 60, 40, 50]
+    continued = load(folder)
+    assert continued.num_timesteps == 50
+    # The model has made an update since
+    contents = [{**resume_script.buffer_contents(each.replay_buffer), "rng": 0} for each in (model, continued)]
+    assert_same(*contents)
+
+
+def test_without_the_replay_buffer(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    model = make_model()
+    model.learn(50, CheckpointCallback(10, folder, on_signal=False, save_replay_buffer=False))
+    assert not (folder / "replay").exists()
+    loaded = load(folder)
+    assert loaded.num_timesteps == 50
+    assert loaded.replay_buffer is not None and loaded.replay_buffer.size() == 0
+    assert_same(model.get_parameters()["policy"].keys(), loaded.get_parameters()["policy"].keys())
+
+
+def test_checkpoints_of_another_algorithm(tmp_path: Path) -> None:
+    sac = SAC("MlpPolicy", pendulum(), **SMALL)
+    with pytest.raises(ValueError, match="saves SoftSAC, not SAC"):
+        sac.learn(10, CheckpointCallback(10, tmp_path))
+
+
+def test_save_during_learning_is_seen_by_all_callbacks(tmp_path: Path) -> None:
+    """Ours may be anywhere in the list: it saves when all others have seen the step."""
+    calls: list[int] = []
+    folder = tmp_path / "run"
+
+    class Counts(BaseCallback):
+        def _on_step(self) -> bool:
+            calls.append(self.num_timesteps)
+            assert not folder.exists() or steps_in(folder)[-1] < self.num_timesteps
+            return True
+
+    make_model().learn(20, [CheckpointCallback(10, folder, on_signal=False), Counts()])
+    assert len(calls) == 20 and steps_in(folder) == [10, 20]
+
+
+# --- Signals ----------------------------------------------------------------------------------------------------------
+
+
+def start(case: str, folder: Path, *options: str) -> subprocess.Popen[str]:
+    command = [sys.executable, resume_script.__file__, case, str(folder), *options]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def wait_until_ready(process: subprocess.Popen[str]) -> None:
+    assert process.stdout is not None
+    assert any(line == "ready\n" for line in process.stdout)
+
+
+SIGNALS = [
+    ("small_ring", "SIGTERM", False),
+    pytest.param("small_ring", "SIGUSR1", False, marks=pytest.mark.slow),
+    ("subproc", "SIGTERM", True),
+    pytest.param("subproc", "SIGUSR1", True, marks=pytest.mark.slow),
+    pytest.param("vec_normalize", "SIGTERM", True, marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows ends a process without asking it")
+@pytest.mark.parametrize(("case", "name", "whole_group"), SIGNALS)
+def test_signal(case: str, name: str, whole_group: bool, tmp_path: Path) -> None:
+    """Schedulers send it to the process, or to it and to all that it has started."""
+    with start(case, tmp_path / "run", "--ready-at", "70") as process:
+        wait_until_ready(process)
+        (os.killpg if whole_group else os.kill)(process.pid, getattr(signal, name))
+        assert process.stdout is not None
+        assert f"{name}: saved a checkpoint at step 70" in process.stdout.read()
+    assert process.returncode == 143
+    assert steps_in(tmp_path / "run") == [70]
+    whole = learn(CASES[case].make(), CASES[case], CASES[case].steps, tmp_path)
+    (resumed,) = in_new_process(resume_script.resume, case, [tmp_path / "run"])
+    assert resumed.complaints == []
+    assert_same(whole.state, resumed.state)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows ends a process without asking it")
+def test_signal_after_the_last_step(tmp_path: Path) -> None:
+    """Nobody reads what it prints any more, as when the scheduler has stopped ``tee``."""
+    last = CASES["fixed_ent_coef"].steps
+    with start("fixed_ent_coef", tmp_path / "run", "--ready-at", str(last), "--late") as process:
+        wait_until_ready(process)
+        assert process.stdout is not None
+        process.stdout.close()
+        os.kill(process.pid, signal.SIGTERM)
+    assert process.returncode == 143
+    assert steps_in(tmp_path / "run") == [last]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows ends a process without asking it")
+@pytest.mark.parametrize("own_handler", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_signal_when_it_is_over(own_handler: bool, tmp_path: Path) -> None:
+    """When nothing is being learned, signals do what they did before."""
+    with start("fixed_ent_coef", tmp_path / "run", *(["--own-handler"] if own_handler else [])) as process:
+        wait_until_ready(process)
+        os.kill(process.pid, signal.SIGTERM)
+        assert process.stdout is not None
+        output = process.stdout.read()
+    if own_handler:
+        assert (output, process.returncode) == ("the end\n", 0)
+    else:
+        assert (output, process.returncode) == ("", -signal.SIGTERM)
+    assert not (tmp_path / "run").exists()
