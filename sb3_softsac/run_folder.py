@@ -63,6 +63,8 @@ class RunFolder:
         """
         path = self.path / f"ckpt-{number:06d}.json"
         with naming(str(path)):
+            if not path.is_file():  # a link to nowhere, a pipe
+                raise CheckpointError(f"{path} is not a file.")
             text = path.read_bytes()
             whole = json.loads(text)
             manifest: Manifest = whole["manifest"]
@@ -70,9 +72,13 @@ class RunFolder:
                 raise CheckpointError(f"{path} is damaged: it does not have the hash that it says.")
             if manifest["format"] != FORMAT:
                 raise CheckpointError(f"{path} has the format {manifest['format']!r}, this version reads {FORMAT}.")
-            names = [manifest["state"]["file"], *(segment["file"] for segment in manifest["segments"])]
+            entries = [manifest["state"], *manifest["segments"]]
+            names = [entry["file"] for entry in entries]
             if not STATE.fullmatch(names[0]) or not all(SEGMENT.fullmatch(name) for name in names[1:]):
                 raise CheckpointError(f"{path} names files that are not of a checkpoint.")
+            numbers = [manifest["number"], manifest["num_timesteps"], *(entry["size"] for entry in entries)]
+            if manifest["number"] != number or not all(type(n) is int and n >= 0 for n in numbers):
+                raise CheckpointError(f"{path} has the numbers {numbers}, which cannot be.")
         return manifest
 
     def verify(self, manifest: Manifest) -> None:

@@ -227,7 +227,7 @@ def test_sb3_sac_zip_loads(kwargs: dict[str, Any], tmp_path: pathlib.Path) -> No
     sac.learn(60)
     sac.save(tmp_path / "sac.zip")
     obs = np.stack([sac.observation_space.sample() for _ in range(20)])
-    with pytest.raises(ValueError, match="policy_class.*allow_pickle=True"):
+    with pytest.raises(ValueError, match=r"policy_class.*allow_pickle=True"):
         SoftSAC.load(tmp_path / "sac.zip", device="cpu")
     model = SoftSAC.load(tmp_path / "sac.zip", device="cpu", allow_pickle=True)
     np.testing.assert_array_equal(model.predict(obs, deterministic=True)[0], sac.predict(obs, deterministic=True)[0])
