@@ -104,8 +104,10 @@ def make_folder(folder: Path) -> None:
 
 def remove(path: Path) -> None:
     """
-    :param path: file to remove; may be gone already
+    :param path: file to remove; may be gone already; a folder stays
     """
+    if path.is_dir() and not path.is_symlink():
+        return
     with suppress(FileNotFoundError):
         os.unlink(path)
 

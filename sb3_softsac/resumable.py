@@ -67,6 +67,7 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
     _warmed_up = False  # no more random actions, whatever num_timesteps is
     # Steps and episodes of the rollout in progress, and whether its last step still has to be logged
     _rollout: tuple[int, int, bool] | None = None
+    _mid_step = False  # the environment is ahead of the rest: a step was interrupted (Ctrl-C)
 
     def _setup_replay_buffer(self) -> None:
         """Make the replay buffer, unless there is one, or no environment."""
@@ -156,6 +157,7 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
             if self.use_sde and self.sde_sample_freq > 0 and num_collected_steps % self.sde_sample_freq == 0:
                 self.actor.reset_noise(env.num_envs)
             actions, buffer_actions = self._sample_action(learning_starts, action_noise, env.num_envs)
+            self._mid_step = True
             new_obs, rewards, dones, infos = env.step(actions)
             self.num_timesteps += env.num_envs
             num_collected_steps += 1
@@ -171,6 +173,7 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
                     action_noise.reset(**({"indices": [idx]} if env.num_envs > 1 else {}))
                 must_log |= log_interval is not None and self._episode_num % log_interval == 0
             self._rollout = num_collected_steps, num_collected_episodes, must_log
+            self._mid_step = False
 
             callback.update_locals(locals())
             goes_on = callback.on_step()
@@ -230,6 +233,8 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
         tb_log_name: str = "run",
         progress_bar: bool = False,
     ) -> tuple[int, BaseCallback]:
+        if self._mid_step:
+            self._last_obs, self._mid_step = None, False
         if reset_num_timesteps or self._last_obs is None:
             self._rollout = None
         assert self.env is not None, "You must set the environment before calling learn()"
@@ -341,7 +346,7 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
                     "machine": model_file.machine(self),
                     "random": self._random or model_file.random_states(self.device),
                     "exploration": encode(self._exploration_state()),
-                    "env": None if self.env is None else env_state.capture(self.env),
+                    "env": None if self.env is None or self._mid_step else env_state.capture(self.env),
                     "callbacks": self._callback_states or callback_state.capture(self._callback),
                     "log": self._log_state(),
                     "replay": replay,
@@ -447,7 +452,7 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
         assert self.env is not None
         state = file.index.get("env")
         if state is None:
-            reasons = [f"{file.name} has no state of the environment"]
+            reasons = [f"{file.name} has no state of the environment, or was saved when a step was interrupted"]
         else:
             reasons = env_state.restore(self.env, state, mid_episode=goes_on)
             if self._vec_normalize_env is None and env_state.is_normalized(state):
@@ -536,6 +541,7 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
             *super()._excluded_save_params(),
             *excluded,
             "_unread",
+            "_mid_step",
             "_callback",
             "_callback_states",
             "_late",

@@ -76,6 +76,8 @@ class RunFolder:
             names = [entry["file"] for entry in entries]
             if not STATE.fullmatch(names[0]) or not all(SEGMENT.fullmatch(name) for name in names[1:]):
                 raise CheckpointError(f"{path} names files that are not of a checkpoint.")
+            if not all(isinstance(entry["sha256"], str) for entry in entries):
+                raise CheckpointError(f"{path} lacks a hash.")
             numbers = [manifest["number"], manifest["num_timesteps"], *(entry["size"] for entry in entries)]
             if manifest["number"] != number or not all(type(n) is int and n >= 0 for n in numbers):
                 raise CheckpointError(f"{path} has the numbers {numbers}, which cannot be.")
@@ -247,12 +249,13 @@ class RunFolder:
         files.sync_folder(self.path)  # no manifest may outlive what it names
         named = {entry["file"] for manifest in kept for entry in [manifest["state"], *manifest["segments"]]}
         for folder, pattern in (("", STATE), ("replay/", SEGMENT)):
-            if not (self.path / folder).is_dir():
+            inside = self.path / folder
+            if not inside.is_dir() or (folder and inside.is_symlink()):  # nothing is removed where a link leads
                 continue
-            for name in os.listdir(self.path / folder):
+            for name in os.listdir(inside):
                 if pattern.fullmatch(folder + name) and folder + name not in named:
-                    files.remove(self.path / folder / name)
-            files.remove_leftovers(self.path / folder)
+                    files.remove(inside / name)
+            files.remove_leftovers(inside)
 
 
 def checkpoint_of(path: Path) -> tuple[RunFolder, Manifest] | None:

@@ -841,3 +841,28 @@ def test_signal_when_it_is_over(own_handler: bool, tmp_path: Path) -> None:
     else:
         assert (output, process.returncode) == ("", -signal.SIGTERM)
     assert not (tmp_path / "run").exists()
+
+
+class Interrupting(gym.Wrapper):
+    """Ctrl-C when the environment has made its 60th step, and nobody has seen it yet."""
+
+    def step(self, action: Any) -> Any:
+        result = self.env.step(action)
+        self.steps = getattr(self, "steps", 0) + 1
+        if self.steps == 60:
+            raise KeyboardInterrupt
+        return result
+
+
+def test_interrupted_step_is_not_taken_for_a_whole_one(tmp_path: Path) -> None:
+    model = make_model(Interrupting(gym.make("Pendulum-v1")))
+    with pytest.raises(KeyboardInterrupt):
+        model.learn(100)
+    model.save(tmp_path / "model.zip")
+    with pytest.warns(UserWarning, match="new episode.*a step was interrupted"):
+        loaded = load(tmp_path / "model.zip", Interrupting(gym.make("Pendulum-v1")), force_reset=False)
+    assert loaded._last_obs is None and loaded.replay_buffer.size() == 59
+    for each in (model, loaded):
+        each.learn(30, reset_num_timesteps=False)
+        buffer = each.replay_buffer
+        assert not np.array_equal(buffer.next_observations[58], buffer.observations[59])  # a new episode
