@@ -3,6 +3,7 @@ Counters and records of SB3's callbacks, and the random states of the environmen
 a resumed run come when they would have come, and begin as they would have begun.
 """
 
+import os
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -17,27 +18,25 @@ from sb3_softsac.state_codec import NotEncodable, decode, encode
 STATE = (
     *("n_calls", "n_episodes", "last_time_trigger", "best_mean_reward", "last_mean_reward", "best_mean_return"),
     *("evaluations_results", "evaluations_timesteps", "evaluations_length", "evaluations_successes"),
-    *("_is_success_buffer", "last_best_mean_reward", "no_improvement_evals", "_episodes_seen"),
+    *("_is_success_buffer", "last_best_mean_reward", "no_improvement_evals", "_episodes_seen", "_timesteps_counter"),
 )
 
 
 def capture(callback: BaseCallback | None) -> list[Any]:
     """
     :param callback: the callback of ``learn()``, with those it holds
-    :return: JSON tree; a callback with ``get_state()`` is asked for its state
+    :return: JSON tree; a callback with ``get_state()`` is asked for more
     """
     states = []
     for each, sees_all_steps in _walk(callback):
-        if hasattr(each, "get_state"):
-            state = each.get_state()
-        else:
-            state = {name: value for name, value in vars(each).items() if name in STATE}
+        state = {name: value for name, value in vars(each).items() if name in STATE}
+        own = each.get_state() if hasattr(each, "get_state") else None
         eval_env = getattr(each, "eval_env", None)
         env = env_state.capture(eval_env) if isinstance(eval_env, VecEnv) else None
         # A callback that saves the model is called before those that come after it in the list
         is_late = sees_all_steps and callback is not None and each.num_timesteps < callback.num_timesteps
         try:
-            states.append([_name(each), encode(state, type(each).__name__), env, is_late])
+            states.append([_name(each), encode([state, own], type(each).__name__), env, is_late])
         except NotEncodable as error:
             warnings.warn(f"The state of a callback is not saved: {error}.", stacklevel=2)
     return states
@@ -56,14 +55,16 @@ def restore(callback: BaseCallback | None, states: list[Any]) -> list[BaseCallba
             if name != _name(each):
                 continue
             del left[i]
-            state = decode(tree)
+            state, own = decode(tree)
+            vars(each).update({k: v for k, v in state.items() if k in STATE and k in vars(each)})
             if hasattr(each, "set_state"):
-                each.set_state(state)
-            else:
-                vars(each).update({k: v for k, v in state.items() if k in STATE and k in vars(each)})
+                each.set_state(own)
             if isinstance(each, EvalCallback):
                 # It may have saved its best model before it noted how good that is
                 each.best_mean_reward = max(each.best_mean_reward, each.last_mean_reward)
+                folder = each.best_model_save_path
+                if folder is not None and not os.path.exists(os.path.join(folder, "best_model.zip")):
+                    each.best_mean_reward = -float("inf")  # a new folder gets a best model of its own
             if is_late and isinstance(each, EvalCallback):
                 late.append(each)
             elif is_late:
@@ -73,6 +74,14 @@ def restore(callback: BaseCallback | None, states: list[Any]) -> list[BaseCallba
                 env_state.restore(eval_env, env, mid_episode=True)  # where it cannot, evaluations begin as in a new run
             break
     return late
+
+
+def walk(callback: BaseCallback | None) -> Iterator[BaseCallback]:
+    """
+    :param callback: the callback of ``learn()``
+    :return: itself and all that it holds
+    """
+    return (each for each, _ in _walk(callback))
 
 
 def _walk(callback: BaseCallback | None, sees_all_steps: bool = True) -> Iterator[tuple[BaseCallback, bool]]:

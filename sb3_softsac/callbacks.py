@@ -11,8 +11,9 @@ from typing import Any
 
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.utils import safe_mean
+from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_softsac import env_state
+from sb3_softsac import callback_state, env_state
 from sb3_softsac.run_folder import RunFolder
 from sb3_softsac.softsac import SoftSAC
 
@@ -59,17 +60,15 @@ class CheckpointCallback(BaseCallback):
     def _init_callback(self) -> None:
         if not isinstance(self.model, SoftSAC):
             raise ValueError(f"CheckpointCallback saves SoftSAC, not {type(self.model).__name__}: use SB3's.")
-        ours = self.model.run_folder
-        if ours is not None and ours.path.resolve() == self.save_path.resolve():
-            self._folder = ours
-            return
-        self._folder = RunFolder(self.save_path)
-        if self._folder.numbers():
+        folders = self.model.run_folders = self.model.run_folders or {}
+        path = self.save_path.resolve()
+        self._folder = folders.get(path, RunFolder(self.save_path))
+        if path not in folders and self._folder.numbers():
             raise ValueError(
                 f"save_path={str(self.save_path)!r} has checkpoints of another run: continue it with "
                 f"SoftSAC.load({str(self.save_path)!r}, env), or choose another folder."
             )
-        self.model.run_folder = self._folder
+        folders[path] = self._folder
 
     def _on_training_start(self) -> None:
         if not self.on_signal:
@@ -79,6 +78,9 @@ class CheckpointCallback(BaseCallback):
             return
         numbers = [signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else [])]
         env_state.ignore_signals(self.training_env, numbers)
+        for callback in callback_state.walk(self.model._callback):
+            if isinstance(eval_env := getattr(callback, "eval_env", None), VecEnv):
+                env_state.ignore_signals(eval_env, numbers)
         for number in numbers:
             before = signal.getsignal(number)
             if getattr(before, "__self__", None).__class__ is not _Handler:
@@ -86,21 +88,22 @@ class CheckpointCallback(BaseCallback):
             signal.getsignal(number).__self__.callback = self  # type: ignore[union-attr]
 
     def _on_step(self) -> bool:
-        is_due = self.save_freq > 0 and self.n_calls % self.save_freq == 0
-        if is_due or self._signal is not None:
-            # Callbacks that come after this one have not seen the step yet
-            self.model.after_step = self._save_and_exit
+        if self.save_freq > 0 and self.n_calls % self.save_freq == 0:
+            self._save_after_step()
         return True
 
-    def _on_training_end(self) -> None:
-        if self._signal is not None:  # it came after the last step, in the updates say
-            self._save_and_exit()
+    def _save_after_step(self) -> None:
+        # Not at once: callbacks that come after this one have not seen the step yet
+        queue = self.model.after_step
+        if queue is not None and self._save_and_exit not in queue:
+            queue.append(self._save_and_exit)
 
     def _save_and_exit(self) -> None:
         self.save()
-        if self._signal is not None:
-            name = signal.Signals(self._signal).name
-            text = f"{name}: saved a checkpoint at step {self.num_timesteps} in {self.save_path}, exiting."
+        number, self._signal = self._signal, None
+        if number is not None:
+            name, step = signal.Signals(number).name, self.model.num_timesteps
+            text = f"{name}: saved a checkpoint at step {step} in {self.save_path}, exiting."
             try:
                 print(text, flush=True)
             except OSError:  # the program that reads our output has been stopped, too
@@ -110,12 +113,12 @@ class CheckpointCallback(BaseCallback):
     def save(self) -> None:
         """Save a checkpoint now."""
         model = self.model
-        buffer = model.replay_buffer if self.save_replay_buffer else None
-        exclude = () if self.save_replay_buffer else ("replay_buffer",)
         self._folder.save(
             model.num_timesteps,
-            lambda file: model.write(file, exclude, rows_elsewhere=True),
-            buffer,
+            lambda file: model.write(
+                file, exclude=() if self.save_replay_buffer else ("replay_buffer",), rows_elsewhere=True
+            ),
+            model.savable_replay_buffer() if self.save_replay_buffer else None,
             self.keep_last,
         )
         if self.verbose > 0:
@@ -136,6 +139,7 @@ class _Handler:
     def handle(self, number: int, frame: FrameType | None) -> None:
         if self.callback is not None and self.callback.model.is_learning and self.callback._signal is None:
             self.callback._signal = number
+            self.callback._save_after_step()
         elif callable(self.before):
             self.before(number, frame)
         elif self.before == signal.SIG_DFL:
@@ -182,7 +186,6 @@ class SaveBestTrainingReturnCallback(BaseCallback):
         return True
 
     def _on_rollout_end(self) -> None:
-        # Only now has the algorithm counted the episodes that the rollout finished
         returns = [info["r"] for info in self.model.ep_info_buffer or ()]
         if not returns and self.model._episode_num > 0 and self._episodes_seen < 0:
             self._episodes_seen = 0

@@ -9,11 +9,17 @@ import shutil
 import sys
 import warnings
 from pathlib import Path
+from typing import TextIO
 
 from sb3_softsac import files
-from sb3_softsac.archive import ArchiveReader, ArchiveWriter, CheckpointError
+from sb3_softsac.archive import INDEX, ArchiveReader, ArchiveWriter, CheckpointError
 from sb3_softsac.model_file import ModelFile, open_model_file
 from sb3_softsac.run_folder import RunFolder
+
+
+def _print(line: object, file: TextIO | None = None) -> None:
+    """Without control characters: what a file says must not change what the terminal shows."""
+    print("".join(character if character.isprintable() else " " for character in str(line)), file=file)
 
 
 def ls(path: Path) -> None:
@@ -33,10 +39,10 @@ def ls(path: Path) -> None:
         try:
             manifest = folder.manifest(number)
         except CheckpointError as error:
-            print(f"{number:>6}  {error}")
+            _print(f"{number:>6}  {error}")
             continue
         sizes = [entry["size"] for entry in manifest["segments"]]
-        print(
+        _print(
             f"{number:>6}  step {manifest['num_timesteps']:>10,}  {manifest['state']['file']} "
             f"({manifest['state']['size']:,} bytes)  replay: {sum(sizes):,} bytes in {len(sizes)} segments"
         )
@@ -44,21 +50,21 @@ def ls(path: Path) -> None:
 
 def _ls_file(file: ModelFile) -> None:
     index = file.index
-    print(f"{file.name}: {'SoftSAC' if index else 'SB3'} model file")
+    _print(f"{file.name}: {'SoftSAC' if index else 'SB3'} model file")
     for name in ("num_timesteps", "n_envs", "machine"):
         if name in index:
-            print(f"{name}: {index[name]}")
+            _print(f"{name}: {index[name]}")
     replay = index.get("replay")
     if replay is not None:
         state = replay["description"]
         where = "in this file" if replay["segments"] is not None else "in replay/ of its folder"
-        print(
+        _print(
             f"replay buffer: {state['class']}, {state['buffer_size']} rows x {state['n_envs']} environment(s), {where}"
         )
     elif index:
-        print("replay buffer: none")
+        _print("replay buffer: none")
     for name, size in file.archive.sizes.items():
-        print(f"{size:>14,}  {name}")
+        _print(f"{size:>14,}  {name}")
 
 
 def verify(path: Path) -> bool:
@@ -71,24 +77,24 @@ def verify(path: Path) -> bool:
     if not path.is_dir():
         try:
             with open_model_file(path) as file:
-                print(f"{path}: {'whole' if file.index else 'readable (a file of SB3, which has no hashes)'}")
+                _print(f"{path}: {'whole' if file.index else 'readable (a file of SB3, which has no hashes)'}")
         except CheckpointError as error:
-            print(error)
+            _print(error)
             return False
         return True
     folder = RunFolder(path)
     whole = bool(folder.numbers())
     if not whole:
-        print(f"{path} has no checkpoints (no ckpt-*.json in it)")
+        _print(f"{path} has no checkpoints (no ckpt-*.json in it)")
     for number in folder.numbers():
         try:
             manifest = folder.manifest(number)
             folder.verify(manifest)
             with folder.open_state(manifest) as state:
                 ArchiveReader(state, manifest["state"]["file"]).verify()
-            print(f"checkpoint {number} (step {manifest['num_timesteps']}): whole")
+            _print(f"checkpoint {number} (step {manifest['num_timesteps']}): whole")
         except CheckpointError as error:
-            print(f"checkpoint {number}: {error}")
+            _print(f"checkpoint {number}: {error}")
             whole = False
     return whole
 
@@ -102,12 +108,12 @@ def export(path: Path, output: Path) -> None:
     """
     with open_model_file(path) as file, files.atomic_file(output) as target, ArchiveWriter(target) as archive:
         for name in file.archive.sizes:
-            if name.startswith("replay/") or name == "softsac.json":
+            if name.startswith("replay/") or name == INDEX:
                 continue
             with file.archive.open(name) as source, archive.member(name) as member:
                 shutil.copyfileobj(source, member)
         archive.close({"num_timesteps": file.index.get("num_timesteps"), "n_envs": file.index.get("n_envs")})
-    print(f"Wrote {output} ({output.stat().st_size:,} bytes)")
+    _print(f"Wrote {output} ({output.stat().st_size:,} bytes)")
 
 
 def main() -> int:
@@ -136,9 +142,9 @@ def main() -> int:
             elif not verify(args.path):
                 return 1
         for warning in caught:
-            print(f"warning: {warning.message}", file=sys.stderr)
+            _print(f"warning: {warning.message}", file=sys.stderr)
     except (CheckpointError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        _print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
 

@@ -52,7 +52,12 @@ def write_data(archive: ArchiveWriter, attributes: dict[str, Any]) -> None:
             trees[name] = encode(value, name)
         except NotEncodable as error:
             pickled.append(str(error))
-            text = base64.b64encode(cloudpickle.dumps(value)).decode()
+            try:
+                text = base64.b64encode(cloudpickle.dumps(value)).decode()
+            except Exception as reason:  # pickling can raise anything
+                raise TypeError(
+                    f"{error}, and not with pickle: {reason}. Pass exclude=[{name!r}] to save()."
+                ) from reason
             trees[name] = {":type:": str(type(value)), PICKLED: text}
     if pickled:
         warnings.warn(
@@ -227,14 +232,15 @@ def open_model_file(path: str | Path | BinaryIO) -> Iterator[ModelFile]:
             yield _verified(path, "the file object")
         return
     name = Path(path)
-    if name.is_dir():
+    zip_name = name.with_name(f"{name.name}.zip")
+    if name.is_dir() and (RunFolder(name).numbers() or not zip_name.exists()):
         folder = RunFolder(name)
         manifest = folder.newest_valid()
         run: tuple[RunFolder, Manifest] | None = (folder, manifest)
         name = name / manifest["state"]["file"]
     else:
-        if not name.exists() and name.with_name(f"{name.name}.zip").exists():
-            name = name.with_name(f"{name.name}.zip")
+        if not name.is_file() and zip_name.exists():
+            name = zip_name
         run = checkpoint_of(name)
     with name.open("rb") as file, _using(str(name)):
         yield _verified(file, str(name), run)
@@ -299,6 +305,8 @@ def new_file(path: str | Path | BinaryIO, suffix: str = ".zip") -> Iterator[Bina
     :return: file to append to; a named file is there as a whole or not at all
     """
     if not isinstance(path, str | os.PathLike):
+        if path.seekable() and path.tell() != 0:
+            raise ValueError(f"The file object is at position {path.tell()}: a model file can begin at its start only.")
         yield path
         return
     path = Path(path)

@@ -186,21 +186,17 @@ def restore(
             )
     layouts = [(layout["buffer_size"], layout["n_envs"]) for layout in (there, here)]
     if layouts[0] == layouts[1]:
-        for first, rows in parts:
-            set_rows(buffer, first, rows)
-        set_state(buffer, replay["state"])
+        _fill(buffer, replay, parts, what)
         return
     if type(buffer) is not ReplayBuffer:
         raise CheckpointError(
             f"replay_buffer: {what} has {layouts[0][0]} rows of {layouts[0][1]} environment(s), but {layouts[1][0]} "
-            f"rows of {layouts[1][1]} are needed. {type(buffer).__name__} keeps account of episodes by row and "
-            "environment, so its rows cannot be laid out anew: use as many environments and the same buffer_size, or "
+            f"rows of {layouts[1][1]} are needed. Only the rows of SoftSAC's own ReplayBuffer can be laid out anew, "
+            f"not those of {type(buffer).__name__}: use as many environments and the same buffer_size, or "
             "leave the replay buffer out with custom_objects={'replay_buffer': None}."
         )
     source = _empty_like(buffer, *layouts[0])
-    for first, rows in parts:
-        source.set_rows(first, rows)
-    set_state(source, replay["state"])
+    _fill(source, replay, parts, what)
     total = source.size() * source.n_envs
     copied = buffer.copy_transitions(source)
     buffer.rng.bit_generator.state = source.rng.bit_generator.state
@@ -210,6 +206,22 @@ def restore(
             f"for {buffer.n_envs} environment(s) and buffer_size={buffer.buffer_size * buffer.n_envs}; the "
             f"{total - copied} oldest did not fit.",
             stacklevel=2,
+        )
+
+
+def _fill(
+    buffer: SB3ReplayBuffer, replay: dict[str, Any], parts: Iterator[tuple[int, dict[str, np.ndarray]]], what: str
+) -> None:
+    n_rows = 0
+    for first, rows in parts:
+        if first != n_rows:
+            raise CheckpointError(f"replay_buffer: {what} lacks the rows from {n_rows} on.")
+        set_rows(buffer, first, rows)
+        n_rows += next(len(array) for name, array in rows.items() if not _varies(name))
+    set_state(buffer, replay["state"])
+    if not 0 <= buffer.pos < buffer.buffer_size or n_rows < buffer.size():
+        raise CheckpointError(
+            f"replay_buffer: {what} has {n_rows} rows of {buffer.size()}, the next to be written is {buffer.pos}."
         )
 
 

@@ -5,7 +5,9 @@ Runs that can be saved and continued at any step: what SB3's off-policy algorith
 callbacks, the rollout in progress); how that is written is said in ``model_file``, ``run_folder`` and ``env_state``.
 """
 
+import os
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -15,6 +17,7 @@ import numpy as np
 import torch as th
 from stable_baselines3.common.buffers import ReplayBuffer as SB3ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.logger import Logger, configure
 from stable_baselines3.common.noise import ActionNoise, VectorizedActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.type_aliases import (
@@ -51,19 +54,22 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
 
     # What a plain save() leaves out; ("replay_buffer",) keeps files small
     save_exclude: tuple[str, ...] = ()
-    run_folder: RunFolder | None = None  # where checkpoints of this run are, once there are some
+    run_folders: dict[Path, RunFolder] | None = None  # where checkpoints of this run are, by absolute path
     is_learning = False
-    after_step: Callable[[], None] | None = None  # called once, when all callbacks are done with the current step
+    after_step: deque[Callable[[], None]] | None = None  # called once each, when all callbacks are done with the step
 
     _callback: BaseCallback | None = None
     # Of a file, for the callbacks and the logger of the next learn()
     _callback_states: list[Any] | None = None
-    _late: Iterable[BaseCallback] = ()  # callbacks that have not seen the last step: one before them has saved it
-    _log: dict[str, dict[str, Any]] | None = None
+    _late_callbacks: Iterable[
+        BaseCallback
+    ] = ()  # callbacks that have not seen the last step: one before them has saved it
+    _pending_log: dict[str, dict[str, Any]] | None = None
     # Of a file that is continued in mid-episode: whatever is done before the next learn() draws from other states
-    _random: dict[str, Any] | None = None
+    _random_states: dict[str, Any] | None = None
     _loaded = False
-    _unread: str | None = None  # file whose replay buffer was not read, for want of an environment
+    _unread: str | None = None  # file of which only the policy was read, for want of an environment
+    _tensorboard_run: str | None = None  # folder of the run within tensorboard_log
     _warmed_up = False  # no more random actions, whatever num_timesteps is
     # Steps and episodes of the rollout in progress, and whether its last step still has to be logged
     _rollout: tuple[int, int, bool] | None = None
@@ -147,7 +153,7 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
             self._rollout = 0, 0, False
         num_collected_steps, num_collected_episodes, must_log = self._rollout
         callback.on_rollout_start()
-        late, self._late = self._late, ()
+        late, self._late_callbacks = self._late_callbacks, ()
         if not all([each.on_step() for each in late]):
             return RolloutReturn(num_collected_steps * env.num_envs, num_collected_episodes, continue_training=False)
         if must_log:
@@ -177,9 +183,7 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
 
             callback.update_locals(locals())
             goes_on = callback.on_step()
-            if self.after_step is not None:
-                after_step, self.after_step = self.after_step, None
-                after_step()
+            self._run_after_step()
             if not goes_on:
                 return RolloutReturn(
                     num_collected_steps * env.num_envs, num_collected_episodes, continue_training=False
@@ -190,6 +194,10 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
         callback.on_rollout_end()
         self._rollout = None
         return RolloutReturn(num_collected_steps * env.num_envs, num_collected_episodes, continue_training=True)
+
+    def _run_after_step(self) -> None:
+        while self.after_step:  # a signal may add to it at any time
+            self.after_step.popleft()()
 
     def learn(
         self: Self,
@@ -212,9 +220,9 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
         :param progress_bar: show one (tqdm and rich)
         :return: self
         """
-        self.is_learning = True
+        self.is_learning, self.after_step = True, deque()
         try:
-            return super().learn(
+            super().learn(
                 total_timesteps=total_timesteps,
                 callback=callback,
                 log_interval=log_interval,
@@ -222,6 +230,8 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
                 reset_num_timesteps=not self._loaded if reset_num_timesteps is None else reset_num_timesteps,
                 progress_bar=progress_bar,
             )
+            self._run_after_step()  # a signal may have come after the last step
+            return self
         finally:
             self.is_learning = False
 
@@ -240,8 +250,8 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
         assert self.env is not None, "You must set the environment before calling learn()"
         if self._unread is not None:
             warnings.warn(
-                f"The replay buffer in {self._unread} was not read, because load() was called without an environment. "
-                "To continue the run, pass one to load().",
+                f"The replay buffer in {self._unread} was not read, nor random states and VecNormalize, because load() "
+                "was called without an environment. To continue the run, pass one to load().",
                 stacklevel=3,
             )
             self._unread = None
@@ -252,20 +262,38 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
         keep_noise = goes_on and (self.env.num_envs == 1 or isinstance(noise, VectorizedActionNoise))
         if keep_noise:
             self.action_noise = None
-        total_timesteps, self._callback = super()._setup_learn(
-            total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
-        )
-        if keep_noise:
-            self.action_noise = noise
+        own_logger = None if reset_num_timesteps else self._logger_of_own_run()
+        if own_logger is not None:
+            self.set_logger(own_logger)
+        try:
+            total_timesteps, self._callback = super()._setup_learn(
+                total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
+            )
+        finally:
+            if keep_noise:
+                self.action_noise = noise
+            if own_logger is not None:
+                self._custom_logger = False
+        if self.tensorboard_log is not None and self.logger.dir is not None:
+            self._tensorboard_run = os.path.basename(self.logger.dir)
         if self._callback_states is not None and not reset_num_timesteps:
-            self._late = callback_state.restore(self._callback, self._callback_states)
-        if self._log is not None and not reset_num_timesteps:
+            self._late_callbacks = callback_state.restore(self._callback, self._callback_states)
+        if self._pending_log is not None and not reset_num_timesteps:
             for name in LOGGER_STATE:
-                getattr(self.logger, name).update(self._log.get(name, {}))
-        if self._random is not None and not reset_num_timesteps:
-            model_file.restore_random_states(self._random, self.device)
-        self._callback_states = self._log = self._random = None
+                getattr(self.logger, name).update(self._pending_log.get(name, {}))
+        if self._random_states is not None and not reset_num_timesteps:
+            model_file.restore_random_states(self._random_states, self.device)
+        self._callback_states = self._pending_log = self._random_states = None
         return total_timesteps, self._callback
+
+    def _logger_of_own_run(self) -> Logger | None:
+        """SB3 continues the newest run of a TensorBoard folder, which may be another's."""
+        if not self._loaded or self._custom_logger or None in (self.tensorboard_log, self._tensorboard_run):
+            return None
+        folder = os.path.join(str(self.tensorboard_log), str(self._tensorboard_run))
+        if not os.path.isdir(folder):
+            return None
+        return configure(folder, ["stdout", "tensorboard"] if self.verbose >= 1 else ["tensorboard"])
 
     def set_random_seed(self, seed: int | None = None) -> None:
         """
@@ -274,7 +302,7 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
         :param seed: None: leave all as they are
         """
         if seed is not None:
-            self._random = None
+            self._random_states = None
         super().set_random_seed(seed)
 
     def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
@@ -305,19 +333,26 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
         :param include: what to write though it is excluded otherwise
         """
         with model_file.new_file(path) as file:
-            self.write(file, {*self.save_exclude, *(exclude or ())} - set(include or ()))
+            self.write(file, {*self.save_exclude, *(exclude or ())}, set(include or ()))
 
-    def write(self, file: BinaryIO, exclude: Iterable[str] = (), rows_elsewhere: bool = False) -> tuple[int, str]:
+    def write(
+        self, file: BinaryIO, exclude: Iterable[str] = (), include: Iterable[str] = (), rows_elsewhere: bool = False
+    ) -> tuple[int, str]:
         """
         Write a model file.
 
         :param file: file object to append to
         :param exclude: see :meth:`save`
+        :param include: see :meth:`save`
         :param rows_elsewhere: the rows of the replay buffer are saved apart
         :return: size of the file in bytes, and its SHA-256
         """
-        skipped = {*self._excluded_save_params(), *exclude}
+        exclude = set(exclude) - set(include)
+        skipped = {*self._excluded_save_params(), *exclude} - set(include)
         skipped.update(name.split(".")[0] for names in self._get_torch_save_params() for name in names)
+        # The zoo's ParallelTrainCallback puts functions in the place of methods
+        skipped.update(name for name in vars(self) if callable(getattr(type(self), name, None)))
+        skipped.add("replay_buffer")  # has members of its own
         replay = None
         if self.replay_buffer is not None and "replay_buffer" not in exclude:
             try:
@@ -344,20 +379,32 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
                     "num_timesteps": self.num_timesteps,
                     "n_envs": self.n_envs,
                     "machine": model_file.machine(self),
-                    "random": self._random or model_file.random_states(self.device),
+                    "random": self._random_states or model_file.random_states(self.device),
                     "exploration": encode(self._exploration_state()),
-                    "env": None if self.env is None or self._mid_step else env_state.capture(self.env),
+                    "env": None if self.env is None else env_state.capture(self.env),
+                    "mid_step": self._mid_step,
                     "callbacks": self._callback_states or callback_state.capture(self._callback),
                     "log": self._log_state(),
                     "replay": replay,
                 }
             )
 
+    def savable_replay_buffer(self) -> SB3ReplayBuffer | None:
+        """
+        :return: the replay buffer; None if there is none, or if a class of the user's holds what cannot be written
+        """
+        if self.replay_buffer is not None:
+            with suppress(NotEncodable):
+                self._replay_index(rows_elsewhere=True)
+                return self.replay_buffer
+        return None
+
     def _replay_index(self, rows_elsewhere: bool) -> dict[str, Any]:
         buffer = self.replay_buffer
         assert buffer is not None
         segments = None if rows_elsewhere else replay_state.segments(buffer)
         state = replay_state.get_state(buffer)
+        replay_state.get_rows(buffer, buffer.pos - 1, buffer.pos)  # can the newest row be written?
         return {"description": replay_state.describe(buffer), "state": state, "segments": segments}
 
     @classmethod
@@ -405,7 +452,7 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
             goes_on = same_envs and not force_reset
             if env is not None:
                 data["n_envs"] = env.num_envs
-            if env is not None and not goes_on:
+            if not goes_on:
                 data.update(_last_obs=None, _rollout=None)
             noise = data.get("action_noise")
             if not same_envs and isinstance(noise, VectorizedActionNoise):
@@ -413,10 +460,10 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
 
             model = cls(policy=data["policy_class"], env=env, device=device, _init_setup_model=False)  # type: ignore[arg-type, call-arg]
             vars(model).update(data)
-            vars(model).update(kwargs)
-            model._loaded = True
             random_steps = model.learning_starts if model.random_steps is None else model.random_steps
             model._warmed_up = model._warmed_up or model.num_timesteps >= random_steps
+            model._loaded = True
+            vars(model).update(kwargs)
             restores_random_states = env is not None and "random" in file.index and "seed" not in kwargs
             seed = model.seed
             if restores_random_states:
@@ -426,35 +473,56 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
             model_file.read_parameters(file.archive, model, {"ent_coef_optimizer"} if "ent_coef" in kwargs else set())
             if model.use_sde:
                 model.policy.reset_noise()  # type: ignore[operator]
-            reads_replay = file.replay is not None and "replay_buffer" not in (custom_objects or {})
-            if kwargs.get("buffer_size") == 1:  # what the zoo says when it only wants to watch
-                reads_replay = False
+            # The zoo says buffer_size=1 when it only wants to watch
+            wants_replay = "replay_buffer" not in (custom_objects or {}) and kwargs.get("buffer_size") != 1
+            reads_replay = wants_replay and file.replay is not None
             if env is None:
                 model._unread = file.name if reads_replay else None
                 return model
+            if wants_replay and file.replay is None and file.index.get("replay") is not None:
+                raise CheckpointError(
+                    f"{file.name} is part of a checkpoint that was never completed, or lies in another folder: the "
+                    "rows of its replay buffer are missing. Load the folder, or another step-*.zip, or go on without: "
+                    "custom_objects={'replay_buffer': None}."
+                )
 
             with naming(f"the state of the run in {file.name}"):
                 if reads_replay:
                     file.restore_replay(model.replay_buffer)  # type: ignore[arg-type]
                 if file.run is not None:
-                    model.run_folder = file.run[0]
-                    file.run[0].continues(file.run[1], model.replay_buffer if reads_replay else None)
+                    # Rows that were laid out anew are not those of the segments
+                    buffer = model.replay_buffer if reads_replay else None
+                    if (
+                        buffer is not None
+                        and file.replay
+                        and file.replay["description"] != replay_state.describe(buffer)
+                    ):
+                        buffer = None
+                    file.run[0].continues(file.run[1], buffer)
+                    model.run_folders = {file.run[0].path.resolve(): file.run[0]}
                 model._restore_envs(file, goes_on, force_reset)
+                if kwargs.get("seed") is not None:
+                    model.set_random_seed(model.seed)
                 model._callback_states = file.index.get("callbacks")
-                model._log = decode(file.index.get("log"))
+                model._pending_log = decode(file.index.get("log"))
                 model._set_exploration_state(decode(file.index.get("exploration", [])))
                 if restores_random_states:
                     model_file.restore_random_states(file.index["random"], model.device)
-                    model._random = file.index["random"] if model._last_obs is not None else None
+                    model._random_states = file.index["random"] if model._last_obs is not None else None
             return model
 
     def _restore_envs(self, file: ModelFile, goes_on: bool, force_reset: bool) -> None:
         assert self.env is not None
         state = file.index.get("env")
         if state is None:
-            reasons = [f"{file.name} has no state of the environment, or was saved when a step was interrupted"]
+            reasons = [f"{file.name} has no state of the environment"]
         else:
-            reasons = env_state.restore(self.env, state, mid_episode=goes_on)
+            is_whole = not file.index.get("mid_step", False)
+            reasons = env_state.restore(self.env, state, mid_episode=goes_on and is_whole)
+            if not is_whole:
+                reasons.append("it was saved when a step was interrupted")
+            elif reasons and not goes_on and self._vec_normalize_env is not None:
+                warnings.warn(f"Not all of VecNormalize may be restored: {'; '.join(reasons)}.", stacklevel=3)
             if self._vec_normalize_env is None and env_state.is_normalized(state):
                 warnings.warn(
                     "The model was trained with VecNormalize, but the environment is not wrapped in it: its "
@@ -486,8 +554,8 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
     def _log_state(self) -> Any:
         """What has been recorded since the logger was dumped last; pictures and the like are left out."""
         logger = getattr(self, "_logger", None)
-        if self._log is not None:  # of a file, not yet handed to a logger
-            return encode(self._log)
+        if self._pending_log is not None:  # of a file, not yet handed to a logger
+            return encode(self._pending_log)
         if logger is None:
             return None
         state: dict[str, dict[str, Any]] = {name: {} for name in LOGGER_STATE}
@@ -536,18 +604,14 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
         self.replay_buffer.device = self.device
 
     def _excluded_save_params(self) -> list[str]:
-        excluded = ["lr_schedule", "save_exclude", "run_folder", "is_learning", "after_step", "_loaded"]
-        return [
-            *super()._excluded_save_params(),
-            *excluded,
-            "_unread",
-            "_mid_step",
-            "_callback",
-            "_callback_states",
-            "_late",
-            "_log",
-            "_random",
-        ]
+        excluded = ["lr_schedule", "save_exclude", "run_folders", "is_learning", "after_step", "_loaded", "_unread"]
+        excluded += ["_mid_step", "_callback", "_callback_states", "_late_callbacks", "_pending_log", "_random_states"]
+        return [*super()._excluded_save_params(), *excluded]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For ``deepcopy`` and ``pickle``: without what belongs to this process and its files."""
+        here = ("_callback", "_late_callbacks", "run_folders", "after_step")
+        return {name: value for name, value in vars(self).items() if name not in here}
 
 
 def _check_policy_kwargs(data: dict[str, Any], kwargs: dict[str, Any]) -> None:

@@ -233,7 +233,7 @@ class RunFolder:
         self._rows_then = None if buffer is None else (weakref.ref(buffer), getattr(buffer, "n_added", 0))
 
     def _clean(self, keep_last: int) -> None:
-        """Remove older checkpoints, then what nothing names. A folder that cannot be read in full is left alone."""
+        """Remove older checkpoints, then what no readable manifest names."""
         kept: list[Manifest] = []
         for number in reversed(self.numbers()):
             try:

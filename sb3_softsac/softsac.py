@@ -356,21 +356,23 @@ class SoftSAC(ResumableAlgorithm):
             if learning_rate is not None:
                 self.logger.record(f"train/{name}", value)
 
-    def _exploration_state(self) -> list[list[th.Tensor]]:
-        """Exploration matrices of gSDE, of the actor and of its target."""
+    def _noise_distributions(self) -> list[StateDependentNoiseDistribution]:
         actors = [actor for actor in (self.actor, self.actor_target) if actor is not None]
         distributions = [actor.action_dist for actor in actors]
+        return [dist for dist in distributions if isinstance(dist, StateDependentNoiseDistribution)]
+
+    def _exploration_state(self) -> list[list[th.Tensor]]:
+        """Exploration matrices of gSDE, of the actor and of its target."""
         return [
-            [dist.exploration_mat, dist.exploration_matrices]
-            for dist in distributions
-            if isinstance(dist, StateDependentNoiseDistribution)
+            [dist.exploration_mat.detach().cpu(), dist.exploration_matrices.detach().cpu()]
+            for dist in self._noise_distributions()
         ]
 
-    def _set_exploration_state(self, matrices: list[list[th.Tensor]]) -> None:
-        for now, then in zip(self._exploration_state(), matrices, strict=False):
-            for matrix, value in zip(now, then, strict=True):
-                if matrix.shape == value.shape:  # else the number of environments has changed
-                    matrix.data = value.to(matrix.device)
+    def _set_exploration_state(self, state: list[list[th.Tensor]]) -> None:
+        for dist, (matrix, matrices) in zip(self._noise_distributions(), state, strict=False):
+            for name, value in (("exploration_mat", matrix), ("exploration_matrices", matrices)):
+                if getattr(dist, name).shape == value.shape:  # else the number of environments has changed
+                    setattr(dist, name, value.to(self.device))
 
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "actor", "critic", "critic_target", "actor_target", "_ent_coef"]

@@ -14,6 +14,7 @@ import sys
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
 from enum import Enum
+from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -118,15 +119,17 @@ def _decode(tree: Any) -> Any:
         raise ValueError(f"damaged value of kind {kind!r}: {type(error).__name__}: {error}") from error
 
 
-def name_of(value: Any, where: str = "value") -> str:
+def name_of(value: Any, where: str = "value", kinds: tuple[type, ...] = NAMED_CLASSES) -> str:
     """
     :param value: a class
+    :param where: how error messages call it
+    :param kinds: what it must be a subclass of
     :return: ``package.module.Class``, by which it can be found again
     :raises NotEncodable: if it is not in a known package, or not under its own name
     """
     name = _full_name(value)
     try:
-        if name in PLAIN_NAMES or find_class(name, NAMED_CLASSES + PLAIN_CLASSES) is value:
+        if find_class(name, kinds) is value:
             return name
     except ValueError:
         pass
@@ -268,7 +271,8 @@ def _encode_object(value: Any, where: str) -> dict[str, Any]:
         name: (_encode_bound if _is_bound(value, item) else _encode)(item, f"{where}.{name}")
         for name, item in vars(value).items()
     }
-    return {"class": name_of(type(value), where), "state": state}
+    name = _full_name(type(value))
+    return {"class": name if name in PLAIN_NAMES else name_of(type(value), where, PLAIN_CLASSES), "state": state}
 
 
 def _is_bound(space: Any, value: Any) -> bool:
@@ -356,6 +360,7 @@ _KINDS = [
     _Kind("array", lambda v: type(v) is np.ndarray, _encode_array, _decode_array),
     _Kind("bound", lambda v: False, _encode_array, _decode_bound),
     _Kind("number", lambda v: isinstance(v, np.generic), _encode_number, lambda t: _decode_array(t)[()]),
+    _Kind("path", lambda v: isinstance(v, Path), lambda v, _: {"path": str(v)}, lambda t: Path(t["path"])),
     _Kind("dtype", lambda v: isinstance(v, np.dtype), lambda v, _: {"name": v.str}, lambda t: np.dtype(t["name"])),
     _Kind(
         "generator",
@@ -371,8 +376,9 @@ _KINDS = [
     ),
     _Kind(
         "tensor",
-        lambda v: type(v) in (th.Tensor, nn.Parameter),
-        lambda v, where: _encode_array(v.detach().cpu().numpy(), where),
+        # Only what comes back as it was
+        lambda v: type(v) is th.Tensor and not v.requires_grad and v.device.type == "cpu" and v.dtype != th.bfloat16,
+        lambda v, where: _encode_array(v.numpy(), where),
         lambda t: th.from_numpy(_decode_array(t)),
     ),
     _Kind(

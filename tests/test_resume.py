@@ -1,7 +1,9 @@
 """A run that is saved and continued in another process is the run that was not interrupted, to the last bit."""
 
+import copy
 import io
 import os
+import pickle
 import random
 import signal
 import subprocess
@@ -410,7 +412,7 @@ def test_other_buffers_are_not_laid_out_anew(name: str, tmp_path: Path) -> None:
     model.learn(50)
     model.save(tmp_path / "model.zip")
     env = resume_script.bits(3) if name == "her" else pendulum(3)
-    with pytest.raises(CheckpointError, match=r"laid out anew: use as many environments .*custom_objects="):
+    with pytest.raises(CheckpointError, match=r"laid out anew, .*use as many environments .*custom_objects="):
         load(tmp_path / "model.zip", env)
     with pytest.raises(CheckpointError, match="laid out anew"):
         load(tmp_path / "model.zip", case.make_env(), buffer_size=77)
@@ -866,3 +868,152 @@ def test_interrupted_step_is_not_taken_for_a_whole_one(tmp_path: Path) -> None:
         each.learn(30, reset_num_timesteps=False)
         buffer = each.replay_buffer
         assert not np.array_equal(buffer.next_observations[58], buffer.observations[59])  # a new episode
+
+
+# What a review has found
+
+
+def rows_of(model: SoftSAC) -> Counter:
+    buffer: Any = model.replay_buffer
+    n = buffer.size()
+    parts = (buffer.observations[:n], buffer.actions[:n], buffer.rewards[:n], buffer.next_observations[:n])
+    return Counter(b"".join(part[i, j].tobytes() for part in parts) for i in range(n) for j in range(buffer.n_envs))
+
+
+@pytest.mark.parametrize("changes", [{"buffer_size": 200}, {"n_envs": 2}])
+def test_checkpoints_after_rows_were_laid_out_anew(changes: dict[str, int], tmp_path: Path) -> None:
+    """Segments of the old layout have the same limits, but other rows."""
+    make_model(buffer_size=100).learn(130, callback=CheckpointCallback(130, tmp_path / "run"))
+    n_envs = changes.get("n_envs", 1)
+    env = [pendulum(n_envs) for _ in range(2)]
+    model = load(tmp_path / "run", env[0], **{k: v for k, v in changes.items() if k != "n_envs"})
+    model.learn(4, callback=CheckpointCallback(2, tmp_path / "run"))
+    assert rows_of(load(tmp_path / "run", env[1])) == rows_of(model)
+
+
+def test_model_file_of_an_incomplete_checkpoint(tmp_path: Path) -> None:
+    make_model().learn(60, callback=CheckpointCallback(20, tmp_path / "run"))
+    (tmp_path / "run" / "ckpt-000002.json").unlink()
+    (path,) = (tmp_path / "run").glob("step-60-*.zip")
+    with pytest.raises(CheckpointError, match=r"never completed.*custom_objects"):
+        load(path)
+    assert load(path, custom_objects={"replay_buffer": None}).num_timesteps == 60
+    assert SoftSAC.load(path, device="cpu").num_timesteps == 60  # to predict
+    assert load(tmp_path / "run").num_timesteps == 40
+
+
+@pytest.mark.parametrize("frequencies", [(20, 20), (20, 40)])
+def test_two_folders(frequencies: tuple[int, int], tmp_path: Path) -> None:
+    def callbacks() -> list[BaseCallback]:
+        return [CheckpointCallback(n, tmp_path / str(i)) for i, n in enumerate(frequencies)]
+
+    model = make_model()
+    model.learn(80, callback=callbacks())
+    model.learn(40, callback=callbacks(), reset_num_timesteps=False)
+    for i, n in enumerate(frequencies):
+        kept = sorted(int(path.name.split("-")[1]) for path in (tmp_path / str(i)).glob("step-*.zip"))
+        assert kept == ([100, 120] if n == 20 else [80, 120])
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="no such signal on this system")
+def test_signal_when_the_callback_is_seldom_called(tmp_path: Path) -> None:
+    class Kill(BaseCallback):
+        def _on_step(self) -> bool:
+            if self.num_timesteps == 20:
+                os.kill(os.getpid(), signal.SIGUSR1)
+            return True
+
+    seldom = sb3_callbacks.EveryNTimesteps(1000, CheckpointCallback(1, tmp_path / "run"))
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGUSR1)
+    try:
+        with pytest.raises(SystemExit) as exit_info:
+            make_model().learn(100, callback=[seldom, Kill()])
+    finally:
+        signal.signal(signal.SIGTERM, before[0])
+        signal.signal(signal.SIGUSR1, before[1])
+    assert exit_info.value.code == 143
+    assert load(tmp_path / "run").num_timesteps == 20
+
+
+def test_seeds_at_load_make_different_runs(tmp_path: Path) -> None:
+    saved_model(tmp_path / "model.zip", 60)
+    runs = []
+    for seed in (5, 6, 5):
+        model = load(tmp_path / "model.zip", seed=seed)
+        batch = model.replay_buffer.sample(16).rewards.numpy()
+        model.learn(5)
+        runs.append((batch, np.asarray(model._last_obs)))
+    for part in range(2):
+        assert not np.array_equal(runs[0][part], runs[1][part])
+        np.testing.assert_array_equal(runs[0][part], runs[2][part])
+
+
+def test_new_folder_gets_a_best_model(tmp_path: Path) -> None:
+    def evaluations(folder: Path) -> EvalCallback:
+        return EvalCallback(pendulum(), eval_freq=20, n_eval_episodes=1, best_model_save_path=str(folder))
+
+    model = make_model()
+    model.learn(40, callback=evaluations(tmp_path / "old"))
+    model._callback.best_mean_reward = 0.0  # on another scale
+    model.save(tmp_path / "model.zip")
+    for folder, is_new in (("old", False), ("new", True)):
+        callback = evaluations(tmp_path / folder)
+        load(tmp_path / "model.zip").learn(20, callback=callback)
+        assert (callback.best_mean_reward < 0.0) == is_new
+    assert (tmp_path / "new" / "best_model.zip").exists()
+
+
+def test_models_can_be_copied_after_learning() -> None:
+    model = make_model()
+    model.learn(40, callback=CheckpointCallback(0, "unused", on_signal=False))
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        np.testing.assert_array_equal(
+            other.predict(np.ones((1, 3)), deterministic=True)[0], model.predict(np.ones((1, 3)), deterministic=True)[0]
+        )
+        other.learn(20)
+
+
+def test_functions_in_the_place_of_methods_are_not_saved(tmp_path: Path) -> None:
+    """The zoo's ParallelTrainCallback puts them there."""
+    model = make_model()
+    model.train = lambda *args, **kwargs: None  # type: ignore[method-assign]
+    model.learn(40)
+    model.save(tmp_path / "model.zip")
+    assert "train" not in vars(load(tmp_path / "model.zip"))
+
+
+def test_paths(tmp_path: Path) -> None:
+    model = saved_model(tmp_path / "Pendulum-v1.zip", tensorboard_log=tmp_path / "logs")
+    (tmp_path / "Pendulum-v1").mkdir()  # as the zoo does
+    assert load(tmp_path / "Pendulum-v1").tensorboard_log == tmp_path / "logs"
+    with pytest.raises(CheckpointError, match="no checkpoint"):
+        load(tmp_path / "logs")
+    with (tmp_path / "file").open("wb") as file:
+        file.write(b"something else")
+        with pytest.raises(ValueError, match="position 14"):
+            model.save(file)
+
+
+def test_what_is_given_at_load(tmp_path: Path) -> None:
+    model = saved_model(tmp_path / "model.zip")
+    loaded = load(tmp_path / "model.zip", learning_starts=500)
+    loaded.action_space.sample = None  # type: ignore[method-assign,assignment]  # no random actions any more
+    loaded.learn(20)
+    model.save(tmp_path / "included.zip", include=["lr_schedule"])
+    with pytest.raises(TypeError, match=r"exclude=\['stream'\]"):
+        model.stream = (i for i in range(3))
+        model.save(tmp_path / "other.zip")
+    assert not (tmp_path / "other.zip").exists()
+    model.save(tmp_path / "other.zip", exclude=["stream"])
+
+
+def test_continued_run_logs_to_its_own_folder(tmp_path: Path) -> None:
+    first = saved_model(tmp_path / "first.zip", tensorboard_log=str(tmp_path / "logs"))
+    second = saved_model(tmp_path / "second.zip", tensorboard_log=str(tmp_path / "logs"))
+    assert (first.logger.dir, second.logger.dir) == tuple(str(tmp_path / f"logs/SoftSAC_{i}") for i in (1, 2))
+    for name in ("first", "second"):
+        model = load(tmp_path / f"{name}.zip")
+        model.learn(20)
+        assert model.logger.dir == {"first": first, "second": second}[name].logger.dir
+        model.learn(20, reset_num_timesteps=True)
+        assert model.logger.dir not in (first.logger.dir, second.logger.dir)
