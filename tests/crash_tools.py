@@ -303,7 +303,7 @@ class Materialized:
 
     def become(self, tree: Tree) -> None:
         for path in sorted(self.tree, reverse=True):
-            if path not in tree:
+            if path not in tree or (tree[path] is None) != (self.tree[path] is None):
                 (self.root / path).rmdir() if self.tree[path] is None else (self.root / path).unlink()
         for path, data in sorted(tree.items()):
             if path in self.tree and self.tree[path] == data:

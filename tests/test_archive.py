@@ -222,7 +222,7 @@ def test_hostile_array_headers(data: bytes) -> None:
 
     def read() -> None:
         for shape in ((4, 3), (None, 3), (None, None)):
-            with pytest.raises(CheckpointError, match="x.npy in it"):
+            with pytest.raises(CheckpointError, match=r"x\.npy in it"):
                 reader.array("x.npy", np.dtype("<f4"), shape)
 
     needs_little(read, 20)
