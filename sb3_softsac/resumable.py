@@ -122,6 +122,11 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
         rollout = self._collect_rollout(*args)
         while rollout.continue_training and self._lacks_transitions(replay_buffer):
             if self.num_timesteps >= self._total_timesteps:
+                warnings.warn(
+                    f"Nothing was learned: the run went on without its replay buffer, and ended before the new one had "
+                    f"learning_starts={self.learning_starts} transitions. Lower it at load(), or train for longer.",
+                    stacklevel=3,
+                )
                 return rollout._replace(continue_training=False)  # ends here, without an update
             rollout = self._collect_rollout(*args)
         return rollout
