@@ -266,8 +266,7 @@ class ArchiveReader:
             n_bytes = math.prod(found_shape) * dtype.itemsize
             if n_bytes != self.sizes[name] - stream.tell():
                 raise CheckpointError(f"{what} has {self.sizes[name] - stream.tell()} bytes of data, not {n_bytes}.")
-            data = stream.read()
-        return np.frombuffer(data, dtype).reshape(found_shape)
+            return np.frombuffer(stream.read(), dtype).reshape(found_shape)
 
     def close(self) -> None:
         self._zip.close()

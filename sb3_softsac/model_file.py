@@ -290,7 +290,10 @@ def read_replay_buffer(path: str | Path | BinaryIO, buffer: SB3ReplayBuffer, all
 
 def _is_zip(path: str | Path | BinaryIO) -> bool:
     if not isinstance(path, str | os.PathLike):
-        return zipfile.is_zipfile(path)
+        position = path.tell()
+        found = zipfile.is_zipfile(path)
+        path.seek(position)  # a pickle is read from there
+        return found
     if Path(path).is_dir():
         return True
     with Path(path).open("rb") as file:

@@ -173,6 +173,17 @@ def test_a_truncated_file_is_not_its_last_member() -> None:
     refused(io.BytesIO(file.getvalue()[: end + 100]), "a part is missing")
 
 
+def test_members_that_are_passed_over() -> None:
+    """One bit in the length of a member's comment makes those that come after it a part of the comment."""
+    data = bytearray(write({}).getvalue())
+    last = data.rindex(b"PK\1\2")
+    first = data.rindex(b"PK\1\2", 0, last)
+    data[first + 33] ^= 0x40
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:  # else this shows nothing
+        assert archive.namelist() == ["tree"]
+    refused(io.BytesIO(data), "a part is missing")
+
+
 def test_our_file_without_its_index() -> None:
     """It would be taken for one of SB3's, and nothing of the run restored."""
     archive = ArchiveReader(rewritten(write({}), {INDEX: None, "data": b'{"gamma": {"$": "tuple"}}'}), "it")
@@ -184,14 +195,15 @@ def test_arrays_that_do_not_fit() -> None:
     reader = ArchiveReader(write({"x": np.zeros((4, 3), dtype=np.float32)}), "it")
     assert reader.array("x.npy", np.dtype("<f4"), (4, 3)).shape == (4, 3)
     for dtype, shape in (("<f8", (4, 3)), ("<f4", (4, 4)), ("<f4", (4,)), ("<f4", (None, 3, 1)), (">f4", (4, 3))):
-        with pytest.raises(CheckpointError, match=r"x.npy in it holds float32 of shape \(4, 3\)"):
+        with pytest.raises(CheckpointError, match=r"x\.npy in it holds float32 of shape \(4, 3\)"):
             reader.array("x.npy", np.dtype(dtype), shape)
     with pytest.raises(CheckpointError, match="no member y"):
         reader.array("y", np.dtype("<f4"), (1,))
 
 
-def header(text: str, data: bytes = bytes(48), version: int = 2) -> bytes:
-    return b"\x93NUMPY" + bytes([version, 0]) + len(text).to_bytes(4, "little") + text.encode() + data
+def header(text: str, data: bytes = bytes(48), version: int = 1) -> bytes:
+    length = len(text).to_bytes(2 if version == 1 else 4, "little")
+    return b"\x93NUMPY" + bytes([version, 0]) + length + text.encode() + data
 
 
 HEADERS = [
@@ -208,12 +220,19 @@ HEADERS = [
     header("(" * 5000),
     header("'''"),
     header("{'descr': '<f4', 'fortran_order': False, 'shape': (4, 3)}\n" + " " * 20000),
-    header("{'descr': '<f4', 'fortran_order': False, 'shape': (4, 3)}\n", version=1),
+    header("{'descr': '<f4', 'fortran_order': False, 'shape': (4, 3)}\n", version=2),
     header("{'descr': '<f4', 'fortran_order': False, 'shape': (4, 3)}\n", data=bytes(47)),
-    b"\x93NUMPY\x02\x00\xff\xff\xff\xff{}",
-    b"\x93NUMPY\x02",
+    b"\x93NUMPY\x01\x00\xff\xff{}",
+    b"\x93NUMPY\x01",
     b"",
 ]
+
+
+def test_a_right_array_header() -> None:
+    """The one that the others differ from."""
+    data = header("{'descr': '<f4', 'fortran_order': False, 'shape': (4, 3)}\n")
+    reader = ArchiveReader(rewritten(write({}), {"x.npy": data, INDEX: None}), "it")
+    np.testing.assert_array_equal(reader.array("x.npy", np.dtype("<f4"), (None, 3)), np.zeros((4, 3)))
 
 
 @pytest.mark.parametrize("data", HEADERS)

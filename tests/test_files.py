@@ -15,7 +15,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
-from crash_tools import OPERATIONS, Materialized, RecordedDisk, Shim, Tree, add_rows, contents, in_child
+from crash_tools import OPERATIONS, Materialized, RecordedDisk, Shim, Tree, add_rows, contents, in_child, without_sync
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from sb3_softsac import SoftSAC, files
@@ -85,7 +85,7 @@ class Faults:
             if name == "fsync":
                 self.unsynced.add(self.paths[args[0]])
             raise OSError(self.code, os.strerror(self.code))
-        result = function(*args)
+        result = without_sync(name, function, args)
         self.renamed |= name == "replace"
         if name == "open":
             self.paths[result] = pathlib.Path(args[0])
@@ -278,7 +278,7 @@ def save_until_killed(
             if count == at and not after:
                 os._exit(9)
             # A killed process loses nothing that the system has taken, synced or not
-            result = None if name == "fsync" else function(*args)
+            result = without_sync(name, function, args)
             if count == at:
                 os._exit(9)
             return result

@@ -23,6 +23,7 @@ import numpy as np
 import pytest
 import torch as th
 from crash_tools import in_child, load, make_buffer, mutate, needs_little, save_on
+from stable_baselines3.common.buffers import ReplayBuffer as SB3ReplayBuffer
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from sb3_softsac import SoftSAC, checkpoint, replay_state
@@ -332,6 +333,19 @@ def test_pickled_replay_buffers(tmp_path: pathlib.Path, env: DummyVecEnv, model:
             watched(path.parent, canary, work)
 
 
+def test_replay_buffers_of_sb3_when_trusted(model: SoftSAC, env: DummyVecEnv, tmp_path: pathlib.Path) -> None:
+    theirs = SB3ReplayBuffer(24, env.observation_space, env.action_space, device="cpu")
+    for i in range(5):
+        row = np.full((1, 3), i, dtype=np.float32)
+        theirs.add(row, row + 1, np.zeros((1, 1)), np.zeros(1), np.zeros(1), [{}])
+    (tmp_path / "buffer.pkl").write_bytes(pickle.dumps(theirs))
+    ours = SoftSAC("MlpPolicy", env, buffer_size=24, device="cpu")
+    for given in (tmp_path / "buffer.pkl", tmp_path / "buffer", io.BytesIO(pickle.dumps(theirs))):
+        ours.load_replay_buffer(given, allow_pickle=True)
+        assert ours.replay_buffer is not None
+        assert ours.replay_buffer.observations[:5, 0, 0].tolist() == [0, 1, 2, 3, 4]
+
+
 # -- Names -------------------------------------------------------------------------------------------------------------
 
 NAMES = [
@@ -495,6 +509,52 @@ def test_parameters_that_grow(whole: Any, env: DummyVecEnv) -> None:
         for name, data in bombs:
             with pytest.raises(CheckpointError, match=name):
                 SoftSAC.load(io.BytesIO(build({**members, name: data}, index)), env, device="cpu")
+
+    needs_little(work)
+
+
+def test_random_states_outside_of_their_memory(whole: Any, env: DummyVecEnv) -> None:
+    members, index = whole
+    for position in (-1, 10**6, 2**31 - 1, -(2**31)):
+        changed = json.loads(json.dumps(index))
+        changed["random"]["numpy"]["state"]["pos"] = position
+        with pytest.raises(CheckpointError, match=f"cannot be at position {position}"):
+            SoftSAC.load(io.BytesIO(build(members, changed)), env, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"segments": []}, "has 0 rows of 20"),
+        ({"segments": [[4, 20]]}, "lacks the rows from 0 on|has no member"),
+        ({"segments": [[0, 20], [0, 20]]}, "lacks the rows from 20 on"),
+        ({"segments": [[0, 10**12]]}, "holds float32 of shape"),
+        ({"segments": [[0, -1]]}, "holds float32 of shape"),
+        ({"segments": 3}, "cannot be read"),
+        ({"pos": 24}, "the next to be written is 24"),
+        ({"pos": -1}, "the next to be written is -1|has 20 rows"),
+        ({"pos": 10**30}, "the next to be written"),
+        ({"pos": float("nan")}, "cannot be read"),
+        ({"full": True}, "has 20 rows of 24"),
+        ({"buffer_size": 10**9, "full": True}, "has 20 rows of 1000000000"),
+        ({"buffer_size": 10**15}, "cannot be read"),
+        ({"buffer_size": -5}, "cannot be read|rows"),
+        ({"n_envs": 10**9}, "cannot be read|rows"),
+    ],
+)
+def test_rows_that_are_not_there(change: dict[str, Any], message: str, whole: Any, env: DummyVecEnv) -> None:
+    members, index = whole
+    changed = json.loads(json.dumps(index))
+    replay = changed["replay"]
+    for name, value in change.items():
+        part = replay["description"] if name in replay["description"] else replay
+        part = replay["state"]["own"] if name in replay["state"]["own"] else part
+        assert name in part
+        part[name] = value
+
+    def work() -> None:
+        with pytest.raises(CheckpointError, match=message):
+            SoftSAC.load(io.BytesIO(build(members, changed)), env, device="cpu")
 
     needs_little(work)
 
