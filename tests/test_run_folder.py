@@ -1,7 +1,8 @@
 """
 Folders of checkpoints: a disk that fails, a process that is killed, a power failure, damage, and the command line.
 
-The slow tests kill 2,400 processes and try 60,000 states of a disk whose power has failed; the others a part of them.
+The slow tests kill 2,900 processes, try 41,000 states of a disk whose power has failed, flip 110,000 bits and damage
+20,000 folders in other ways; the others do a part of it.
 """
 
 import errno
@@ -746,7 +747,7 @@ def test_flip_bits(two_runs: list[pathlib.Path]) -> None:
 def test_flip_every_bit(two_runs: list[pathlib.Path]) -> None:
     counts = flip_bits(two_runs[1], every=1)
     print(counts)
-    assert sum(counts.values()) > 50_000
+    assert sum(counts.values()) > 100_000
 
 
 def damage(runs: list[pathlib.Path], n: int) -> dict[str, int]:
