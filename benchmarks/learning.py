@@ -139,7 +139,10 @@ def run(args: argparse.Namespace) -> None:
     if (args.out / "run.json").exists():
         sys.exit(f"{args.out} already holds a run: choose another folder, or remove it.")
     th.set_num_threads(args.threads)
-    arguments = read_hyperparameters(args.config, args.env, args.algo)
+    arguments = {
+        **read_hyperparameters(args.config, args.env, args.algo),
+        **{name: yaml.safe_load(value) for name, value in args.option},
+    }
     options = {key: relative(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
     del options["do"]
     hyperparameters = {key: str(value) for key, value in arguments.items()}
@@ -153,10 +156,11 @@ def run(args: argparse.Namespace) -> None:
 def design(header: dict[str, Any]) -> str:
     """
     :param header: what ``run.json`` says of the run
-    :return: name of the algorithm, with that of its hyperparameters unless they are the default ones
+    :return: name of the algorithm, with that of its hyperparameters unless they are the default ones, and options
     """
     config = Path(header["config"]).stem
-    return str(header["algo"] if config == "softsac" else f"{header['algo']} {config}")
+    name = header["algo"] if config == "softsac" else f"{header['algo']} {config}"
+    return " ".join([name, *(f"{option}={value}" for option, value in header.get("option", []))])
 
 
 def plot(args: argparse.Namespace) -> None:
@@ -210,6 +214,10 @@ def main() -> None:
     command.add_argument(
         "--config", type=Path, default=ROOT / "hyperparams" / "softsac.yml", help="yml of the zoo's format"
     )
+    command.add_argument(
+        "--option", type=lambda text: text.split("=", 1), action="append", default=[], metavar="NAME=VALUE",
+        help="argument of the constructor, in place of the configuration's",
+    )  # fmt: skip
     command.add_argument("--threads", type=int, default=1, help="threads of PyTorch")
     command.add_argument("--device", default="cpu", help="device of the networks")
     command.add_argument("--eval-freq", type=int, default=5000, help="environment steps between evaluations")

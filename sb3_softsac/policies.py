@@ -108,13 +108,13 @@ class Actor(sb3_policies.Actor):
         Draw reparametrised actions.
 
         :param obs: batch of observations
-        :param noise: standard normal noise (B, A); None: drawn here. Not used by gSDE, whose noise is the exploration
-            matrix of the last ``reset_noise()``
+        :param noise: standard normal noise (B, A), or with gSDE (latent dim, A) for an exploration matrix; None: drawn
+            here, or with gSDE the matrix of the last ``reset_noise()``
         :return: scaled actions, their log-density and log_std
         """
         mean_actions, log_std, extra = self.get_action_dist_params(obs)
         if self.use_sde:
-            gaussian_actions = mean_actions + self._sde_noise(extra["latent_sde"])
+            gaussian_actions = mean_actions + self._sde_noise(extra["latent_sde"], noise)
             log_std = self._sde_log_std(log_std, extra["latent_sde"])
             log_prob = distributions.log_prob(gaussian_actions, mean_actions, log_std)
         else:
@@ -159,10 +159,14 @@ class Actor(sb3_policies.Actor):
             log_std = self._sde_log_std(log_std, extra["latent_sde"])
         return distributions.log_prob(distributions.unsquash(actions), mean_actions, log_std)
 
-    def _sde_noise(self, latent_sde: th.Tensor) -> th.Tensor:
-        """Features times the exploration matrix of the last ``reset_noise()``."""
+    def _sde_noise(self, latent_sde: th.Tensor, noise: th.Tensor | None = None) -> th.Tensor:
+        """Features times the exploration matrix made of the noise, or else that of the last ``reset_noise()``."""
         assert isinstance(self.action_dist, StateDependentNoiseDistribution)
-        return self.action_dist.get_noise(latent_sde)
+        if noise is None:
+            return self.action_dist.get_noise(latent_sde)
+        assert isinstance(self.log_std, nn.Parameter)
+        features = latent_sde if self.action_dist.learn_features else latent_sde.detach()
+        return th.mm(features, noise * self.action_dist.get_std(self.log_std))
 
     def _sde_log_std(self, log_std: th.Tensor, latent_sde: th.Tensor) -> th.Tensor:
         """Standard deviation that the exploration matrix gives each action (gSDE, https://arxiv.org/abs/2005.05719)."""

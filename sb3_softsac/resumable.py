@@ -615,7 +615,7 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
 
     def __getstate__(self) -> dict[str, Any]:
         """For ``deepcopy`` and ``pickle``: without what belongs to this process and its files."""
-        here = ("_callback", "_late_callbacks", "run_folders", "after_step")
+        here = ("_callback", "_late_callbacks", "run_folders", "after_step", "_execution")
         return {name: value for name, value in vars(self).items() if name not in here}
 
 

@@ -1,6 +1,5 @@
 """``SoftSAC``: the algorithm's arguments, its parts and their wiring."""
 
-from collections import defaultdict
 from collections.abc import Callable
 from typing import Any, ClassVar, cast
 
@@ -10,26 +9,35 @@ from gymnasium import spaces
 from stable_baselines3.common.base_class import maybe_make_env
 from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer
 from stable_baselines3.common.buffers import ReplayBuffer as SB3ReplayBuffer
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.distributions import StateDependentNoiseDistribution
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.policies import BasePolicy, ContinuousCritic
 from stable_baselines3.common.type_aliases import (
     GymEnv,
     Schedule,
+    TrainFreq,
+    TrainFrequencyUnit,
 )
 from stable_baselines3.common.utils import (
     FloatSchedule,
     update_learning_rate,
 )
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
+from torch import nn
 
+from sb3_softsac import threads
 from sb3_softsac.buffers import ReplayBuffer
 from sb3_softsac.distributions import log_action_scale
 from sb3_softsac.ent_coef import EntCoef, make_ent_coef
-from sb3_softsac.gradient_step import UpdateOptions, gradient_step
+from sb3_softsac.execution import Execution, NotFinite
+from sb3_softsac.gradient_step import UpdateOptions
 from sb3_softsac.policies import COUNTERPARTS, Actor, CnnPolicy, MlpPolicy, MultiInputPolicy, SoftSACPolicy
 from sb3_softsac.resumable import ResumableAlgorithm
+from sb3_softsac.type_aliases import ReplayBatch
 from sb3_softsac.validation import check_action_space, check_options
+
+MIN_COMPILED_UPDATES = 10_000  # compiling takes as long as it saves in about half as many
 
 
 class SoftSAC(ResumableAlgorithm):
@@ -77,6 +85,12 @@ class SoftSAC(ResumableAlgorithm):
     :param entropy_space: ``"normalized"``: entropy of actions scaled to [-1, 1]; ``"env"``: of actions in the
         environment's units, i.e. log_prob minus the sum of log((high - low) / 2)
     :param max_grad_norm: clip the norm of each network's gradient; None: do not
+    :param compile: ``"auto"``: compile the updates if ``learn()`` will do at least ``MIN_COMPILED_UPDATES`` in all;
+        True; False. The result is the same up to rounding. Where it cannot be done, a warning says why
+    :param matmul_precision: of the float32 matrix products of the updates, see ``torch.set_float32_matmul_precision``:
+        ``"highest"``, ``"high"`` or ``"medium"`` (bfloat16 products); None: what is set in torch (``"highest"``)
+    :param num_threads: threads of torch on the CPU. ``"auto"``: as many as the networks keep busy and as there are free
+        cores when ``learn()`` starts, unless torch or the environment (``OMP_NUM_THREADS``) was told otherwise
     :raises ValueError: for action spaces that are not bounded boxes, and for option values that are not valid
     """
 
@@ -91,6 +105,10 @@ class SoftSAC(ResumableAlgorithm):
     critic_target: ContinuousCritic
     actor_target: Actor | None
     action_space: spaces.Box
+
+    _execution: Execution | None = None
+    _compiles = False  # stays with the run, also when it is continued from a file
+    _threads: int | None = None  # likewise
 
     def __init__(
         self,
@@ -132,6 +150,9 @@ class SoftSAC(ResumableAlgorithm):
         ent_coef_loss: str = "log",
         entropy_space: str = "normalized",
         max_grad_norm: float | None = None,
+        compile: bool | str = "auto",
+        matmul_precision: str | None = None,
+        num_threads: int | str = "auto",
     ):
         if env is not None:
             env = maybe_make_env(env, verbose)
@@ -176,6 +197,9 @@ class SoftSAC(ResumableAlgorithm):
         self.ent_coef_loss = ent_coef_loss
         self.entropy_space = entropy_space
         self.max_grad_norm = max_grad_norm
+        self.compile = compile
+        self.matmul_precision = matmul_precision
+        self.num_threads = num_threads
 
         if _init_setup_model:
             self._setup_model()
@@ -295,6 +319,47 @@ class SoftSAC(ResumableAlgorithm):
         if seed is not None and isinstance(self.replay_buffer, ReplayBuffer):
             self.replay_buffer.seed(seed)
 
+    def _setup_learn(self, total_timesteps: int, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
+        total_timesteps, callback = super()._setup_learn(total_timesteps, *args, **kwargs)
+        if self.device.type == "cpu":
+            self._set_threads()
+        compiles = self.compile
+        if compiles == "auto":
+            compiles = (
+                self._compiles or self._n_updates + self._n_updates_ahead(total_timesteps) >= MIN_COMPILED_UPDATES
+            )
+        if compiles != self._compiles:
+            self._compiles, self._execution = bool(compiles), None
+        return total_timesteps, callback
+
+    def _n_updates_ahead(self, total_timesteps: int) -> int:
+        """Updates until then; episodes are taken to be as long as their time limit, or else 1,000 steps."""
+        steps = max(total_timesteps - max(self.num_timesteps, self.learning_starts), 0)
+        if self.gradient_steps < 0:
+            return int(steps)
+        assert isinstance(self.train_freq, TrainFreq) and self.env is not None
+        between = self.train_freq.frequency * self.env.num_envs
+        if self.train_freq.unit == TrainFrequencyUnit.EPISODE:
+            spec = getattr(self.env, "spec", None)
+            between *= getattr(spec, "max_episode_steps", None) or 1000
+        return int(steps // between * self.gradient_steps)
+
+    def _set_threads(self) -> None:
+        if self._threads is None or self.num_threads != "auto":
+            widest = max(
+                (layer.weight.numel() for layer in self.policy.modules() if isinstance(layer, nn.Linear)), default=0
+            )
+            self._threads = (
+                threads.choose(self.batch_size * widest) if self.num_threads == "auto" else int(self.num_threads)
+            )
+        if th.get_num_threads() != self._threads:
+            th.set_num_threads(self._threads)
+        self._say(f"Using {self._threads} of {threads.n_cores()} CPU cores (num_threads)")
+
+    def _say(self, text: str) -> None:
+        if self.verbose >= 1:
+            print(text)
+
     def train(self, gradient_steps: int, batch_size: int = 64) -> None:
         """
         Do some updates on freshly sampled minibatches and log their means.
@@ -303,25 +368,29 @@ class SoftSAC(ResumableAlgorithm):
         :param batch_size: minibatch size, B
         :raises ValueError: if a loss or its gradient is not finite
         """
-        assert self.replay_buffer is not None
         self.policy.set_training_mode(True)
         self._update_learning_rates()
-        options = self._update_options()
-
-        history: dict[str, list[th.Tensor]] = defaultdict(list)
-        for _ in range(gradient_steps):
-            batch = self.replay_buffer.sample(batch_size, env=self._vec_normalize_env)
-            metrics = gradient_step(self.policy, self._ent_coef, batch, options, self._n_updates)
-            self._n_updates += 1
-            for name, value in metrics.items():
-                history[name].append(value)
-
+        if self._execution is None:
+            self._execution = Execution(self.policy, self._ent_coef, self._compiles, self._say)
+        batches = (self._sample_batch(batch_size) for _ in range(gradient_steps))
+        precision = th.get_float32_matmul_precision()
+        th.set_float32_matmul_precision(self.matmul_precision or precision)
+        try:
+            n_done, means = self._execution(batches, self._update_options(), self._n_updates)
+        except NotFinite as error:
+            self._n_updates += error.n_done
+            raise
+        finally:
+            th.set_float32_matmul_precision(precision)
+            self._compiles = self._execution.compiles
+        self._n_updates += n_done
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
-        if not history:  # no updates asked for
-            return
-        means = th.stack([th.stack(values).mean() for values in history.values()]).tolist()  # one transfer for all
-        for name, mean in zip(history, means, strict=True):
+        for name, mean in means.items():
             self.logger.record(f"train/{name}", mean)
+
+    def _sample_batch(self, batch_size: int) -> ReplayBatch:
+        assert self.replay_buffer is not None
+        return self.replay_buffer.sample(batch_size, env=self._vec_normalize_env)
 
     def _update_options(self) -> UpdateOptions:
         assert isinstance(self.target_entropy, float)
@@ -375,7 +444,15 @@ class SoftSAC(ResumableAlgorithm):
                     setattr(dist, name, value.to(self.device))
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "actor", "critic", "critic_target", "actor_target", "_ent_coef"]
+        return [
+            *super()._excluded_save_params(),
+            "actor",
+            "critic",
+            "critic_target",
+            "actor_target",
+            "_ent_coef",
+            "_execution",
+        ]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         state_dicts = ["policy", "actor.optimizer", "critic.optimizer"]

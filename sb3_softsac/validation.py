@@ -72,6 +72,10 @@ def check_options(model: Any) -> None:
         require(optional or number or callable(rate), name, "a number >= 0 or a function of the remaining progress")
     for name in ("policy_delay_compensation", "use_actor_target"):
         require(isinstance(getattr(model, name), bool), name, "True or False")
+    require(model.compile in (True, False, "auto"), "compile", "True, False or 'auto'")
+    precisions = (None, "highest", "high", "medium")
+    require(model.matmul_precision in precisions, "matmul_precision", "'highest', 'high', 'medium' or None")
+    require(model.num_threads == "auto" or is_int(model.num_threads, 1), "num_threads", "an integer >= 1, or 'auto'")
     require(model.ent_coef_loss in ("log", "exp"), "ent_coef_loss", "'log' or 'exp'")
     require(model.entropy_space in ("normalized", "env"), "entropy_space", "'normalized' or 'env'")
     max_grad_norm = model.max_grad_norm

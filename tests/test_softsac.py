@@ -20,7 +20,7 @@ from torch import nn
 import sb3_softsac.softsac
 from sb3_softsac import SoftSAC
 from sb3_softsac.distributions import log_action_scale
-from sb3_softsac.gradient_step import gradient_step
+from sb3_softsac.gradient_step import update
 
 SMALL = {"policy_kwargs": {"net_arch": [16]}, "buffer_size": 500, "device": "cpu", "seed": 0}
 
@@ -80,7 +80,7 @@ def changes(model: SoftSAC, n_updates: int, chunk: int = 1) -> dict[str, list[in
             return metrics
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sb3_softsac.softsac, "gradient_step", spy)
+            patch.setattr(sb3_softsac.execution, "update", spy)
             model.train(gradient_steps=chunk, batch_size=16)
     return seen
 
@@ -297,11 +297,12 @@ def test_log_means_are_over_the_updates_of_one_train() -> None:
     kept: list[dict[str, th.Tensor]] = []
 
     def spy(*args: Any) -> Any:
-        kept.append(gradient_step(*args))
-        return kept[-1]
+        finite, metrics = update(*args)
+        kept.append(dict(metrics))
+        return finite, metrics
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sb3_softsac.softsac, "gradient_step", spy)
+        patch.setattr(sb3_softsac.execution, "update", spy)
         model.train(gradient_steps=5, batch_size=8)
     for key in ("critic_loss", "actor_loss", "entropy"):
         values = [metrics[key].item() for metrics in kept if key in metrics]

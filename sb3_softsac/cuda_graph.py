@@ -1,0 +1,68 @@
+"""A function that works in place on a GPU, replayed as a CUDA graph: one launch instead of hundreds."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch as th
+from torch.utils import _pytree as pytree
+
+Capture = Callable[[Callable[[], Any]], tuple[Callable[[], None], Any]]
+"""Takes a function without arguments; returns what replays it, and the outputs that a replay fills."""
+
+
+def capture(function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+    """
+    Capture without running.
+
+    :param function: asks the device nothing, and has been run before
+    :return: what replays it, and its outputs
+    """
+    graph = th.cuda.CUDAGraph()
+    with th.cuda.graph(graph):
+        outputs = function()
+    return graph.replay, outputs
+
+
+class CudaGraph:
+    """
+    Calls a function, from the second time on as a graph.
+
+    A graph reads and writes the addresses of its capture. Inputs are therefore copied to places of their own, and if a
+    tensor of the state has moved (an optimiser's, after its state was loaded), it is captured again.
+
+    :param function: takes tensors, in tuples and dicts; changes state in place; returns tensors and plain values
+    :param state: all tensors that it changes
+    :param capture: see :data:`Capture`
+    """
+
+    def __init__(self, function: Callable[..., Any], state: Callable[[], list[th.Tensor]], capture: Capture = capture):
+        self.function = function
+        self.n_captures = 0
+        self._state = state
+        self._capture = capture
+        self._warm = False
+        self._replay: Callable[[], None] | None = None
+        self._outputs: Any = None
+        self._inputs: list[th.Tensor] = []
+        self._key: Any = None
+
+    def __call__(self, *args: Any) -> Any:
+        if not self._warm:  # libraries set themselves up in the first run, which cannot be captured
+            self._warm = True
+            return self.function(*args)
+        inputs, spec = pytree.tree_flatten(args)
+        key = spec, [(x.shape, x.dtype) for x in inputs if x is not None], [x.data_ptr() for x in self._state()]
+        if key != self._key:
+            self._inputs = [None if x is None else x.clone() for x in inputs]
+            own_args = pytree.tree_unflatten(self._inputs, spec)
+            self._replay, self._outputs = self._capture(lambda: self.function(*own_args))
+            self._key = key
+            self.n_captures += 1
+        else:
+            for own, new in zip(self._inputs, inputs, strict=True):
+                if new is not None:
+                    own.copy_(new, non_blocking=True)
+        assert self._replay is not None
+        self._replay()
+        # The next replay overwrites them
+        return pytree.tree_map(lambda x: x.clone() if isinstance(x, th.Tensor) else x, self._outputs)

@@ -1,0 +1,308 @@
+"""
+How updates are run: eagerly, compiled, or as a CUDA graph, with the same result up to rounding.
+
+State stays where it always is, in modules and optimisers: a compiled update reads and writes their tensors in place, so
+that saving, loading and going from one way to another need no conversion.
+"""
+
+import time
+import types
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple, TypeVar, cast
+
+import torch as th
+from torch.optim import Optimizer
+
+from sb3_softsac.cuda_graph import CudaGraph
+from sb3_softsac.ent_coef import EntCoef
+from sb3_softsac.gradient_step import (
+    CHECKED,
+    EAGER,
+    PURE,
+    Due,
+    LearningRates,
+    Noise,
+    Parts,
+    UpdateOptions,
+    actor_gradients,
+    critic_gradients,
+    draw_noise,
+    due,
+    has_pure_step,
+    update,
+)
+from sb3_softsac.policies import SoftSACPolicy
+from sb3_softsac.type_aliases import ReplayBatch
+
+BACKEND = "inductor"
+MAX_VARIANTS = 16  # compiled forms of one update: each has its own options and parts that are due
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+class Outcome(NamedTuple):
+    """Scalars of one update: their names, and their values in one tensor (M,) on the device."""
+
+    names: tuple[str, ...]
+    values: th.Tensor
+
+
+Run = Callable[[ReplayBatch, Noise, th.Tensor], tuple[th.Tensor, tuple[str, ...], th.Tensor]]
+"""Does an update: whether all was finite before, and after; names and values of the metrics."""
+
+
+class Execution:
+    """
+    Runs the updates of one model.
+
+    :param policy: networks and their optimisers
+    :param ent_coef: entropy coefficient and its optimiser
+    :param compile: compile updates; on CUDA, also capture them in graphs
+    :param say: called with what a user may want to read
+    """
+
+    def __init__(self, policy: SoftSACPolicy, ent_coef: EntCoef, compile: bool, say: Callable[[str], None]):
+        self.policy = policy
+        self.ent_coef = ent_coef
+        self.compiles = compile
+        self.compile_seconds = 0.0  # spent until now
+        self._say = say
+        self._compiled: dict[tuple[Due, UpdateOptions], Run] = {}
+        device = policy.device
+        self._finite = th.ones((), dtype=th.bool, device=device)
+        rates = (critic := th.zeros((), device=device), th.zeros_like(critic), th.zeros_like(critic))
+        self._learning_rates = LearningRates(*rates)
+        self._values: list[float] = [0.0] * len(rates)
+
+    def __call__(
+        self, batches: Iterable[ReplayBatch], options: UpdateOptions, n_updates: int
+    ) -> tuple[int, dict[str, float]]:
+        """
+        Do updates, one for each minibatch.
+
+        :param batches: minibatches on the policy's device; each is asked for when the one before is done
+        :param options: constants of the updates
+        :param n_updates: updates done before
+        :return: updates done, and means of their metrics by log key
+        :raises NotFinite: if a loss or gradient is not finite; that optimiser's step and all after it were not done
+        """
+        self._set_learning_rates()
+        finite = self._finite
+        outcomes: list[Outcome] = []
+        for batch in batches:
+            what = due(options, n_updates + len(outcomes))
+            noise = draw_noise(self.policy, batch, what.actor_updates)
+            finite, names, values = self._run(batch, noise, finite, options, what)
+            outcomes.append(Outcome(names, values))
+        return len(outcomes), means(outcomes, n_updates)
+
+    def _run(
+        self, batch: ReplayBatch, noise: Noise, finite: th.Tensor, options: UpdateOptions, what: Due
+    ) -> tuple[th.Tensor, tuple[str, ...], th.Tensor]:
+        if self.compiles and self._has_state(what):
+            run = self._compiled.get((what, options))
+            if run is not None:
+                with tracing():
+                    return run(batch, noise, finite)
+            outcome = self._first_run(batch, noise, finite, options, what)
+            if outcome is not None:
+                return outcome
+        return self._eager_run(EAGER, options, what)(batch, noise, finite)
+
+    def _eager_run(self, parts: Parts, options: UpdateOptions, what: Due) -> Run:
+        policy, ent_coef, learning_rates = self.policy, self.ent_coef, self._learning_rates
+
+        def run(batch: ReplayBatch, noise: Noise, finite: th.Tensor) -> tuple[th.Tensor, tuple[str, ...], th.Tensor]:
+            finite, metrics = update(policy, ent_coef, batch, noise, learning_rates, finite, options, what, parts)
+            metrics["finite"] = finite.float()
+            return finite, tuple(metrics), th.stack([value.reshape(()) for value in metrics.values()])
+
+        return run
+
+    def _first_run(
+        self, batch: ReplayBatch, noise: Noise, finite: th.Tensor, options: UpdateOptions, what: Due
+    ) -> tuple[th.Tensor, tuple[str, ...], th.Tensor] | None:
+        """Compile, and do an update; None if that cannot be, with all as it was."""
+        before = [(tensor, tensor.detach().clone()) for tensor in self.tensors()]
+        start = time.perf_counter()
+        if not self._compiled:
+            self._say("Compiling the update: half a minute or so, a few seconds if it has been done before ...")
+        try:
+            if len(self._compiled) >= MAX_VARIANTS:
+                raise RuntimeError(f"its options have changed {MAX_VARIANTS} times")
+            run = self._compile(options, what)
+            with tracing():
+                outcome = run(batch, noise, finite)
+        except Exception as error:  # whatever a compiler may raise; if it is the user's own, the eager update raises it
+            self.compiles = False
+            self._compiled.clear()
+            with th.no_grad():
+                for tensor, value in before:
+                    tensor.copy_(value)
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            warnings.warn(
+                f"The update cannot be compiled and runs eagerly, which is slower: {reason}. compile=False says that "
+                "this is wanted.",
+                stacklevel=2,
+            )
+            return None
+        self._compiled[what, options] = run
+        seconds = time.perf_counter() - start
+        self.compile_seconds += seconds
+        self._say(f"Compiled in {seconds:.1f} s")
+        return outcome
+
+    def _compile(self, options: UpdateOptions, what: Due) -> Run:
+        check_torch()
+        if not all(has_pure_step(optimizer) for optimizer in self._optimizers(what)):
+            # What the optimiser does is its own: only the gradients are compiled
+            parts = EAGER._replace(critic=compiled(critic_gradients), actor=compiled(actor_gradients))
+            return self._eager_run(parts, options, what)
+        run = compiled(self._eager_run(PURE, options, what))
+        if self.policy.device.type != "cuda":
+            return run
+        self._place_steps()
+        return CudaGraph(run, self.tensors)
+
+    def _optimizers(self, what: Due) -> list[Optimizer]:
+        optimizers = [self.policy.critic.optimizer]
+        if what.actor_updates:
+            optimizers.append(self.policy.actor.optimizer)
+            if self.ent_coef.optimizer is not None:
+                optimizers.append(self.ent_coef.optimizer)
+        return optimizers
+
+    def _has_state(self, what: Due) -> bool:
+        """Optimisers make their state in their first step, which is left to them."""
+        return all(optimizer.state for optimizer in self._optimizers(what))
+
+    def _place_steps(self) -> None:
+        """Adam counts its steps on the CPU; a graph needs them where the parameters are."""
+        for optimizer in self._optimizers(Due(1, True)):
+            for state in optimizer.state.values():
+                if isinstance(state.get("step"), th.Tensor):
+                    state["step"] = state["step"].to(self.policy.device)
+
+    def tensors(self) -> list[th.Tensor]:
+        """
+        :return: all that an update changes
+        """
+        tensors = [*self.policy.parameters(), *self.policy.buffers()]
+        if self.ent_coef.log_ent_coef is not None:
+            tensors.append(self.ent_coef.log_ent_coef)
+        for optimizer in self._optimizers(Due(1, True)):
+            for state in optimizer.state.values():
+                tensors += [value for value in state.values() if isinstance(value, th.Tensor)]
+        return tensors
+
+    def _set_learning_rates(self) -> None:
+        optimizers = (self.policy.critic.optimizer, self.ent_coef.optimizer, self.policy.actor.optimizer)
+        for i, (rate, optimizer) in enumerate(zip(self._learning_rates, optimizers, strict=True)):
+            value = 0.0 if optimizer is None else float(optimizer.param_groups[0]["lr"])
+            if value != self._values[i]:
+                self._values[i] = value
+                rate.fill_(value)
+
+
+def means(outcomes: list[Outcome], n_updates: int) -> dict[str, float]:
+    """
+    Means of the metrics over the updates that have them, for one transfer from the device.
+
+    :param outcomes: of K updates
+    :param n_updates: updates done before
+    :return: means by name
+    :raises NotFinite: if a number was not finite
+    """
+    groups: dict[tuple[str, ...], list[th.Tensor]] = defaultdict(list)
+    for outcome in outcomes:
+        groups[outcome.names].append(outcome.values)
+    if not groups:
+        return {}
+    sums = th.cat([th.stack(values).sum(0) for values in groups.values()]).tolist()
+    totals: dict[str, list[float]] = defaultdict(list)
+    counts: dict[str, int] = defaultdict(int)
+    for names, values in groups.items():
+        for name in names:
+            totals[name].append(sums.pop(0))
+            counts[name] += len(values)
+    result = {name: sum(parts) / counts[name] for name, parts in totals.items()}
+    if result.pop("finite") < 1.0:
+        raise _not_finite(outcomes, n_updates)
+    return result
+
+
+class NotFinite(ValueError):
+    """
+    A loss or gradient was not finite.
+
+    :param message: what happened
+    :param n_done: updates that were completed before
+    """
+
+    def __init__(self, message: str, n_done: int):
+        super().__init__(message)
+        self.n_done = n_done
+
+
+def _not_finite(outcomes: list[Outcome], n_updates: int) -> NotFinite:
+    for i, outcome in enumerate(outcomes):
+        metrics = dict(zip(outcome.names, outcome.values.tolist(), strict=True))
+        if metrics["finite"]:
+            continue
+        for loss, norm in CHECKED:
+            values = {name: metrics[name] for name in (loss, norm) if name in metrics}
+            if any(value - value != 0.0 for value in values.values()):
+                break
+        said = f"{loss} is {metrics[loss]}" + (f" and the norm of its gradient {metrics[norm]}" if norm else "")
+        return NotFinite(
+            f"{said} at update {n_updates + i + 1}: this optimiser step was not taken. Check rewards and observations "
+            "for NaN, infinite or huge values; else lower the learning rate or set max_grad_norm.",
+            i,
+        )
+    raise AssertionError("all is finite")
+
+
+def compiled(function: Function) -> Function:
+    """
+    :param function: works on tensors and modules
+    :return: the same, compiled as one graph when it is first called, within :func:`tracing`
+    """
+    # Compiled forms belong to a code object, and only so many to each: the models of one process must not share it
+
+    from sb3_softsac import onednn
+
+    own = types.FunctionType(
+        function.__code__.replace(),  # type: ignore[attr-defined]
+        function.__globals__,  # type: ignore[attr-defined]
+        function.__name__,
+        function.__defaults__,  # type: ignore[attr-defined]
+        function.__closure__,  # type: ignore[attr-defined]
+    )
+    if BACKEND != "inductor":
+        return cast(Function, th.compile(own, fullgraph=True, dynamic=False, backend=BACKEND))
+    options: dict[str, Any] = {"fallback_random": True, "size_asserts": False, "alignment_asserts": False}
+    if onednn.is_faster():
+        options["post_grad_custom_post_pass"] = onednn.OneDNNProducts()
+    known = set(th._inductor.list_options())
+    options = {name: value for name, value in options.items() if name in known}
+    return cast(Function, th.compile(own, fullgraph=True, dynamic=False, options=options))
+
+
+def check_torch() -> None:
+    """
+    :raises RuntimeError: if this torch cannot compile an update
+    """
+    import torch._dynamo
+
+    if not hasattr(torch._dynamo.config, "trace_autograd_ops"):
+        raise RuntimeError(f"torch {th.__version__} cannot compile gradients, 2.11 and newer can")
+
+
+def tracing() -> AbstractContextManager[Any]:
+    """
+    :return: context in which a function that takes gradients can be compiled
+    """
+    return th._dynamo.config.patch(trace_autograd_ops=True)
