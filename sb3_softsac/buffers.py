@@ -328,6 +328,18 @@ class ReplayBuffer(SB3ReplayBuffer):
             discounts=None if discounts is None else tensor(discounts.reshape(-1, 1)),
         )
 
+    def to_torch(self, array: np.ndarray, copy: bool = True) -> th.Tensor:
+        """
+        As in SB3; to a GPU without waiting for it.
+
+        :param array: any shape
+        :param copy: the tensor must not share the array's memory
+        :return: tensor on the buffer's device
+        """
+        if self.device.type != "cuda":
+            return super().to_torch(array, copy)
+        return th.from_numpy(array).pin_memory().to(self.device, non_blocking=True)
+
     def _returns(
         self, batch_inds: np.ndarray, env_indices: np.ndarray, env: VecNormalize | None
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:

@@ -43,7 +43,7 @@ class CudaGraph:
         self._warm = False
         self._replay: Callable[[], None] | None = None
         self._outputs: Any = None
-        self._inputs: list[th.Tensor] = []
+        self._inputs: list[th.Tensor | None] = []
         self._key: Any = None
 
     def __call__(self, *args: Any) -> Any:
@@ -60,7 +60,7 @@ class CudaGraph:
             self.n_captures += 1
         else:
             for own, new in zip(self._inputs, inputs, strict=True):
-                if new is not None:
+                if own is not None:
                     own.copy_(new, non_blocking=True)
         assert self._replay is not None
         self._replay()

@@ -10,7 +10,7 @@ import types
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch as th
@@ -105,7 +105,7 @@ class Execution:
         if self.compiles and self._has_state(what):
             run = self._compiled.get((what, options))
             if run is not None:
-                with tracing():
+                with suppress(th._dynamo.exc.TorchDynamoException):  # it has to be compiled anew
                     return run(batch, noise, finite)
             outcome = self._first_run(batch, noise, finite, options, what)
             if outcome is not None:
@@ -234,6 +234,23 @@ def means(outcomes: list[Outcome], n_updates: int) -> dict[str, float]:
     return result
 
 
+def portable(state: dict[str, Any]) -> dict[str, Any]:
+    """
+    :param state: state dict of a module or an optimiser
+    :return: the same, with the step counters of an optimiser that a graph has moved back on the CPU, where it expects
+        them
+    """
+    groups = state.get("param_groups")
+    if not groups or any(group.get("capturable") or group.get("fused") for group in groups):
+        return state
+
+    def on_cpu(name: str, value: Any) -> Any:
+        return value.cpu() if name == "step" and isinstance(value, th.Tensor) else value
+
+    per_parameter = {key: {n: on_cpu(n, v) for n, v in values.items()} for key, values in state["state"].items()}
+    return {**state, "state": per_parameter}
+
+
 class NotFinite(ValueError):
     """
     A loss or gradient was not finite.
@@ -272,20 +289,23 @@ def compiled(function: Function) -> Function:
     """
     # Compiled forms belong to a code object, and only so many to each: the models of one process must not share it
 
-    from sb3_softsac import onednn
+    from sb3_softsac.products import Products, onednn_is_faster
 
     own = types.FunctionType(
-        function.__code__.replace(),  # type: ignore[attr-defined]
-        function.__globals__,  # type: ignore[attr-defined]
+        function.__code__.replace(),
+        function.__globals__,
         function.__name__,
-        function.__defaults__,  # type: ignore[attr-defined]
-        function.__closure__,  # type: ignore[attr-defined]
+        function.__defaults__,
+        function.__closure__,
     )
     if BACKEND != "inductor":
         return cast(Function, th.compile(own, fullgraph=True, dynamic=False, backend=BACKEND))
-    options: dict[str, Any] = {"fallback_random": True, "size_asserts": False, "alignment_asserts": False}
-    if onednn.is_faster():
-        options["post_grad_custom_post_pass"] = onednn.OneDNNProducts()
+    options: dict[str, Any] = {
+        "fallback_random": True,  # the same random numbers as in an eager update, in layers such as dropout
+        "size_asserts": False,
+        "alignment_asserts": False,
+        "post_grad_custom_post_pass": Products(onednn_is_faster()),
+    }
     known = set(th._inductor.list_options())
     options = {name: value for name, value in options.items() if name in known}
     return cast(Function, th.compile(own, fullgraph=True, dynamic=False, options=options))

@@ -291,7 +291,7 @@ def pure_step(
         with th.no_grad():
             before = [tensor.clone() for tensor in changing]  # costs nothing in a compiled update
             adam(
-                updated,  # type: ignore[arg-type]
+                updated,
                 [gradient_of[p] for p in updated],  # type: ignore[misc]
                 [state["exp_avg"] for state in states],
                 [state["exp_avg_sq"] for state in states],
@@ -305,7 +305,7 @@ def pure_step(
                 amsgrad=group["amsgrad"],
                 beta1=group["betas"][0],
                 beta2=group["betas"][1],
-                lr=learning_rate,  # type: ignore[arg-type]
+                lr=learning_rate,
                 weight_decay=group["weight_decay"],
                 eps=group["eps"],
                 maximize=group["maximize"],

@@ -292,6 +292,12 @@ class SoftSACPolicy(sb3_policies.SACPolicy):
             state_dict = {**state_dict, **{prefix + name.removeprefix("actor."): actor[name] for name in actor}}
         return super().load_state_dict(state_dict, *args, **kwargs)
 
+    def set_training_mode(self, mode: bool) -> None:
+        """As in SB3, which takes 0.1 ms for what is done three times in each step of training."""
+        _set_training_mode(self.actor, mode)
+        _set_training_mode(self.critic, mode)
+        self.training = mode
+
     def targets(self) -> list[tuple[nn.Module, nn.Module]]:
         """
         :return: pairs of a network and its slowly moving copy
@@ -304,6 +310,17 @@ class SoftSACPolicy(sb3_policies.SACPolicy):
     def evaluate_actions(self, obs: TorchObs, actions: th.Tensor) -> th.Tensor:
         """See ``Actor.evaluate_actions``."""
         return self.actor.evaluate_actions(obs, actions)
+
+
+def _set_training_mode(module: nn.Module, mode: bool) -> None:
+    """``module.train(mode)`` without torch's check of each assignment."""
+    if type(module).train is not nn.Module.train:
+        module.train(mode)
+        return
+    vars(module)["training"] = mode
+    for child in vars(module)["_modules"].values():
+        if child is not None:
+            _set_training_mode(child, mode)
 
 
 MlpPolicy = SoftSACPolicy

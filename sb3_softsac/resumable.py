@@ -15,11 +15,13 @@ from typing import Any, BinaryIO, TypeVar, cast
 
 import numpy as np
 import torch as th
+from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.buffers import ReplayBuffer as SB3ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger, configure
 from stable_baselines3.common.noise import ActionNoise, VectorizedActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import (
     GymEnv,
     MaybeCallback,
@@ -34,6 +36,7 @@ from stable_baselines3.common.utils import (
 )
 from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
+from stable_baselines3.sac.policies import SACPolicy
 
 from sb3_softsac import callback_state, env_state, model_file, replay_state
 from sb3_softsac.archive import ArchiveReader, ArchiveWriter, CheckpointError, naming
@@ -91,7 +94,23 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
     ) -> tuple[np.ndarray, np.ndarray]:
         # SB3's one number says both when learning starts and when random actions end
         random_steps = learning_starts if self.random_steps is None else self.random_steps
-        return super()._sample_action(0 if self._warmed_up else random_steps, action_noise, n_envs)
+        random_steps = 0 if self._warmed_up else random_steps
+        if self._predicts_its_own_way() or self.num_timesteps < random_steps:
+            return super()._sample_action(random_steps, action_noise, n_envs)
+        # As SB3's predict(), without its way there and back between scaled actions and those of the environment
+        assert self._last_obs is not None
+        with th.no_grad():
+            actions = self.actor(self.policy.obs_to_tensor(self._last_obs)[0]).cpu().numpy()
+        scaled_actions = actions.reshape(-1, *cast(Any, self.action_space).shape)
+        if action_noise is not None:
+            scaled_actions = np.clip(scaled_actions + action_noise(), -1, 1)
+        return self.policy.unscale_action(scaled_actions), scaled_actions
+
+    def _predicts_its_own_way(self) -> bool:
+        """Whether a user has replaced SB3's methods."""
+        sb3s = (BaseAlgorithm.predict, BasePolicy.predict, SACPolicy._predict)
+        methods = (self.predict, self.policy.predict, self.policy._predict)
+        return any(getattr(m, "__func__", None) is not sb3 for m, sb3 in zip(methods, sb3s, strict=True))
 
     def collect_rollouts(
         self,

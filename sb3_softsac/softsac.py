@@ -26,7 +26,7 @@ from stable_baselines3.common.utils import (
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 from torch import nn
 
-from sb3_softsac import threads
+from sb3_softsac import execution, threads
 from sb3_softsac.buffers import ReplayBuffer
 from sb3_softsac.distributions import log_action_scale
 from sb3_softsac.ent_coef import EntCoef, make_ent_coef
@@ -442,6 +442,15 @@ class SoftSAC(ResumableAlgorithm):
             for name, value in (("exploration_mat", matrix), ("exploration_matrices", matrices)):
                 if getattr(dist, name).shape == value.shape:  # else the number of environments has changed
                     setattr(dist, name, value.to(self.device))
+
+    def get_parameters(self) -> dict[str, dict[str, Any]]:
+        """
+        As in SB3, and the same however the updates are run.
+
+        :return: state dicts of policy and optimisers, by name
+        """
+        parameters = super().get_parameters()
+        return {name: execution.portable(state) for name, state in parameters.items()}
 
     def _excluded_save_params(self) -> list[str]:
         return [

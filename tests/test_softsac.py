@@ -20,7 +20,7 @@ from torch import nn
 import sb3_softsac.softsac
 from sb3_softsac import SoftSAC
 from sb3_softsac.distributions import log_action_scale
-from sb3_softsac.gradient_step import update
+from sb3_softsac.gradient_step import actor_gradients, update
 
 SMALL = {"policy_kwargs": {"net_arch": [16]}, "buffer_size": 500, "device": "cpu", "seed": 0}
 
@@ -67,17 +67,17 @@ def changes(model: SoftSAC, n_updates: int, chunk: int = 1) -> dict[str, list[in
         before = snapshot(model)
 
         def spy(
-            *args: Any, before: dict[str, th.Tensor] = before, updates: Any = updates, step: Callable = gradient_step
+            *args: Any, before: dict[str, th.Tensor] = before, updates: Any = updates, step: Callable = update
         ) -> Any:
-            metrics = step(*args)
-            update, after = next(updates), snapshot(model)
+            outcome = step(*args)
+            number, after = next(updates), snapshot(model)
             for name in after:
                 if not th.equal(before[name], after[name]):
                     part = name.split(".")[0]
-                    if update not in seen.setdefault(part, []):
-                        seen[part].append(update)
+                    if number not in seen.setdefault(part, []):
+                        seen[part].append(number)
             before.update(after)
-            return metrics
+            return outcome
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sb3_softsac.execution, "update", spy)
@@ -165,7 +165,7 @@ def test_actor_target_gives_the_next_actions() -> None:
 
         actor.sample = spy
     model.train(gradient_steps=1, batch_size=8)
-    assert sampled == ["actor", "actor_target"]
+    assert sampled == ["actor_target", "actor"]
     assert not model.actor_target.training
 
 
@@ -258,10 +258,7 @@ def test_actor_step_leaves_no_gradient_in_the_critics() -> None:
     assert not any(th.equal(g, p.grad) for g, p in zip(gradients, model.critic.parameters(), strict=True))
     model.critic.optimizer.zero_grad()
     batch = model.replay_buffer.sample(8)
-    pi = model.actor.sample(batch.observations)
-    from sb3_softsac.gradient_step import _step_actor
-
-    _step_actor(model.policy, batch, pi, th.tensor(0.1), model._update_options(), {}, 0)
+    actor_gradients(model.policy, model._ent_coef, batch, th.randn(8, 1), th.tensor(0.1), model._update_options())
     assert all(parameter.grad is None for parameter in model.critic.parameters())
 
 

@@ -1,0 +1,622 @@
+"""
+Speed of SoftSAC beside Stable-Baselines3's SAC and SBX's (JAX), with the same hyperparameters, on the CPU (Linux).
+
+    python benchmarks/speed.py run --sbx-python sbx/bin/python
+    python benchmarks/speed.py run --cells pendulum envs4 --arms sb3 compiled --threads 2 --repeats 3 --dry-run
+    python benchmarks/speed.py run --quick --output quick/runs.jsonl
+    python benchmarks/speed.py report
+
+``run`` measures each cell (a task, and how it is trained on) with each arm (who trains) in a process of its own. All is
+done once before anything is repeated, so that a busy spell of the machine hits all arms alike. Each result is appended
+to a file at once; a benchmark that is started again goes on where it stopped. ``report`` prints tables, and writes
+``summary.json`` and ``speed.png`` beside that file.
+
+A process gets as many cores as it may have threads: JAX cannot be told a number of threads.
+
+SBX needs an environment of its own:
+
+    python3.11 -m venv sbx
+    sbx/bin/pip install sbx-rl==0.28.0 jax==0.10.2 jaxlib==0.10.2 flax==0.12.8 optax==0.2.8 \\
+        tfp-nightly==0.26.0.dev20261027 stable-baselines3==2.9.2 torch==2.13.0 numpy==2.4.6 \\
+        "gymnasium[mujoco]==1.4.0" mujoco==4.0.0
+"""
+
+import argparse
+import importlib
+import json
+import os
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from importlib.metadata import distributions
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from record import RESULTS, markdown_table, relative, write_json
+
+# Libraries are imported where they are used: SBX's environment does not have all of them, and Linux counts the memory
+# of the process that starts another one into the other's peak
+
+FIRST_COMPILATION = 25  # seconds more than another time, for the estimate
+LEARNING_STARTS = 1000
+BUFFER_SIZE = 1_000_000
+FILLS = (1_000, 10_000, 100_000, 1_000_000)
+LIMIT_SIZE = 2048  # the rate of products of this size is called the machine's limit
+SIZES = (LIMIT_SIZE, 256)
+COMPILED_CODE = Path(tempfile.gettempdir()) / f"softsac-speed-{os.getuid()}"
+VERSIONS = ("sb3-softsac", "stable-baselines3", "torch", "sbx-rl", "jax", "jaxlib", "gymnasium", "mujoco", "numpy")
+
+
+class Arm(NamedTuple):
+    """Who trains."""
+
+    label: str
+    colour: str
+    algorithm: str
+    rate: float  # HalfCheetah's steps per second; this and the next are only for the estimate
+    start: float  # seconds before the first step and for compilation
+    options: dict[str, Any] = {}  # noqa: RUF012
+
+
+class Cell(NamedTuple):
+    """What is trained on, and how. All else is as in SB3's SAC by default."""
+
+    label: str
+    env: str
+    steps: int  # timed
+    batch_size: int = 256
+    n_envs: int = 1
+    train_freq: int = 1
+    gradient_steps: int = 1
+
+
+ARMS = {
+    "sb3": Arm("SB3", "0.75", "stable_baselines3.SAC", 137, 3),
+    "eager": Arm("SoftSAC, eager", "C9", "sb3_softsac.SoftSAC", 170, 3, {"compile": False}),
+    "compiled": Arm("SoftSAC, compiled", "C0", "sb3_softsac.SoftSAC", 350, 10, {"compile": True}),
+    "bf16": Arm(
+        "SoftSAC, bfloat16", "navy", "sb3_softsac.SoftSAC", 400, 10, {"compile": True, "matmul_precision": "medium"}
+    ),
+    "sbx": Arm("SBX", "C1", "sbx.SAC", 200, 8),
+}
+CELLS = {
+    "halfcheetah": Cell("HalfCheetah", "HalfCheetah-v5", 1024),
+    "humanoid": Cell("Humanoid", "Humanoid-v5", 768),
+    "pendulum": Cell("Pendulum", "Pendulum-v1", 1024),
+    "batch1024": Cell("HalfCheetah,\nbatches of 1024", "HalfCheetah-v5", 384, batch_size=1024),
+    "freq32": Cell("HalfCheetah,\n32 updates each 32 steps", "HalfCheetah-v5", 1024, train_freq=32, gradient_steps=32),
+    "envs4": Cell("4 HalfCheetahs", "HalfCheetah-v5", 1024, n_envs=4, gradient_steps=-1),
+    "envs16": Cell("16 HalfCheetahs", "HalfCheetah-v5", 1024, n_envs=16, gradient_steps=-1),
+}
+DEFAULT_CELLS = ("halfcheetah", "humanoid")
+BUFFER_ARMS = ("sb3", "eager", "compiled")  # of the cell "buffer"
+
+Settings = dict[str, Any]
+Numbers = dict[str, float]
+Row = dict[str, Any]
+"""One measurement: ``settings``, ``numbers``, ``versions``, whether it was the ``first_compilation``, ``seconds``."""
+
+
+# What a process of its own measures
+
+
+def work(args: argparse.Namespace) -> None:
+    """
+    Measure one thing, and print it as one line of JSON.
+
+    :param args: arguments of the command ``worker``
+    """
+    settings: Settings = json.loads(args.settings)
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < settings["threads"]:
+        sys.exit(f"{settings['threads']} threads need as many cores, but this process may only use {len(cores)}.")
+    os.sched_setaffinity(0, cores[: settings["threads"]])  # before JAX is imported, which counts them
+    measure = {"train": measure_training, "buffer": measure_buffer, "products": measure_products}[settings["kind"]]
+    installed = {found.metadata["Name"].lower().replace("_", "-"): found.version for found in distributions()}
+    versions = {name: installed[name] for name in VERSIONS if name in installed}
+    print(json.dumps({"numbers": measure(settings), "versions": versions}))
+
+
+def make_model(settings: Settings) -> tuple[Any, float]:
+    """
+    :param settings: of the measurement
+    :return: model, and when its construction began, after all imports
+    """
+    import torch as th
+    from stable_baselines3.common.env_util import make_vec_env
+
+    arm = ARMS[settings["arm"]]
+    module, _, name = arm.algorithm.partition(".")
+    algorithm = getattr(importlib.import_module(module), name)
+    options = {**arm.options, "num_threads": settings["threads"]} if arm.options else {}
+    th.set_num_threads(settings["threads"])
+    env = make_vec_env(settings["env"], settings["n_envs"], seed=settings["repeat"])
+    start = time.perf_counter()
+    model = algorithm(
+        "MlpPolicy",
+        env,
+        learning_rate=3e-4,
+        buffer_size=BUFFER_SIZE,
+        learning_starts=LEARNING_STARTS,
+        batch_size=settings["batch_size"],
+        tau=0.005,
+        gamma=0.99,
+        train_freq=settings["train_freq"],
+        gradient_steps=settings["gradient_steps"],
+        ent_coef="auto",  # begins with 1
+        policy_kwargs={"net_arch": [256, 256], "n_critics": 2},  # with ReLU and Adam
+        seed=settings["repeat"],
+        device="cpu",
+        **options,
+    )
+    return model, start
+
+
+def measure_training(settings: Settings) -> Numbers:
+    """
+    Train: through warm-up and compilation first, then as many steps as are to be timed.
+
+    :param settings: of the measurement
+    :return: what it took
+    """
+    begin = time.perf_counter()
+    model, start = make_model(settings)
+    marks: dict[str, tuple[float, int, int]] = {}
+
+    def on_step(_locals: dict[str, Any], _globals: dict[str, Any]) -> bool:
+        now = time.perf_counter(), model.num_timesteps, model._n_updates
+        marks.setdefault("first", now)
+        if model._n_updates < settings["warmup_updates"]:
+            return True
+        marks.setdefault("warm", now)
+        marks["end"] = now
+        return bool(model.num_timesteps < marks["warm"][1] + settings["steps"])
+
+    model.learn(LEARNING_STARTS + 10 * (settings["warmup_updates"] + settings["steps"]), callback=on_step)
+    (warm, warm_steps, warm_updates), (end, end_steps, end_updates) = marks["warm"], marks["end"]
+    numbers = {
+        "import_seconds": start - begin,
+        "first_step_seconds": marks["first"][0] - start,
+        "warm_seconds": warm - start,
+        "warm_steps": warm_steps,
+        "updates_per_step": (end_updates - warm_updates) / (end_steps - warm_steps),
+        "steps_per_second": (end_steps - warm_steps) / (end - warm),
+        "updates_per_second": updates_per_second(model, settings),
+        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+    if compiles(settings):
+        if not model._execution.compiles:
+            sys.exit("The update could not be compiled: see the warning.")
+        numbers["compile_seconds"] = model._execution.compile_seconds
+    if settings["arm"] != "sbx":
+        numbers["flop_per_update"] = count_operations(model, settings["batch_size"])
+    return numbers
+
+
+def updates_per_second(model: Any, settings: Settings) -> float:
+    """
+    :param model: trained for a while
+    :param settings: of the measurement
+    :return: updates per second, sampling included; as many in one call as in training
+    """
+    n_at_once = settings["gradient_steps"]
+    if n_at_once < 0:
+        n_at_once = settings["train_freq"] * settings["n_envs"]
+    n_calls = -(-settings["updates"] // n_at_once)
+    start = time.perf_counter()
+    for _ in range(n_calls):
+        model.train(gradient_steps=n_at_once, batch_size=settings["batch_size"])
+    if settings["arm"] == "sbx":
+        jax = importlib.import_module("jax")
+        jax.block_until_ready((model.policy.qf_state, model.policy.actor_state, model.ent_coef_state))
+    return float(n_calls * n_at_once / (time.perf_counter() - start))
+
+
+def count_operations(model: Any, batch_size: int) -> int:
+    """
+    :param model: SB3's or SoftSAC's, trained for a while; all that was to be timed has been
+    :param batch_size: minibatch size
+    :return: floating-point operations of one eager update, those in matrix products
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+
+    if hasattr(model, "_execution"):  # SoftSAC's: the counter does not see what compiled code does
+        model._compiles, model._execution = False, None
+    with FlopCounterMode(display=False) as counter:
+        model.train(gradient_steps=1, batch_size=batch_size)
+    return counter.get_total_flops()
+
+
+def measure_buffer(settings: Settings) -> Numbers:
+    """
+    Sample and update with more and more transitions in the replay buffer.
+
+    :param settings: of the measurement
+    :return: seconds of one ``sample``, and of one update with its sample, by number of transitions
+    """
+    import numpy as np
+
+    model, _ = make_model(settings)
+    model.learn(LEARNING_STARTS + 10)  # compiles
+    buffer, batch_size = model.replay_buffer, settings["batch_size"]
+    timed: dict[str, Callable[[], Any]] = {
+        "sample": lambda: buffer.sample(batch_size),
+        "update": lambda: model.train(gradient_steps=1, batch_size=batch_size),
+    }
+    rng, filled, numbers = np.random.default_rng(0), 0, {}
+    for rows in settings["fills"]:
+        # SoftSAC's next observations are not an array of their own
+        arrays = [vars(buffer).get(name) for name in ("observations", "next_observations", "actions", "rewards")]
+        for array in arrays:
+            if array is not None:
+                array[filled:rows] = rng.random(array[filled:rows].shape, dtype=np.float32)
+        filled, buffer.pos, buffer.full = rows, rows % buffer.buffer_size, rows == buffer.buffer_size
+        for name, function in timed.items():
+            function()
+            start = time.perf_counter()
+            for _ in range(settings["updates"]):
+                function()
+            numbers[f"{name}_seconds_{rows}"] = (time.perf_counter() - start) / settings["updates"]
+    if compiles(settings):
+        numbers["compile_seconds"] = model._execution.compile_seconds
+    return numbers
+
+
+def measure_products(settings: Settings) -> Numbers:
+    """
+    float32 products of square matrices, by the BLAS that torch calls and by oneDNN.
+
+    :param settings: of the measurement
+    :return: operations per second, the best of several rounds, by library and size
+    """
+    import torch as th
+
+    th.set_num_threads(settings["threads"])
+    libraries: dict[str, Callable[[th.Tensor, th.Tensor], th.Tensor]] = {"BLAS": th.mm}
+    if th.backends.mkldnn.is_available():
+        libraries["oneDNN"] = lambda a, b: th.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+    numbers = {}
+    for size in SIZES:
+        a, b, n_calls = th.randn(size, size), th.randn(size, size), max(1, 1024**3 // size**3)
+        for name, product in libraries.items():
+            seconds = []
+            for _ in range(settings["rounds"]):
+                start = time.perf_counter()
+                for _ in range(n_calls):
+                    product(a, b)
+                seconds.append(time.perf_counter() - start)
+            numbers[f"{name}_{size}"] = 2 * size**3 * n_calls / min(seconds)
+    return numbers
+
+
+# Which processes are run
+
+
+def plan(args: argparse.Namespace) -> list[Settings]:
+    """
+    :param args: arguments of the command ``run``
+    :return: settings of all measurements, in their order
+    """
+    updates, rounds, fills = (20, 2, FILLS[:2]) if args.quick else (300, 10, FILLS)
+    measurements: list[Settings] = []
+    for repeat in range(1, 1 + (1 if args.quick else args.repeats)):
+        for threads in args.threads:
+            shared = {"arm": "", "threads": threads, "repeat": repeat}
+            measurements.append({"kind": "products", "cell": "products", **shared, "rounds": rounds})
+        for name in args.cells:
+            cell = CELLS["halfcheetah" if name == "buffer" else name]
+            rollout = cell.train_freq * cell.n_envs
+            steps = -(-(args.steps or (64 if args.quick else cell.steps)) // rollout) * rollout  # whole rollouts
+            own = {"warmup_updates": updates, "updates": updates, **cell._asdict(), "steps": steps}
+            del own["label"]
+            for threads in args.threads:
+                for arm in args.arms:
+                    shared = {"cell": name, "arm": arm, "threads": threads, "repeat": repeat, **own}
+                    if name != "buffer":
+                        measurements.append({"kind": "train", **shared})
+                    elif arm in BUFFER_ARMS:
+                        measurements.append({"kind": "buffer", **shared, "fills": list(fills)})
+    return measurements
+
+
+def compiles(settings: Settings) -> bool:
+    """
+    :param settings: of a measurement
+    :return: whether an update of SoftSAC is compiled
+    """
+    return settings["arm"] in ARMS and bool(ARMS[settings["arm"]].options.get("compile"))
+
+
+def program(settings: Settings) -> str:
+    """
+    :param settings: of a measurement
+    :return: name of its update, the same where the same is compiled
+    """
+    return "-".join(str(settings.get(key)) for key in ("env", "batch_size", "threads", "arm"))
+
+
+def estimate(settings: Settings) -> float:
+    """
+    :param settings: of a measurement
+    :return: about how many seconds it takes where nothing else runs
+    """
+    if settings["kind"] == "products":
+        return 2.0 + 0.3 * settings["rounds"]
+    arm, updates = ARMS[settings["arm"]], settings["warmup_updates"] + settings["steps"] + settings["updates"]
+    if settings["kind"] == "buffer":
+        updates = len(settings["fills"]) * settings["updates"] + 500  # as long as filling takes
+    cost = (1.5 if settings["env"] == "Humanoid-v5" else 1.0) * (0.2 + 0.8 * settings["batch_size"] / 256)
+    return arm.start + cost * updates / arm.rate
+
+
+def run(args: argparse.Namespace) -> None:
+    """
+    :param args: arguments of the command ``run``
+    """
+    if "sbx" in args.arms and args.sbx_python is None:
+        args.arms.remove("sbx")
+        print("SBX is left out: give its interpreter with --sbx-python.")
+    done = [row["settings"] for row in read(args.output)] if args.output.exists() else []
+    measurements = [settings for settings in plan(args) if settings not in done]
+    seen = {program(settings) for settings in done}
+    new = {program(settings) for settings in measurements if compiles(settings)} - seen
+    seconds = sum(map(estimate, measurements)) + FIRST_COMPILATION * len(new)
+    print(f"{len(measurements)} measurements, {seconds / 60:.0f} minutes or so")
+    if args.dry_run:
+        return
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    for i, settings in enumerate(measurements, 1):
+        python = args.sbx_python if settings["arm"] == "sbx" else sys.executable
+        row = measure(settings, python, first_compilation=compiles(settings) and program(settings) not in seen)
+        seen.add(program(settings))
+        with args.output.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        rate = row["numbers"].get("steps_per_second")
+        print(
+            "{i}/{n}: repeat {repeat}, {cell}, threads: {threads}, {arm}".format(i=i, n=len(measurements), **settings),
+            f"{row['seconds']:.0f} s" + (f", {rate:.0f} steps/s" if rate else ""),
+            flush=True,
+        )
+
+
+def measure(settings: Settings, python: str, first_compilation: bool) -> Row:
+    """
+    :param settings: of the measurement
+    :param python: interpreter
+    :param first_compilation: whether torch is to know nothing of earlier compilations
+    :return: what a fresh process has measured
+    """
+    code = COMPILED_CODE / program(settings)
+    if first_compilation:
+        shutil.rmtree(code, ignore_errors=True)
+    threads = str(settings["threads"])
+    environment = {"OMP_NUM_THREADS": threads, "TORCHINDUCTOR_CACHE_DIR": str(code), "JAX_PLATFORMS": "cpu"}
+    command = [python, __file__, "worker", json.dumps(settings)]
+    start = time.perf_counter()
+    worker = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
+    seconds = round(time.perf_counter() - start, 2)
+    if worker.returncode != 0:
+        sys.exit(f"{worker.stderr}\nFailed: {settings}")
+    measured = json.loads(worker.stdout.splitlines()[-1])
+    return {"settings": settings, **measured, "first_compilation": first_compilation, "seconds": seconds}
+
+
+# What is made of the results
+
+
+def read(path: Path) -> list[Row]:
+    """
+    :param path: file of results
+    :return: its rows
+    """
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def derive(rows: list[Row]) -> None:
+    """
+    Add the numbers that follow from more than one measurement.
+
+    :param rows: all measurements
+    """
+    limits, first_compilations = {}, {}
+    for row in rows:
+        settings, numbers = row["settings"], row["numbers"]
+        if settings["kind"] == "products":
+            rates = [rate for name, rate in numbers.items() if name.endswith(f"_{LIMIT_SIZE}")]
+            limits[settings["threads"], settings["repeat"]] = max(rates)
+        elif row["first_compilation"]:
+            first_compilations[program(settings)] = numbers.pop("compile_seconds")
+    for row in rows:
+        settings, numbers = row["settings"], row["numbers"]
+        if settings["kind"] != "train":
+            continue
+        seconds = numbers["import_seconds"] + numbers["warm_seconds"]
+        if program(settings) in first_compilations:
+            numbers["first_compile_seconds"] = first_compilations[program(settings)]
+            if "compile_seconds" in numbers:  # had been compiled before; who starts to use it has not
+                seconds += numbers["first_compile_seconds"] - numbers["compile_seconds"]
+        numbers["seconds_to_100k"] = seconds + (100_000 - numbers["warm_steps"]) / numbers["steps_per_second"]
+        limit = limits.get((settings["threads"], settings["repeat"]))
+        if "flop_per_update" in numbers and limit is not None:
+            numbers["of_limit"] = numbers["flop_per_update"] * numbers["updates_per_second"] / limit
+
+
+def summarise(rows: list[Row]) -> list[dict[str, Any]]:
+    """
+    :param rows: all measurements
+    :return: for each cell, number of threads and arm: median and range of all numbers over the repeats, and their
+        ratios to SB3's and to SBX's, medians of the ratios in each repeat
+    """
+    groups: dict[tuple[str, int, str], dict[int, Numbers]] = defaultdict(dict)
+    for row in rows:
+        settings = row["settings"]
+        groups[settings["cell"], settings["threads"], settings["arm"]][settings["repeat"]] = row["numbers"]
+    entries = []
+    for (cell, threads, arm), repeats in groups.items():
+        values: dict[str, list[float]] = defaultdict(list)
+        ratios: dict[str, dict[str, list[float]]] = {"sb3": defaultdict(list), "sbx": defaultdict(list)}
+        for repeat, numbers in repeats.items():
+            for name, value in numbers.items():
+                values[name].append(value)
+                for other, of_other in ratios.items():
+                    if base := groups.get((cell, threads, other), {}).get(repeat, {}).get(name):
+                        of_other[name].append(value / base)
+        entry = {"cell": cell, "threads": threads, "arm": arm, "repeats": len(repeats)}
+        entry |= {"median": _medians(values), "range": {name: [min(v), max(v)] for name, v in values.items()}}
+        entries.append(entry | {f"to_{other}": _medians(of_other) for other, of_other in ratios.items()})
+    return entries
+
+
+def _medians(values: dict[str, list[float]]) -> Numbers:
+    return {name: statistics.median(of_name) for name, of_name in values.items()}
+
+
+# Title, name of the number, unit, format, and whether its ratios to SB3's and SBX's are told
+Column = tuple[str, str, float, str, bool]
+SPEED: list[Column] = [
+    ("environment steps/s", "steps_per_second", 1, ",.0f", True),
+    ("updates/s alone", "updates_per_second", 1, ",.0f", True),
+    ("GFLOP per update", "flop_per_update", 1e9, ".3f", False),
+    ("of the machine's limit", "of_limit", 1, ".0%", False),
+]
+START_AND_MEMORY: list[Column] = [
+    ("imports, s", "import_seconds", 1, ".1f", False),
+    ("first step, s", "first_step_seconds", 1, ".2f", False),
+    ("first compilation, s", "first_compile_seconds", 1, ".1f", False),
+    ("another time, s", "compile_seconds", 1, ".1f", False),
+    ("warm, s", "warm_seconds", 1, ".1f", False),
+    ("100,000 steps (computed), min", "seconds_to_100k", 60, ".1f", True),
+    ("peak memory, MB", "peak_bytes", 1e6, ",.0f", False),
+]
+PRODUCTS: list[Column] = [
+    (f"{library}, {size} x {size}, GFLOP/s", f"{library}_{size}", 1e9, ",.0f", False)
+    for size in SIZES
+    for library in ("BLAS", "oneDNN")
+]
+BUFFER: list[Column] = [
+    (f"{name}, {rows:,} rows, ms", f"{name}_seconds_{rows}", 1e-3, ".2f", False)
+    for name in ("sample", "update")
+    for rows in FILLS
+]
+
+
+def print_table(entries: list[dict[str, Any]], columns: list[Column]) -> None:
+    """
+    :param entries: of the summary
+    :param columns: what to tell of each; a number that was not measured is left out
+    """
+    header, rows = ["cell", "threads", "arm"], []
+    for title, _, _, _, ratios in columns:
+        header += [title, "to SB3", "to SBX"] if ratios else [title]
+    for entry in entries:
+        row = [entry["cell"], str(entry["threads"]), entry["arm"]]
+        for _, name, unit, form, ratios in columns:
+            value = entry["median"].get(name)
+            row.append("" if value is None else format(value / unit, form))
+            if ratios:
+                row += [f"{entry[to][name]:.2f}" if name in entry[to] else "" for to in ("to_sb3", "to_sbx")]
+        rows.append(row)
+    if rows:
+        print(markdown_table(header, rows), end="\n\n")
+
+
+def draw(entries: list[dict[str, Any]], path: Path) -> None:
+    """
+    Environment steps per second by cell and arm, with two threads (or the most there are).
+
+    :param entries: of the summary, those of training
+    :param path: picture
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")  # before pyplot is imported
+    from matplotlib import pyplot as plt
+
+    threads = min(2, max(entry["threads"] for entry in entries))
+    shown = {(entry["cell"], entry["arm"]): entry for entry in entries if entry["threads"] == threads}
+    cells = [cell for cell in CELLS if any(key[0] == cell for key in shown)]
+    arms = [arm for arm in ARMS if any(key[1] == arm for key in shown)]
+    width = 0.85 / len(arms)
+    figure, axes = plt.subplots(figsize=(3 + 0.5 * len(cells) * len(arms), 4.5), layout="constrained")
+    for i, arm in enumerate(arms):
+        here = [(x, shown[cell, arm]) for x, cell in enumerate(cells) if (cell, arm) in shown]
+        bars = axes.bar(
+            [x + (i - (len(arms) - 1) / 2) * width for x, _ in here],
+            [entry["median"]["steps_per_second"] for _, entry in here],
+            0.93 * width,
+            color=ARMS[arm].colour,
+            label=ARMS[arm].label,
+        )
+        labels = []
+        for _, entry in here:
+            ratio = entry["to_sb3"].get("steps_per_second")
+            labels.append(f"{entry['median']['steps_per_second']:,.0f}" + (f"\n{ratio:.2f}x" if ratio else ""))
+        axes.bar_label(bars, labels, padding=2, fontsize=8)
+    axes.set_xticks(range(len(cells)), [CELLS[cell].label for cell in cells])
+    axes.tick_params(axis="x", length=0)
+    axes.set_yticks([])
+    axes.margins(y=0.12)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.set_title(f"Environment steps per second, and ratio to SB3's ({threads} CPU threads)", loc="left", fontsize=11)
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
+    figure.savefig(path, dpi=150)
+    print(f"Picture: {relative(path)}")
+
+
+def report(args: argparse.Namespace) -> None:
+    """
+    :param args: arguments of the command ``report``
+    """
+    rows = read(args.runs)
+    derive(rows)
+    entries = summarise(rows)
+    training = [entry for entry in entries if entry["cell"] in CELLS]
+    print_table([entry for entry in entries if entry["cell"] == "products"], PRODUCTS)
+    print_table(training, SPEED)
+    print_table(training, START_AND_MEMORY)
+    print_table([entry for entry in entries if entry["cell"] == "buffer"], BUFFER)
+    versions = {name: version for row in rows for name, version in row["versions"].items()}
+    write_json(args.runs.parent / "summary.json", measured_with=versions, results=entries)
+    if training:
+        draw(training, args.runs.parent / "speed.png")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    runs = RESULTS / "speed" / "runs.jsonl"
+
+    command = commands.add_parser("run", help="measure", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    command.add_argument("--cells", nargs="+", choices=[*CELLS, "buffer"], default=DEFAULT_CELLS, help="tasks")
+    command.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS), help="who trains")
+    command.add_argument("--threads", nargs="+", type=int, default=[1, 2], help="numbers of threads")
+    command.add_argument("--repeats", type=int, default=5, help="how often all is measured")
+    command.add_argument("--steps", type=int, help="timed steps, in place of the cells' own")
+    command.add_argument("--sbx-python", metavar="PATH", help="interpreter of SBX's environment")
+    command.add_argument("--output", type=Path, default=runs, help="file that results are appended to")
+    command.add_argument("--quick", action="store_true", help="a few steps of each, once, to see whether it works")
+    command.add_argument("--dry-run", action="store_true", help="only say how long it will take")
+    command.set_defaults(do=run)
+
+    command = commands.add_parser("report", help="tables, summary and picture")
+    command.add_argument("--runs", type=Path, default=runs, help="file of results")
+    command.set_defaults(do=report)
+
+    command = commands.add_parser("worker", help="measure one thing here (called by run)")
+    command.add_argument("settings", help="JSON")
+    command.set_defaults(do=work)
+
+    args = parser.parse_args()
+    if args.do is run and args.quick and args.output == runs:
+        parser.error("--quick measures nothing of worth: give its results another place with --output.")
+    args.do(args)
+
+
+if __name__ == "__main__":
+    main()
