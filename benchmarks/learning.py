@@ -4,6 +4,7 @@ Learning curves of SoftSAC and SB3's SAC with the same hyperparameters: those of
     python benchmarks/learning.py run --algo softsac --env HalfCheetah-v5 --steps 300000 --seed 1 --out runs/softsac_1
     python benchmarks/learning.py run --algo sac --env HalfCheetah-v5 --steps 300000 --seed 1 --out runs/sac_1
     python benchmarks/learning.py plot runs/softsac_1 runs/sac_1 -o curves.png
+    python benchmarks/learning.py compare runs/* -o bands.png
 
 A run's folder holds ``run.json`` (how it was made) and ``evaluations.csv``, which gets one row after each evaluation:
 that is where to see how far it is.
@@ -23,7 +24,7 @@ import matplotlib
 import numpy as np
 import torch as th
 import yaml
-from record import ROOT, relative, write_json
+from record import ROOT, markdown_table, relative, write_json
 from stable_baselines3 import SAC
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
@@ -199,6 +200,64 @@ def plot(args: argparse.Namespace) -> None:
     print(f"Picture: {args.output}")
 
 
+def interval_of_difference(scores: np.ndarray, others: np.ndarray, draws: int = 20_000) -> tuple[float, float]:
+    """
+    :param scores: of the runs of one design
+    :param others: of another
+    :param draws: bootstrap samples, drawn from each design's runs
+    :return: 95% percentile interval of the difference of the means
+    """
+    rng = np.random.default_rng(0)
+    means = [rng.choice(each, (draws, len(each))).mean(axis=1) for each in (scores, others)]
+    low, high = np.percentile(means[0] - means[1], [2.5, 97.5])
+    return float(low), float(high)
+
+
+def compare(args: argparse.Namespace) -> None:
+    """
+    Draw each design's mean over its seeds with a band from the lowest to the highest, and print scores: the mean of a
+    run's last five evaluations.
+
+    :param args: arguments of the command ``compare``
+    """
+    curves: dict[str, list[np.ndarray]] = {}
+    env_ids = set()
+    for folder in sorted(args.runs):
+        header = json.loads((folder / "run.json").read_text())["run"]
+        env_ids.add(header["env"])
+        curves.setdefault(design(header), []).append(
+            np.genfromtxt(folder / "evaluations.csv", delimiter=",", names=True)
+        )
+    if len(env_ids) != 1:
+        sys.exit(f"compare wants runs of one environment, these are of {sorted(env_ids)}.")
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    scores: dict[str, np.ndarray] = {}
+    for name, runs in curves.items():
+        steps, returns = runs[0]["steps"], np.stack([run["mean_return"] for run in runs])
+        scores[name] = returns[:, -5:].mean(axis=1)
+        (line,) = axes.plot(steps, returns.mean(axis=0), linewidth=2, label=f"{name}, mean of {len(runs)} seeds")
+        axes.fill_between(steps, returns.min(axis=0), returns.max(axis=0), color=line.get_color(), alpha=0.15)
+        axes.plot(steps, returns.T, color=line.get_color(), linewidth=0.6, alpha=0.6)
+    axes.set(title=env_ids.pop(), xlabel="environment steps", ylabel="return, mean of the evaluation episodes")
+    axes.xaxis.set_major_formatter(matplotlib.ticker.StrMethodFormatter("{x:,.0f}"))
+    axes.set_xlim(left=0)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(loc="lower right", fontsize="small", framealpha=0.9)
+    figure.savefig(args.output, dpi=150)
+    rows = []
+    for name, values in scores.items():
+        low, high = interval_of_difference(values, scores[args.reference])
+        difference = values.mean() - scores[args.reference].mean()
+        is_reference = name == args.reference
+        rows.append([
+            name, ", ".join(f"{value:,.0f}" for value in values), f"{values.mean():,.0f}",
+            "" if is_reference else f"{difference:+,.0f} ({low:+,.0f} to {high:+,.0f})",
+        ])  # fmt: skip
+    print(markdown_table(["design", "scores of the seeds", "mean", f"difference from {args.reference} (95%)"], rows))
+    print(f"Picture: {args.output}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
@@ -228,6 +287,12 @@ def main() -> None:
     command.add_argument("runs", type=Path, nargs="+", metavar="DIR", help="folders of runs")
     command.add_argument("-o", "--output", type=Path, required=True, metavar="PNG", help="picture")
     command.set_defaults(do=plot)
+
+    command = commands.add_parser("compare", help="draw designs with bands over their seeds, and print scores")
+    command.add_argument("runs", type=Path, nargs="+", metavar="DIR", help="folders of runs of one environment")
+    command.add_argument("--reference", default="sac", help="design that the others are compared with")
+    command.add_argument("-o", "--output", type=Path, required=True, metavar="PNG", help="picture")
+    command.set_defaults(do=compare)
 
     args = parser.parse_args()
     args.do(args)

@@ -2,18 +2,22 @@
 Speed of SoftSAC beside Stable-Baselines3's SAC and SBX's (JAX), with the same hyperparameters, on the CPU (Linux).
 
     python benchmarks/speed.py run --sbx-python sbx/bin/python
-    python benchmarks/speed.py run --cells pendulum envs4 --arms sb3 compiled --threads 2 --repeats 3 --dry-run
-    python benchmarks/speed.py run --quick --output quick/runs.jsonl
+    python benchmarks/speed.py run --sbx-python sbx/bin/python --threads 2 --repeats 3 \\
+        --cells pendulum batch1024 freq32 envs4 envs16 buffer
     python benchmarks/speed.py report
+    python benchmarks/speed.py run --quick --output /tmp/quick.jsonl
 
 ``run`` measures each cell (a task, and how it is trained on) with each arm (who trains) in a process of its own. All is
 done once before anything is repeated, so that a busy spell of the machine hits all arms alike. Each result is appended
 to a file at once; a benchmark that is started again goes on where it stopped. ``report`` prints tables, and writes
 ``summary.json`` and ``speed.png`` beside that file.
 
-A process gets as many cores as it may have threads: JAX cannot be told a number of threads.
+A process may use as many cores as it is to have threads: JAX cannot be told a number of threads. "The machine's limit"
+is the rate of float32 products of 2048 x 2048 matrices, by the faster of torch's libraries; bfloat16 may exceed it. The
+operations of an update are counted, those in matrix products. Time to 100,000 steps is computed, from imports, warm-up
+with the first compilation on a machine, and the measured rate.
 
-SBX needs an environment of its own:
+SBX needs an environment of its own (a CPU build of PyTorch will do):
 
     python3.11 -m venv sbx
     sbx/bin/pip install sbx-rl==0.28.0 jax==0.10.2 jaxlib==0.10.2 flax==0.12.8 optax==0.2.8 \\
@@ -23,6 +27,7 @@ SBX needs an environment of its own:
 
 import argparse
 import importlib
+import itertools
 import json
 import os
 import resource
@@ -43,12 +48,10 @@ from record import RESULTS, markdown_table, relative, write_json
 # Libraries are imported where they are used: SBX's environment does not have all of them, and Linux counts the memory
 # of the process that starts another one into the other's peak
 
-FIRST_COMPILATION = 25  # seconds more than another time, for the estimate
 LEARNING_STARTS = 1000
 BUFFER_SIZE = 1_000_000
 FILLS = (1_000, 10_000, 100_000, 1_000_000)
-LIMIT_SIZE = 2048  # the rate of products of this size is called the machine's limit
-SIZES = (LIMIT_SIZE, 256)
+SIZES = (2048, 256)  # of matrices; products of the first kind tell the machine's limit
 COMPILED_CODE = Path(tempfile.gettempdir()) / f"softsac-speed-{os.getuid()}"
 VERSIONS = ("sb3-softsac", "stable-baselines3", "torch", "sbx-rl", "jax", "jaxlib", "gymnasium", "mujoco", "numpy")
 
@@ -59,8 +62,8 @@ class Arm(NamedTuple):
     label: str
     colour: str
     algorithm: str
-    rate: float  # HalfCheetah's steps per second; this and the next are only for the estimate
-    start: float  # seconds before the first step and for compilation
+    rate: float  # steps per second and seconds to start, for the estimate
+    start: float
     options: dict[str, Any] = {}  # noqa: RUF012
 
 
@@ -79,23 +82,23 @@ class Cell(NamedTuple):
 ARMS = {
     "sb3": Arm("SB3", "0.75", "stable_baselines3.SAC", 137, 3),
     "eager": Arm("SoftSAC, eager", "C9", "sb3_softsac.SoftSAC", 170, 3, {"compile": False}),
-    "compiled": Arm("SoftSAC, compiled", "C0", "sb3_softsac.SoftSAC", 350, 10, {"compile": True}),
+    "compiled": Arm("SoftSAC, compiled", "C0", "sb3_softsac.SoftSAC", 350, 7, {"compile": True}),
     "bf16": Arm(
-        "SoftSAC, bfloat16", "navy", "sb3_softsac.SoftSAC", 400, 10, {"compile": True, "matmul_precision": "medium"}
+        "SoftSAC, bfloat16", "navy", "sb3_softsac.SoftSAC", 400, 7, {"compile": True, "matmul_precision": "medium"}
     ),
-    "sbx": Arm("SBX", "C1", "sbx.SAC", 200, 8),
+    "sbx": Arm("SBX", "C1", "sbx.SAC", 200, 9),
 }
 CELLS = {
-    "halfcheetah": Cell("HalfCheetah", "HalfCheetah-v5", 1024),
-    "humanoid": Cell("Humanoid", "Humanoid-v5", 768),
-    "pendulum": Cell("Pendulum", "Pendulum-v1", 1024),
-    "batch1024": Cell("HalfCheetah,\nbatches of 1024", "HalfCheetah-v5", 384, batch_size=1024),
-    "freq32": Cell("HalfCheetah,\n32 updates each 32 steps", "HalfCheetah-v5", 1024, train_freq=32, gradient_steps=32),
-    "envs4": Cell("4 HalfCheetahs", "HalfCheetah-v5", 1024, n_envs=4, gradient_steps=-1),
-    "envs16": Cell("16 HalfCheetahs", "HalfCheetah-v5", 1024, n_envs=16, gradient_steps=-1),
+    "halfcheetah": Cell("HalfCheetah", "HalfCheetah-v5", 768),
+    "humanoid": Cell("Humanoid", "Humanoid-v5", 512),
+    "pendulum": Cell("Pendulum", "Pendulum-v1", 768),
+    "batch1024": Cell("HalfCheetah,\nbatch size 1024", "HalfCheetah-v5", 256, batch_size=1024),
+    "freq32": Cell("HalfCheetah,\n32 updates\nevery 32 steps", "HalfCheetah-v5", 768, train_freq=32, gradient_steps=32),
+    "envs4": Cell("4 HalfCheetahs", "HalfCheetah-v5", 768, n_envs=4, gradient_steps=-1),
+    "envs16": Cell("16 HalfCheetahs", "HalfCheetah-v5", 768, n_envs=16, gradient_steps=-1),
 }
-DEFAULT_CELLS = ("halfcheetah", "humanoid")
-BUFFER_ARMS = ("sb3", "eager", "compiled")  # of the cell "buffer"
+COMPILED = ("compiled", "bf16")
+IN_BUFFER = ("sb3", "eager", "compiled")  # arms of the cell "buffer"
 
 Settings = dict[str, Any]
 Numbers = dict[str, float]
@@ -117,7 +120,7 @@ def work(args: argparse.Namespace) -> None:
     if len(cores) < settings["threads"]:
         sys.exit(f"{settings['threads']} threads need as many cores, but this process may only use {len(cores)}.")
     os.sched_setaffinity(0, cores[: settings["threads"]])  # before JAX is imported, which counts them
-    measure = {"train": measure_training, "buffer": measure_buffer, "products": measure_products}[settings["kind"]]
+    measure = {"products": measure_products, "buffer": measure_buffer}.get(settings["cell"], measure_training)
     installed = {found.metadata["Name"].lower().replace("_", "-"): found.version for found in distributions()}
     versions = {name: installed[name] for name in VERSIONS if name in installed}
     print(json.dumps({"numbers": measure(settings), "versions": versions}))
@@ -190,7 +193,7 @@ def measure_training(settings: Settings) -> Numbers:
         "updates_per_second": updates_per_second(model, settings),
         "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
-    if compiles(settings):
+    if settings["arm"] in COMPILED:
         if not model._execution.compiles:
             sys.exit("The update could not be compiled: see the warning.")
         numbers["compile_seconds"] = model._execution.compile_seconds
@@ -245,10 +248,10 @@ def measure_buffer(settings: Settings) -> Numbers:
     model, _ = make_model(settings)
     model.learn(LEARNING_STARTS + 10)  # compiles
     buffer, batch_size = model.replay_buffer, settings["batch_size"]
-    timed: dict[str, Callable[[], Any]] = {
-        "sample": lambda: buffer.sample(batch_size),
-        "update": lambda: model.train(gradient_steps=1, batch_size=batch_size),
-    }
+    timed: list[tuple[str, int, Callable[[], Any]]] = [
+        ("sample", 10 * settings["updates"], lambda: buffer.sample(batch_size)),
+        ("update", settings["updates"], lambda: model.train(gradient_steps=1, batch_size=batch_size)),
+    ]
     rng, filled, numbers = np.random.default_rng(0), 0, {}
     for rows in settings["fills"]:
         # SoftSAC's next observations are not an array of their own
@@ -257,13 +260,13 @@ def measure_buffer(settings: Settings) -> Numbers:
             if array is not None:
                 array[filled:rows] = rng.random(array[filled:rows].shape, dtype=np.float32)
         filled, buffer.pos, buffer.full = rows, rows % buffer.buffer_size, rows == buffer.buffer_size
-        for name, function in timed.items():
+        for name, n_calls, function in timed:
             function()
             start = time.perf_counter()
-            for _ in range(settings["updates"]):
+            for _ in range(n_calls):
                 function()
-            numbers[f"{name}_seconds_{rows}"] = (time.perf_counter() - start) / settings["updates"]
-    if compiles(settings):
+            numbers[f"{name}_seconds_{rows}"] = (time.perf_counter() - start) / n_calls
+    if settings["arm"] in COMPILED:
         numbers["compile_seconds"] = model._execution.compile_seconds
     return numbers
 
@@ -286,7 +289,7 @@ def measure_products(settings: Settings) -> Numbers:
         a, b, n_calls = th.randn(size, size), th.randn(size, size), max(1, 1024**3 // size**3)
         for name, product in libraries.items():
             seconds = []
-            for _ in range(settings["rounds"]):
+            for _ in range(5):
                 start = time.perf_counter()
                 for _ in range(n_calls):
                     product(a, b)
@@ -303,53 +306,37 @@ def plan(args: argparse.Namespace) -> list[Settings]:
     :param args: arguments of the command ``run``
     :return: settings of all measurements, in their order
     """
-    updates, rounds, fills = (20, 2, FILLS[:2]) if args.quick else (300, 10, FILLS)
+    warmup, updates, fills = (20, 20, FILLS[:2]) if args.quick else (300, 200, FILLS)
     measurements: list[Settings] = []
-    for repeat in range(1, 1 + (1 if args.quick else args.repeats)):
-        for threads in args.threads:
-            shared = {"arm": "", "threads": threads, "repeat": repeat}
-            measurements.append({"kind": "products", "cell": "products", **shared, "rounds": rounds})
-        for name in args.cells:
+    for repeat in range(1, args.repeats + 1):
+        measurements += [
+            {"cell": "products", "threads": threads, "arm": "", "repeat": repeat} for threads in args.threads
+        ]
+        for name, threads, arm in itertools.product(args.cells, args.threads, args.arms):
             cell = CELLS["halfcheetah" if name == "buffer" else name]
             rollout = cell.train_freq * cell.n_envs
-            steps = -(-(args.steps or (64 if args.quick else cell.steps)) // rollout) * rollout  # whole rollouts
-            own = {"warmup_updates": updates, "updates": updates, **cell._asdict(), "steps": steps}
+            n_rollouts = -(-(args.steps or cell.steps) // rollout)
+            own = {**cell._asdict(), "steps": n_rollouts * rollout, "warmup_updates": warmup, "updates": updates}
             del own["label"]
-            for threads in args.threads:
-                for arm in args.arms:
-                    shared = {"cell": name, "arm": arm, "threads": threads, "repeat": repeat, **own}
-                    if name != "buffer":
-                        measurements.append({"kind": "train", **shared})
-                    elif arm in BUFFER_ARMS:
-                        measurements.append({"kind": "buffer", **shared, "fills": list(fills)})
+            settings = {"cell": name, "threads": threads, "arm": arm, "repeat": repeat, **own}
+            if name != "buffer":
+                measurements.append(settings)
+            elif arm in IN_BUFFER:
+                measurements.append({**settings, "fills": list(fills)})
     return measurements
 
 
-def compiles(settings: Settings) -> bool:
-    """
-    :param settings: of a measurement
-    :return: whether an update of SoftSAC is compiled
-    """
-    return settings["arm"] in ARMS and bool(ARMS[settings["arm"]].options.get("compile"))
-
-
-def program(settings: Settings) -> str:
-    """
-    :param settings: of a measurement
-    :return: name of its update, the same where the same is compiled
-    """
+def _program(settings: Settings) -> str:
+    """Name of an update, the same for all measurements that compile the same."""
     return "-".join(str(settings.get(key)) for key in ("env", "batch_size", "threads", "arm"))
 
 
-def estimate(settings: Settings) -> float:
-    """
-    :param settings: of a measurement
-    :return: about how many seconds it takes where nothing else runs
-    """
-    if settings["kind"] == "products":
-        return 2.0 + 0.3 * settings["rounds"]
+def _estimate(settings: Settings) -> float:
+    """About how many seconds a measurement takes where nothing else runs."""
+    if settings["cell"] == "products":
+        return 5.0
     arm, updates = ARMS[settings["arm"]], settings["warmup_updates"] + settings["steps"] + settings["updates"]
-    if settings["kind"] == "buffer":
+    if settings["cell"] == "buffer":
         updates = len(settings["fills"]) * settings["updates"] + 500  # as long as filling takes
     cost = (1.5 if settings["env"] == "Humanoid-v5" else 1.0) * (0.2 + 0.8 * settings["batch_size"] / 256)
     return arm.start + cost * updates / arm.rate
@@ -362,27 +349,23 @@ def run(args: argparse.Namespace) -> None:
     if "sbx" in args.arms and args.sbx_python is None:
         args.arms.remove("sbx")
         print("SBX is left out: give its interpreter with --sbx-python.")
-    done = [row["settings"] for row in read(args.output)] if args.output.exists() else []
+    done = [row["settings"] for row in _read(args.output)]
     measurements = [settings for settings in plan(args) if settings not in done]
-    seen = {program(settings) for settings in done}
-    new = {program(settings) for settings in measurements if compiles(settings)} - seen
-    seconds = sum(map(estimate, measurements)) + FIRST_COMPILATION * len(new)
+    known = {_program(settings) for settings in done}
+    seconds = sum(map(_estimate, measurements))
+    seconds += 22 * len({_program(settings) for settings in measurements if settings["arm"] in COMPILED} - known)
     print(f"{len(measurements)} measurements, {seconds / 60:.0f} minutes or so")
     if args.dry_run:
         return
     args.output.parent.mkdir(parents=True, exist_ok=True)
     for i, settings in enumerate(measurements, 1):
-        python = args.sbx_python if settings["arm"] == "sbx" else sys.executable
-        row = measure(settings, python, first_compilation=compiles(settings) and program(settings) not in seen)
-        seen.add(program(settings))
+        first_compilation = settings["arm"] in COMPILED and _program(settings) not in known
+        row = measure(settings, args.sbx_python if settings["arm"] == "sbx" else sys.executable, first_compilation)
+        known.add(_program(settings))
         with args.output.open("a") as file:
             file.write(json.dumps(row) + "\n")
-        rate = row["numbers"].get("steps_per_second")
-        print(
-            "{i}/{n}: repeat {repeat}, {cell}, threads: {threads}, {arm}".format(i=i, n=len(measurements), **settings),
-            f"{row['seconds']:.0f} s" + (f", {rate:.0f} steps/s" if rate else ""),
-            flush=True,
-        )
+        rate = f", {row['numbers']['steps_per_second']:.0f} steps/s" if "steps_per_second" in row["numbers"] else ""
+        print(f"{i}/{len(measurements)} {list(settings.values())[:4]}: {row['seconds']:.0f} s{rate}", flush=True)
 
 
 def measure(settings: Settings, python: str, first_compilation: bool) -> Row:
@@ -392,7 +375,7 @@ def measure(settings: Settings, python: str, first_compilation: bool) -> Row:
     :param first_compilation: whether torch is to know nothing of earlier compilations
     :return: what a fresh process has measured
     """
-    code = COMPILED_CODE / program(settings)
+    code = COMPILED_CODE / _program(settings)
     if first_compilation:
         shutil.rmtree(code, ignore_errors=True)
     threads = str(settings["threads"])
@@ -410,12 +393,8 @@ def measure(settings: Settings, python: str, first_compilation: bool) -> Row:
 # What is made of the results
 
 
-def read(path: Path) -> list[Row]:
-    """
-    :param path: file of results
-    :return: its rows
-    """
-    return [json.loads(line) for line in path.read_text().splitlines()]
+def _read(path: Path) -> list[Row]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def derive(rows: list[Row]) -> None:
@@ -427,18 +406,18 @@ def derive(rows: list[Row]) -> None:
     limits, first_compilations = {}, {}
     for row in rows:
         settings, numbers = row["settings"], row["numbers"]
-        if settings["kind"] == "products":
-            rates = [rate for name, rate in numbers.items() if name.endswith(f"_{LIMIT_SIZE}")]
+        if settings["cell"] == "products":
+            rates = [rate for name, rate in numbers.items() if name.endswith(f"_{SIZES[0]}")]
             limits[settings["threads"], settings["repeat"]] = max(rates)
         elif row["first_compilation"]:
-            first_compilations[program(settings)] = numbers.pop("compile_seconds")
+            first_compilations[_program(settings)] = numbers.pop("compile_seconds")
     for row in rows:
         settings, numbers = row["settings"], row["numbers"]
-        if settings["kind"] != "train":
+        if settings["cell"] not in CELLS:
             continue
         seconds = numbers["import_seconds"] + numbers["warm_seconds"]
-        if program(settings) in first_compilations:
-            numbers["first_compile_seconds"] = first_compilations[program(settings)]
+        if _program(settings) in first_compilations:
+            numbers["first_compile_seconds"] = first_compilations[_program(settings)]
             if "compile_seconds" in numbers:  # had been compiled before; who starts to use it has not
                 seconds += numbers["first_compile_seconds"] - numbers["compile_seconds"]
         numbers["seconds_to_100k"] = seconds + (100_000 - numbers["warm_steps"]) / numbers["steps_per_second"]
@@ -477,33 +456,33 @@ def _medians(values: dict[str, list[float]]) -> Numbers:
     return {name: statistics.median(of_name) for name, of_name in values.items()}
 
 
-# Title, name of the number, unit, format, and whether its ratios to SB3's and SBX's are told
-Column = tuple[str, str, float, str, bool]
+# Title, name of the number, unit and format
+Column = tuple[str, str, float, str]
 SPEED: list[Column] = [
-    ("environment steps/s", "steps_per_second", 1, ",.0f", True),
-    ("updates/s alone", "updates_per_second", 1, ",.0f", True),
-    ("GFLOP per update", "flop_per_update", 1e9, ".3f", False),
-    ("of the machine's limit", "of_limit", 1, ".0%", False),
+    ("environment steps/s", "steps_per_second", 1, ",.0f"),
+    ("updates/s alone", "updates_per_second", 1, ",.0f"),
+    ("GFLOP per update", "flop_per_update", 1e9, ".3f"),
+    ("of the machine's limit", "of_limit", 1, ".0%"),
 ]
 START_AND_MEMORY: list[Column] = [
-    ("imports, s", "import_seconds", 1, ".1f", False),
-    ("first step, s", "first_step_seconds", 1, ".2f", False),
-    ("first compilation, s", "first_compile_seconds", 1, ".1f", False),
-    ("another time, s", "compile_seconds", 1, ".1f", False),
-    ("warm, s", "warm_seconds", 1, ".1f", False),
-    ("100,000 steps (computed), min", "seconds_to_100k", 60, ".1f", True),
-    ("peak memory, MB", "peak_bytes", 1e6, ",.0f", False),
+    ("imports, s", "import_seconds", 1, ".1f"),
+    ("first step, s", "first_step_seconds", 1, ".2f"),
+    ("warm, s", "warm_seconds", 1, ".1f"),
+    ("compiled first, s", "first_compile_seconds", 1, ".1f"),
+    ("compiled again, s", "compile_seconds", 1, ".1f"),
+    ("100,000 steps (computed), min", "seconds_to_100k", 60, ".1f"),
+    ("peak memory, MB", "peak_bytes", 1e6, ",.0f"),
 ]
 PRODUCTS: list[Column] = [
-    (f"{library}, {size} x {size}, GFLOP/s", f"{library}_{size}", 1e9, ",.0f", False)
-    for size in SIZES
-    for library in ("BLAS", "oneDNN")
+    (f"{library}, {size} x {size}, GFLOP/s", f"{library}_{size}", 1e9, ",.0f")
+    for size, library in itertools.product(SIZES, ("BLAS", "oneDNN"))
 ]
 BUFFER: list[Column] = [
-    (f"{name}, {rows:,} rows, ms", f"{name}_seconds_{rows}", 1e-3, ".2f", False)
-    for name in ("sample", "update")
+    (f"{name}, {rows:,} rows, {unit}", f"{name}_seconds_{rows}", scale, form)
+    for name, unit, scale, form in (("sample", "µs", 1e-6, ",.0f"), ("update", "ms", 1e-3, ".2f"))
     for rows in FILLS
 ]
+WITH_RATIOS = ("steps_per_second", "updates_per_second", "seconds_to_100k")
 
 
 def print_table(entries: list[dict[str, Any]], columns: list[Column]) -> None:
@@ -511,24 +490,21 @@ def print_table(entries: list[dict[str, Any]], columns: list[Column]) -> None:
     :param entries: of the summary
     :param columns: what to tell of each; a number that was not measured is left out
     """
-    header, rows = ["cell", "threads", "arm"], []
-    for title, _, _, _, ratios in columns:
-        header += [title, "to SB3", "to SBX"] if ratios else [title]
-    for entry in entries:
-        row = [entry["cell"], str(entry["threads"]), entry["arm"]]
-        for _, name, unit, form, ratios in columns:
-            value = entry["median"].get(name)
-            row.append("" if value is None else format(value / unit, form))
-            if ratios:
-                row += [f"{entry[to][name]:.2f}" if name in entry[to] else "" for to in ("to_sb3", "to_sbx")]
-        rows.append(row)
+    header, rows = ["cell", "threads", "arm"], [[e["cell"], str(e["threads"]), e["arm"]] for e in entries]
+    for title, name, unit, form in columns:
+        groups = {"median": title, "to_sb3": "to SB3", "to_sbx": "to SBX"} if name in WITH_RATIOS else {"median": title}
+        for group, heading in groups.items():
+            header.append(heading)
+            for entry, row in zip(entries, rows, strict=True):
+                scale, how = (unit, form) if group == "median" else (1.0, ".2f")
+                row.append(format(entry[group][name] / scale, how) if name in entry[group] else "")
     if rows:
         print(markdown_table(header, rows), end="\n\n")
 
 
 def draw(entries: list[dict[str, Any]], path: Path) -> None:
     """
-    Environment steps per second by cell and arm, with two threads (or the most there are).
+    Draw environment steps per second by cell and arm, with two threads (or one if there are no more).
 
     :param entries: of the summary, those of training
     :param path: picture
@@ -543,28 +519,27 @@ def draw(entries: list[dict[str, Any]], path: Path) -> None:
     cells = [cell for cell in CELLS if any(key[0] == cell for key in shown)]
     arms = [arm for arm in ARMS if any(key[1] == arm for key in shown)]
     width = 0.85 / len(arms)
-    figure, axes = plt.subplots(figsize=(3 + 0.5 * len(cells) * len(arms), 4.5), layout="constrained")
+    figure, axes = plt.subplots(figsize=(max(8.0, 0.4 * len(cells) * (len(arms) + 0.6)), 4.8), layout="constrained")
     for i, arm in enumerate(arms):
-        here = [(x, shown[cell, arm]) for x, cell in enumerate(cells) if (cell, arm) in shown]
-        bars = axes.bar(
-            [x + (i - (len(arms) - 1) / 2) * width for x, _ in here],
-            [entry["median"]["steps_per_second"] for _, entry in here],
-            0.93 * width,
-            color=ARMS[arm].colour,
-            label=ARMS[arm].label,
-        )
-        labels = []
-        for _, entry in here:
-            ratio = entry["to_sb3"].get("steps_per_second")
-            labels.append(f"{entry['median']['steps_per_second']:,.0f}" + (f"\n{ratio:.2f}x" if ratio else ""))
-        axes.bar_label(bars, labels, padding=2, fontsize=8)
+        here = {x: shown[cell, arm] for x, cell in enumerate(cells) if (cell, arm) in shown}
+        places = [x + (i - (len(arms) - 1) / 2) * width for x in here]
+        rates = [entry["median"]["steps_per_second"] for entry in here.values()]
+        ratios = [entry["to_sb3"].get("steps_per_second") for entry in here.values()]
+        bars = axes.bar(places, rates, 0.93 * width, color=ARMS[arm].colour, label=ARMS[arm].label)
+        texts = [
+            f"{rate:,.0f}" + (f"\n{ratio:.2f}x" if ratio else "") for rate, ratio in zip(rates, ratios, strict=True)
+        ]
+        axes.bar_label(bars, texts, padding=2, fontsize=7.5)
     axes.set_xticks(range(len(cells)), [CELLS[cell].label for cell in cells])
     axes.tick_params(axis="x", length=0)
     axes.set_yticks([])
-    axes.margins(y=0.12)
+    axes.margins(x=0.01, y=0.12)
     axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.set_title(f"Environment steps per second, and ratio to SB3's ({threads} CPU threads)", loc="left", fontsize=11)
-    axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
+    axes.legend(
+        loc="lower left", bbox_to_anchor=(0, 1), ncols=len(arms), frameon=False, borderaxespad=0, fontsize=9,
+        handlelength=1.2, columnspacing=1.4,
+    )  # fmt: skip
+    figure.suptitle(f"Environment steps per second, and ratio to SB3 (CPU, threads: {threads})", x=0.01, ha="left")
     figure.savefig(path, dpi=150)
     print(f"Picture: {relative(path)}")
 
@@ -573,7 +548,7 @@ def report(args: argparse.Namespace) -> None:
     """
     :param args: arguments of the command ``report``
     """
-    rows = read(args.runs)
+    rows = _read(args.runs)
     derive(rows)
     entries = summarise(rows)
     training = [entry for entry in entries if entry["cell"] in CELLS]
@@ -581,8 +556,8 @@ def report(args: argparse.Namespace) -> None:
     print_table(training, SPEED)
     print_table(training, START_AND_MEMORY)
     print_table([entry for entry in entries if entry["cell"] == "buffer"], BUFFER)
-    versions = {name: version for row in rows for name, version in row["versions"].items()}
-    write_json(args.runs.parent / "summary.json", measured_with=versions, results=entries)
+    versions = {row["settings"]["arm"]: row["versions"] for row in rows}
+    write_json(args.runs.parent / "summary.json", versions_by_arm=versions, results=entries)
     if training:
         draw(training, args.runs.parent / "speed.png")
 
@@ -593,7 +568,9 @@ def main() -> None:
     runs = RESULTS / "speed" / "runs.jsonl"
 
     command = commands.add_parser("run", help="measure", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    command.add_argument("--cells", nargs="+", choices=[*CELLS, "buffer"], default=DEFAULT_CELLS, help="tasks")
+    command.add_argument(
+        "--cells", nargs="+", choices=[*CELLS, "buffer"], default=["halfcheetah", "humanoid"], help="tasks"
+    )
     command.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS), help="who trains")
     command.add_argument("--threads", nargs="+", type=int, default=[1, 2], help="numbers of threads")
     command.add_argument("--repeats", type=int, default=5, help="how often all is measured")
@@ -613,8 +590,10 @@ def main() -> None:
     command.set_defaults(do=work)
 
     args = parser.parse_args()
-    if args.do is run and args.quick and args.output == runs:
-        parser.error("--quick measures nothing of worth: give its results another place with --output.")
+    if args.do is run and args.quick:
+        args.repeats, args.steps = 1, args.steps or 64
+        if args.output == runs:
+            parser.error("--quick measures nothing of worth: give its results another place with --output.")
     args.do(args)
 
 

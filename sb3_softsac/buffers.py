@@ -41,6 +41,15 @@ def map_obs(function: Callable[..., Any], *observations: Any) -> Any:
     return function(*observations)
 
 
+def rows_of(batch: Any, rows: slice) -> Any:
+    """
+    :param batch: samples of a replay buffer
+    :param rows: some of their rows
+    :return: samples that share memory with ``batch``
+    """
+    return type(batch)(*(None if part is None else map_obs(lambda tensor: tensor[rows], part) for part in batch))
+
+
 def _named(name: str, obs: Obs) -> dict[str, np.ndarray]:
     """One name for an array, one with each key for a dict of arrays."""
     return {f"{name}.{key}": value for key, value in obs.items()} if isinstance(obs, dict) else {name: obs}

@@ -30,7 +30,8 @@ class CudaGraph:
     A graph reads and writes the addresses of its capture. Inputs are therefore copied to places of their own, and if a
     tensor of the state has moved (an optimiser's, after its state was loaded), it is captured again.
 
-    :param function: takes tensors, in tuples and dicts; changes state in place; returns tensors and plain values
+    :param function: takes its state, and inputs: tensors, in tuples and dicts; changes the state in place; returns
+        tensors and plain values
     :param state: all tensors that it changes
     :param capture: see :data:`Capture`
     """
@@ -46,16 +47,16 @@ class CudaGraph:
         self._inputs: list[th.Tensor | None] = []
         self._key: Any = None
 
-    def __call__(self, *args: Any) -> Any:
+    def __call__(self, held: Any, *args: Any) -> Any:
         if not self._warm:  # libraries set themselves up in the first run, which cannot be captured
             self._warm = True
-            return self.function(*args)
+            return self.function(held, *args)
         inputs, spec = pytree.tree_flatten(args)
         key = spec, [(x.shape, x.dtype) for x in inputs if x is not None], [x.data_ptr() for x in self._state()]
         if key != self._key:
             self._inputs = [None if x is None else x.clone() for x in inputs]
             own_args = pytree.tree_unflatten(self._inputs, spec)
-            self._replay, self._outputs = self._capture(lambda: self.function(*own_args))
+            self._replay, self._outputs = self._capture(lambda: self.function(held, *own_args))
             self._key = key
             self.n_captures += 1
         else:

@@ -5,12 +5,13 @@ State stays where it always is, in modules and optimisers: a compiled update rea
 that saving, loading and going from one way to another need no conversion.
 """
 
+import math
 import time
 import types
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch as th
@@ -25,6 +26,7 @@ from sb3_softsac.gradient_step import (
     Due,
     LearningRates,
     Noise,
+    Optimizers,
     Parts,
     UpdateOptions,
     actor_gradients,
@@ -32,6 +34,7 @@ from sb3_softsac.gradient_step import (
     draw_noise,
     due,
     has_pure_step,
+    trained,
     update,
 )
 from sb3_softsac.policies import SoftSACPolicy
@@ -39,6 +42,7 @@ from sb3_softsac.type_aliases import ReplayBatch
 
 BACKEND = "inductor"
 MAX_VARIANTS = 16  # compiled forms of one update: each has its own options and parts that are due
+MAX_COMPILATIONS = 3  # of each form
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -50,8 +54,10 @@ class Outcome(NamedTuple):
     values: th.Tensor
 
 
-Run = Callable[[ReplayBatch, Noise, th.Tensor], tuple[th.Tensor, tuple[str, ...], th.Tensor]]
-"""Does an update: whether all was finite before, and after; names and values of the metrics."""
+Result = tuple[th.Tensor, tuple[str, ...], th.Tensor]
+"""Whether all was finite; names and values of the metrics."""
+Run = Callable[[Optimizers, ReplayBatch, Noise, th.Tensor], Result]
+"""Does an update; takes whether all was finite before."""
 
 
 class Execution:
@@ -69,8 +75,12 @@ class Execution:
         self.ent_coef = ent_coef
         self.compiles = compile
         self.compile_seconds = 0.0  # spent until now
+        self.failed = False  # it was tried in vain
         self._say = say
         self._compiled: dict[tuple[Due, UpdateOptions], Run] = {}
+        self._n_compilations: dict[tuple[Due, UpdateOptions], int] = defaultdict(int)
+        self._trained: Optimizers | None = None
+        self._trained_key: Any = None
         device = policy.device
         self._finite = th.ones((), dtype=th.bool, device=device)
         rates = (critic := th.zeros((), device=device), th.zeros_like(critic), th.zeros_like(critic))
@@ -99,24 +109,24 @@ class Execution:
             outcomes.append(Outcome(names, values))
         return len(outcomes), means(outcomes, n_updates)
 
-    def _run(
-        self, batch: ReplayBatch, noise: Noise, finite: th.Tensor, options: UpdateOptions, what: Due
-    ) -> tuple[th.Tensor, tuple[str, ...], th.Tensor]:
+    def _run(self, batch: ReplayBatch, noise: Noise, finite: th.Tensor, options: UpdateOptions, what: Due) -> Result:
         if self.compiles and self._has_state(what):
             run = self._compiled.get((what, options))
             if run is not None:
                 with suppress(th._dynamo.exc.TorchDynamoException):  # it has to be compiled anew
-                    return run(batch, noise, finite)
-            outcome = self._first_run(batch, noise, finite, options, what)
-            if outcome is not None:
-                return outcome
-        return self._eager_run(EAGER, options, what)(batch, noise, finite)
+                    return run(self._optimizers(), batch, noise, finite)
+            result = self._first_run(batch, noise, finite, options, what)
+            if result is not None:
+                return result
+        return self._eager_run(EAGER, options, what)(self._optimizers(), batch, noise, finite)
 
     def _eager_run(self, parts: Parts, options: UpdateOptions, what: Due) -> Run:
         policy, ent_coef, learning_rates = self.policy, self.ent_coef, self._learning_rates
 
-        def run(batch: ReplayBatch, noise: Noise, finite: th.Tensor) -> tuple[th.Tensor, tuple[str, ...], th.Tensor]:
-            finite, metrics = update(policy, ent_coef, batch, noise, learning_rates, finite, options, what, parts)
+        def run(optimizers: Optimizers, batch: ReplayBatch, noise: Noise, finite: th.Tensor) -> Result:
+            finite, metrics = update(
+                policy, ent_coef, optimizers, batch, noise, learning_rates, finite, options, what, parts
+            )
             metrics["finite"] = finite.float()
             return finite, tuple(metrics), th.stack([value.reshape(()) for value in metrics.values()])
 
@@ -124,28 +134,37 @@ class Execution:
 
     def _first_run(
         self, batch: ReplayBatch, noise: Noise, finite: th.Tensor, options: UpdateOptions, what: Due
-    ) -> tuple[th.Tensor, tuple[str, ...], th.Tensor] | None:
+    ) -> Result | None:
         """Compile, and do an update; None if that cannot be, with all as it was."""
         before = [(tensor, tensor.detach().clone()) for tensor in self.tensors()]
+        random_states = _random_states(self.policy.device)
         start = time.perf_counter()
         if not self._compiled:
             self._say("Compiling the update: half a minute or so, a few seconds if it has been done before ...")
         try:
+            self._n_compilations[what, options] += 1
             if len(self._compiled) >= MAX_VARIANTS:
                 raise RuntimeError(f"its options have changed {MAX_VARIANTS} times")
+            if self._n_compilations[what, options] > MAX_COMPILATIONS:
+                raise RuntimeError(
+                    "something in the networks changes with the updates, and each change would compile anew"
+                )
             run = self._compile(options, what)
-            with tracing():
-                outcome = run(batch, noise, finite)
+            with tracing(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of torch, about its own insides
+                result = run(self._optimizers(), batch, noise, finite)
         except Exception as error:  # whatever a compiler may raise; if it is the user's own, the eager update raises it
-            self.compiles = False
+            self.compiles, self.failed = False, True
             self._compiled.clear()
+            th.set_rng_state(random_states[0])
+            if len(random_states) > 1:
+                th.cuda.set_rng_state(random_states[1], self.policy.device)
             with th.no_grad():
                 for tensor, value in before:
                     tensor.copy_(value)
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             warnings.warn(
-                f"The update cannot be compiled and runs eagerly, which is slower: {reason}. compile=False says that "
-                "this is wanted.",
+                f"The update cannot be compiled and runs eagerly, which is slower: {_reason(error)} "
+                "(compile=False says that this is wanted)",
                 stacklevel=2,
             )
             return None
@@ -153,11 +172,11 @@ class Execution:
         seconds = time.perf_counter() - start
         self.compile_seconds += seconds
         self._say(f"Compiled in {seconds:.1f} s")
-        return outcome
+        return result
 
     def _compile(self, options: UpdateOptions, what: Due) -> Run:
         check_torch()
-        if not all(has_pure_step(optimizer) for optimizer in self._optimizers(what)):
+        if not all(has_pure_step(optimizer) for optimizer in self._involved(what)):
             # What the optimiser does is its own: only the gradients are compiled
             parts = EAGER._replace(critic=compiled(critic_gradients), actor=compiled(actor_gradients))
             return self._eager_run(parts, options, what)
@@ -167,7 +186,7 @@ class Execution:
         self._place_steps()
         return CudaGraph(run, self.tensors)
 
-    def _optimizers(self, what: Due) -> list[Optimizer]:
+    def _involved(self, what: Due = Due(1, True)) -> list[Optimizer]:  # noqa: B008
         optimizers = [self.policy.critic.optimizer]
         if what.actor_updates:
             optimizers.append(self.policy.actor.optimizer)
@@ -175,16 +194,40 @@ class Execution:
                 optimizers.append(self.ent_coef.optimizer)
         return optimizers
 
+    def _optimizers(self) -> Optimizers:
+        """What the optimisers train, looked up anew if they have loaded a state or a parameter was frozen."""
+        key = [
+            (
+                id(optimizer.state),
+                len(optimizer.state),
+                [p.requires_grad for g in optimizer.param_groups for p in g["params"]],
+            )
+            for optimizer in self._involved()
+        ]
+        if self._trained is None or key != self._trained_key:
+            ent_coef = self.ent_coef.optimizer
+            self._trained = Optimizers(
+                trained(self.policy.critic.optimizer),
+                None if ent_coef is None else trained(ent_coef),
+                trained(self.policy.actor.optimizer),
+            )
+            self._trained_key = key
+        return self._trained
+
     def _has_state(self, what: Due) -> bool:
-        """Optimisers make their state in their first step, which is left to them."""
-        return all(optimizer.state for optimizer in self._optimizers(what))
+        """Optimisers make their state in their first step, which is left to them; some never have any."""
+        return all(
+            optimizer.state or not has_pure_step(optimizer) or not trained(optimizer).parameters
+            for optimizer in self._involved(what)
+        )
 
     def _place_steps(self) -> None:
         """Adam counts its steps on the CPU; a graph needs them where the parameters are."""
-        for optimizer in self._optimizers(Due(1, True)):
+        for optimizer in self._involved():
             for state in optimizer.state.values():
                 if isinstance(state.get("step"), th.Tensor):
                     state["step"] = state["step"].to(self.policy.device)
+        self._trained = None
 
     def tensors(self) -> list[th.Tensor]:
         """
@@ -193,7 +236,7 @@ class Execution:
         tensors = [*self.policy.parameters(), *self.policy.buffers()]
         if self.ent_coef.log_ent_coef is not None:
             tensors.append(self.ent_coef.log_ent_coef)
-        for optimizer in self._optimizers(Due(1, True)):
+        for optimizer in self._involved():
             for state in optimizer.state.values():
                 tensors += [value for value in state.values() if isinstance(value, th.Tensor)]
         return tensors
@@ -205,6 +248,22 @@ class Execution:
             if value != self._values[i]:
                 self._values[i] = value
                 rate.fill_(value)
+
+
+@contextmanager
+def matmul_precision(precision: str | None) -> Iterator[None]:
+    """
+    :param precision: of float32 matrix products within the context; None: as it is
+    """
+    if precision is None:
+        yield
+        return
+    before = th.get_float32_matmul_precision()
+    th.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        th.set_float32_matmul_precision(before)
 
 
 def means(outcomes: list[Outcome], n_updates: int) -> dict[str, float]:
@@ -232,6 +291,20 @@ def means(outcomes: list[Outcome], n_updates: int) -> dict[str, float]:
     if result.pop("finite") < 1.0:
         raise _not_finite(outcomes, n_updates)
     return result
+
+
+def _random_states(device: th.device) -> list[th.Tensor]:
+    return [th.get_rng_state(), *([th.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
+
+
+def _reason(error: Exception) -> str:
+    """The first lines of an error, until one that is a sentence."""
+    said: list[str] = []
+    for line in filter(None, map(str.strip, str(error).splitlines())):
+        said.append(line)
+        if not line.endswith(":"):
+            break
+    return " ".join(said) or type(error).__name__
 
 
 def portable(state: dict[str, Any]) -> dict[str, Any]:
@@ -269,10 +342,12 @@ def _not_finite(outcomes: list[Outcome], n_updates: int) -> NotFinite:
         metrics = dict(zip(outcome.names, outcome.values.tolist(), strict=True))
         if metrics["finite"]:
             continue
-        for loss, norm in CHECKED:
-            values = {name: metrics[name] for name in (loss, norm) if name in metrics}
-            if any(value - value != 0.0 for value in values.values()):
-                break
+        pairs = [
+            (loss, norm)
+            for loss, norm in CHECKED
+            if any(not math.isfinite(metrics.get(name or loss, 0.0)) for name in (loss, norm))
+        ]
+        loss, norm = (pairs or CHECKED)[0]
         said = f"{loss} is {metrics[loss]}" + (f" and the norm of its gradient {metrics[norm]}" if norm else "")
         return NotFinite(
             f"{said} at update {n_updates + i + 1}: this optimiser step was not taken. Check rewards and observations "

@@ -6,8 +6,8 @@ The only module that takes gradients and steps optimisers. Noise comes from outs
 noise give equal new networks, whoever runs the update (:mod:`sb3_softsac.execution`).
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
 
 import torch as th
 from torch import nn
@@ -59,10 +59,40 @@ class LearningRates(NamedTuple):
     actor: th.Tensor
 
 
+class AdamGroup(NamedTuple):
+    """Parameters of Adam or AdamW with their state, and its options without the learning rate."""
+
+    parameters: list[th.Tensor]
+    exp_avgs: list[th.Tensor]
+    exp_avg_sqs: list[th.Tensor]
+    max_exp_avg_sqs: list[th.Tensor]
+    steps: list[th.Tensor]
+    options: dict[str, Any]
+
+
+class Trained(NamedTuple):
+    """
+    What an optimiser trains. Compiled code is made anew when a number that it has read changes: so it reads this, and
+    not the optimiser with its learning rate.
+    """
+
+    optimizer: Optimizer
+    parameters: list[th.Tensor]  # those that are not frozen
+    groups: list[AdamGroup]  # for the pure step
+
+
+class Optimizers(NamedTuple):
+    """The optimisers of an update."""
+
+    critic: Trained
+    ent_coef: Trained | None  # None: the coefficient is fixed
+    actor: Trained
+
+
 Gradients = tuple[th.Tensor | None, ...]
-Apply = Callable[[Optimizer, Sequence[th.Tensor], Gradients, th.Tensor, th.Tensor], th.Tensor]
-"""Takes an optimiser, its parameters, their gradients, its learning rate and whether all was finite until now, and does
-the optimiser's step unless a number was not finite. Returns whether all has been finite."""
+Apply = Callable[[Trained, Gradients, th.Tensor, th.Tensor], th.Tensor]
+"""Takes what is trained, gradients, learning rate and whether all was finite until now, and does the optimiser's step
+unless a number was not finite. Returns whether all has been finite."""
 
 
 def due(options: UpdateOptions, n_updates: int) -> Due:
@@ -106,6 +136,7 @@ def draw_noise(policy: SoftSACPolicy, batch: ReplayBatch, n_actor_updates: int) 
 def update(
     policy: SoftSACPolicy,
     ent_coef: EntCoef,
+    optimizers: Optimizers,
     batch: ReplayBatch,
     noise: Noise,
     learning_rates: LearningRates,
@@ -117,8 +148,9 @@ def update(
     """
     Update critics, entropy coefficient, actor and targets once, in place.
 
-    :param policy: networks and their optimisers
-    :param ent_coef: entropy coefficient and its optimiser
+    :param policy: networks
+    :param ent_coef: entropy coefficient
+    :param optimizers: their optimisers
     :param batch: minibatch on the policy's device
     :param noise: see :func:`draw_noise`
     :param learning_rates: of the optimisers
@@ -129,25 +161,23 @@ def update(
     :return: whether all numbers have been finite, and scalars by log key; those of the actor only where it was updated
     """
     coefficient = ent_coef.value()  # before its own step, as in SB3
-    gradients, metrics = parts.critic(policy, batch, noise.next_actions, coefficient, options)
-    parameters = trainable(policy.critic.optimizer)
+    critic, actor = optimizers.critic, optimizers.actor
+    gradients, metrics = parts.critic(policy, critic, batch, noise.next_actions, coefficient, options)
     finite = finite & th.isfinite(metrics["critic_loss"] + metrics["critic_grad_norm"])
-    finite = parts.apply(policy.critic.optimizer, parameters, gradients, learning_rates.critic, finite)
+    finite = parts.apply(critic, gradients, learning_rates.critic, finite)
     metrics["ent_coef"] = coefficient.squeeze()
 
     for actor_noise in noise.actions[: due.actor_updates]:
         coefficient = ent_coef.value()
-        pi_gradients, ent_coef_gradients, pi_metrics = parts.actor(
-            policy, ent_coef, batch, actor_noise, coefficient, options
+        gradients, ent_coef_gradients, actor_metrics = parts.actor(
+            policy, ent_coef, optimizers, batch, actor_noise, coefficient, options
         )
-        metrics.update(pi_metrics)
-        if ent_coef.optimizer is not None:
+        metrics.update(actor_metrics)
+        if optimizers.ent_coef is not None:
             finite = finite & th.isfinite(metrics["ent_coef_loss"])
-            parameters = trainable(ent_coef.optimizer)
-            finite = parts.apply(ent_coef.optimizer, parameters, ent_coef_gradients, learning_rates.ent_coef, finite)
+            finite = parts.apply(optimizers.ent_coef, ent_coef_gradients, learning_rates.ent_coef, finite)
         finite = finite & th.isfinite(metrics["actor_loss"] + metrics["actor_grad_norm"])
-        parameters = trainable(policy.actor.optimizer)
-        finite = parts.apply(policy.actor.optimizer, parameters, pi_gradients, learning_rates.actor, finite)
+        finite = parts.apply(actor, gradients, learning_rates.actor, finite)
 
     if due.targets:
         parts.targets(policy, options.tau, finite)
@@ -155,10 +185,15 @@ def update(
 
 
 def critic_gradients(
-    policy: SoftSACPolicy, batch: ReplayBatch, noise: th.Tensor, coefficient: th.Tensor, options: UpdateOptions
+    policy: SoftSACPolicy,
+    trained: Trained,
+    batch: ReplayBatch,
+    noise: th.Tensor,
+    coefficient: th.Tensor,
+    options: UpdateOptions,
 ) -> tuple[Gradients, Metrics]:
     """
-    :return: gradients of the critics' optimiser's parameters; metrics
+    :return: gradients of the critics' trained parameters; metrics
     """
     with th.no_grad():
         next_actor = policy.actor if policy.actor_target is None else policy.actor_target
@@ -173,7 +208,7 @@ def critic_gradients(
         )
     current_q_values = policy.critic(batch.observations, batch.actions)
     loss = losses.critic_loss(current_q_values, target_q)
-    gradients, norm = _gradients(loss, policy.critic.optimizer, options.max_grad_norm)
+    gradients, norm = _gradients(loss, trained, options.max_grad_norm)
     return gradients, {
         "critic_loss": loss.detach(),
         "q_value": th.cat(current_q_values).detach().mean(),
@@ -185,23 +220,24 @@ def critic_gradients(
 def actor_gradients(
     policy: SoftSACPolicy,
     ent_coef: EntCoef,
+    optimizers: Optimizers,
     batch: ReplayBatch,
     noise: th.Tensor,
     coefficient: th.Tensor,
     options: UpdateOptions,
 ) -> tuple[Gradients, Gradients, Metrics]:
     """
-    :return: gradients of the actor's and of the entropy coefficient's optimiser's parameters; metrics
+    :return: gradients of the actor's and of the entropy coefficient's trained parameters; metrics
     """
     pi = _sample(policy.actor, batch, noise, options)
     metrics: Metrics = {}
     ent_coef_gradients: Gradients = ()
-    if ent_coef.log_ent_coef is not None and ent_coef.optimizer is not None:
+    if ent_coef.log_ent_coef is not None and optimizers.ent_coef is not None:
         loss = losses.ent_coef_loss(ent_coef.log_ent_coef, pi.log_prob, options.target_entropy, options.ent_coef_loss)
-        ent_coef_gradients, _ = _gradients(loss, ent_coef.optimizer, None)
+        ent_coef_gradients, _ = _gradients(loss, optimizers.ent_coef, None)
         metrics["ent_coef_loss"] = loss.detach()
     loss = losses.actor_loss(policy.critic(batch.observations, pi.actions), pi.log_prob, coefficient)
-    gradients, norm = _gradients(loss, policy.actor.optimizer, options.max_grad_norm)
+    gradients, norm = _gradients(loss, optimizers.actor, options.max_grad_norm)
     metrics["actor_loss"] = loss.detach()
     metrics["entropy"] = -pi.log_prob.detach().mean()
     metrics["log_std"] = pi.log_std.detach().mean()
@@ -216,100 +252,98 @@ def update_targets(policy: SoftSACPolicy, tau: float, finite: th.Tensor) -> None
         with th.no_grad():
             for network, target in policy.targets():
                 th._foreach_lerp_(list(target.parameters()), list(network.parameters()), tau)
-                _copy_statistics(network, target)
+                for statistic, new in zip(running_statistics(target), running_statistics(network), strict=True):
+                    statistic.copy_(new)
 
 
 def pure_update_targets(policy: SoftSACPolicy, tau: float, finite: th.Tensor) -> None:
     """:func:`update_targets` without asking the device."""
     with th.no_grad():
         for network, target in policy.targets():
-            for kept, new in zip(target.parameters(), network.parameters(), strict=True):
+            averaged = zip(target.parameters(), network.parameters(), strict=True)
+            copied = zip(running_statistics(target), running_statistics(network), strict=True)
+            for kept, new in averaged:
                 kept.copy_(th.where(finite, th.lerp(kept, new, tau), kept))
-            _copy_statistics(network, target)
+            for statistic, new_statistic in copied:
+                statistic.copy_(th.where(finite, new_statistic, statistic))
 
 
-def _copy_statistics(network: nn.Module, target: nn.Module) -> None:
-    for target_statistic, statistic in zip(running_statistics(target), running_statistics(network), strict=True):
-        target_statistic.copy_(statistic)
-
-
-def trainable(optimizer: Optimizer) -> list[th.Tensor]:
+def trained(optimizer: Optimizer) -> Trained:
     """
     :param optimizer: any optimiser
-    :return: its parameters, the frozen ones left out
+    :return: what it trains
     """
-    return [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+    groups = []
+    for group in optimizer.param_groups if has_pure_step(optimizer) else []:
+        # Parameters that the loss does not depend on have no state
+        updated = [p for p in group["params"] if p.requires_grad and optimizer.state.get(p)]
+        states = [optimizer.state[p] for p in updated]
+        options = {
+            name: group[name] for name in ("amsgrad", "weight_decay", "eps", "maximize", "decoupled_weight_decay")
+        }
+        options["beta1"], options["beta2"] = group["betas"]
+        groups.append(
+            AdamGroup(
+                updated,
+                [state["exp_avg"] for state in states],
+                [state["exp_avg_sq"] for state in states],
+                [state["max_exp_avg_sq"] for state in states] if group["amsgrad"] else [],
+                [state["step"] for state in states],
+                options,
+            )
+        )
+    return Trained(optimizer, parameters, groups)
 
 
-def step(
-    optimizer: Optimizer,
-    parameters: Sequence[th.Tensor],
-    gradients: Gradients,
-    learning_rate: th.Tensor,
-    finite: th.Tensor,
-) -> th.Tensor:
+def step(trained: Trained, gradients: Gradients, learning_rate: th.Tensor, finite: th.Tensor) -> th.Tensor:
     """The optimiser's own step, as an :data:`Apply`. It reads its learning rate itself."""
-    if finite and parameters:
-        for parameter, gradient in zip(parameters, gradients, strict=True):
+    if finite and trained.parameters:
+        for parameter, gradient in zip(trained.parameters, gradients, strict=True):
             parameter.grad = gradient
-        optimizer.step()
+        trained.optimizer.step()
     return finite
 
 
-def has_pure_step(optimizer: Optimizer | None) -> bool:
+def has_pure_step(optimizer: Optimizer) -> bool:
     """
     :param optimizer: any optimiser
     :return: whether :func:`pure_step` can do its step
     """
-    if optimizer is None:
-        return True
-    return type(optimizer) in (Adam, AdamW) and not any(group["differentiable"] for group in optimizer.param_groups)
+    hooks = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
+    plain = type(optimizer) in (Adam, AdamW) and not hooks
+    return plain and not any(group["differentiable"] for group in optimizer.param_groups)
 
 
-def pure_step(
-    optimizer: Optimizer,
-    parameters: Sequence[th.Tensor],
-    gradients: Gradients,
-    learning_rate: th.Tensor,
-    finite: th.Tensor,
-) -> th.Tensor:
+def pure_step(trained: Trained, gradients: Gradients, learning_rate: th.Tensor, finite: th.Tensor) -> th.Tensor:
     """
     A step of Adam or AdamW that depends on nothing but tensors, as an :data:`Apply`: it can be compiled and captured.
 
     All state must be there already, so the first update of a run is not done with it. Where a number was not finite,
     everything is left as it was, without asking the device.
     """
-    gradient_of = dict(zip(parameters, gradients, strict=True))
-    for group in optimizer.param_groups:
-        # Parameters that the loss does not depend on have no gradient; their state is empty
-        updated = [p for p in group["params"] if gradient_of.get(p) is not None]
-        if not updated:
+    gradient_of = dict(zip(trained.parameters, gradients, strict=True))
+    for group in trained.groups:
+        parameters, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, options = group
+        if not parameters:
             continue
-        states = [optimizer.state[p] for p in updated]
-        names = ["exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if group["amsgrad"] else []), "step"]
-        changing = [*updated, *(state[name] for state in states for name in names)]
+        changing = [*parameters, *exp_avgs, *exp_avg_sqs, *max_exp_avg_sqs, *steps]
         with th.no_grad():
             before = [tensor.clone() for tensor in changing]  # costs nothing in a compiled update
             adam(
-                updated,
-                [gradient_of[p] for p in updated],  # type: ignore[misc]
-                [state["exp_avg"] for state in states],
-                [state["exp_avg_sq"] for state in states],
-                [state["max_exp_avg_sq"] for state in states] if group["amsgrad"] else [],
-                [state["step"] for state in states],
+                parameters,
+                [cast(th.Tensor, gradient_of[p]) for p in parameters],
+                exp_avgs,
+                exp_avg_sqs,
+                max_exp_avg_sqs,
+                steps,
                 foreach=False,
                 capturable=finite.is_cuda,
                 differentiable=False,
                 fused=False,
                 has_complex=False,
-                amsgrad=group["amsgrad"],
-                beta1=group["betas"][0],
-                beta2=group["betas"][1],
                 lr=learning_rate,
-                weight_decay=group["weight_decay"],
-                eps=group["eps"],
-                maximize=group["maximize"],
-                decoupled_weight_decay=group["decoupled_weight_decay"],
+                **options,
             )
             for tensor, old in zip(changing, before, strict=True):
                 tensor.copy_(th.where(finite, tensor, old))
@@ -337,19 +371,18 @@ def _sample(actor: Actor, batch: ReplayBatch, noise: th.Tensor, options: UpdateO
     return pi._replace(log_prob=pi.log_prob - options.log_action_scale)
 
 
-def _gradients(loss: th.Tensor, optimizer: Any, max_grad_norm: float | None) -> tuple[Gradients, th.Tensor]:
+def _gradients(loss: th.Tensor, trained: Trained, max_grad_norm: float | None) -> tuple[Gradients, th.Tensor]:
     """
-    Gradient of the optimiser's own parameters, clipped.
+    Gradients of the trained parameters, clipped.
 
     ``autograd.grad`` instead of ``backward()``: the actor's loss flows through the critics, whose weight gradients
     (11% of an update's arithmetic) are then not computed only to be thrown away.
 
     :return: gradients, None where the loss does not depend on the parameter; their norm before clipping, scalar
     """
-    parameters = trainable(optimizer)
-    if not parameters:  # all frozen
+    if not trained.parameters:  # all frozen
         return (), loss.new_zeros(())
-    gradients = th.autograd.grad(loss, parameters, allow_unused=True)
+    gradients = th.autograd.grad(loss, trained.parameters, allow_unused=True)
     # One kernel for all is faster, but not if compiled: it would stay a call of its own
     foreach = False if th.compiler.is_compiling() else None
     norm = nn.utils.get_total_norm([g for g in gradients if g is not None], foreach=foreach)

@@ -10,7 +10,8 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.distributions import StateDependentNoiseDistribution
-from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.policies import BasePolicy, ContinuousCritic
+from stable_baselines3.common.preprocessing import is_image_space, preprocess_obs
 from stable_baselines3.common.torch_layers import (
     BaseFeaturesExtractor,
     CombinedExtractor,
@@ -27,6 +28,32 @@ from sb3_softsac.type_aliases import PolicySample, TorchObs
 
 LOG_STD_BOUNDS = (-20.0, 2.0)  # SB3's clamp
 WEIGHT_INITS = (None, "xavier", "orthogonal")
+
+
+class Preprocessing:
+    """
+    SB3's ``preprocess_obs``, which looks at each batch whether its space is one of images, and so cannot be compiled.
+
+    :param space: of the observations
+    :param normalize_images: divide images by 255
+    """
+
+    def __init__(self, space: spaces.Space[Any], normalize_images: bool):
+        self.space = space
+        self.parts = {key: Preprocessing(part, normalize_images) for key, part in getattr(space, "spaces", {}).items()}
+        self.is_box = isinstance(space, spaces.Box)
+        self.scale = 255.0 if self.is_box and normalize_images and is_image_space(space) else None
+
+    def __call__(self, obs: TorchObs) -> Any:
+        """
+        :param obs: batch of observations
+        :return: what the features extractor reads
+        """
+        if isinstance(obs, dict):
+            return {key: self.parts[key](part) for key, part in obs.items()}
+        if self.scale is not None:
+            return obs.float() / self.scale
+        return obs.float() if self.is_box else preprocess_obs(obs, self.space)
 
 
 class Actor(sb3_policies.Actor):
@@ -70,6 +97,7 @@ class Actor(sb3_policies.Actor):
         self.log_std_bounds = (low, high)
         self.log_std_bounding = log_std_bounding
         self.separate_log_std_net = separate_log_std_net
+        self.preprocessing = Preprocessing(self.observation_space, self.normalize_images)
         if separate_log_std_net:
             self.latent_log_std = nn.Sequential(*create_mlp(self.features_dim, -1, self.net_arch, self.activation_fn))
 
@@ -79,6 +107,10 @@ class Actor(sb3_policies.Actor):
             "log_std_bounding": self.log_std_bounding,
             "separate_log_std_net": self.separate_log_std_net,
         }
+
+    def extract_features(self, obs: TorchObs, features_extractor: BaseFeaturesExtractor) -> th.Tensor:
+        """See SB3."""
+        return features_extractor(self.preprocessing(obs))
 
     def get_action_dist_params(self, obs: TorchObs) -> tuple[th.Tensor, th.Tensor, dict[str, th.Tensor]]:
         """
@@ -176,6 +208,18 @@ class Actor(sb3_policies.Actor):
         return 0.5 * th.log(variance + self.action_dist.epsilon)
 
 
+class Critic(ContinuousCritic):
+    """SB3's critics."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.preprocessing = Preprocessing(self.observation_space, self.normalize_images)
+
+    def extract_features(self, obs: TorchObs, features_extractor: BaseFeaturesExtractor) -> th.Tensor:
+        """See SB3."""
+        return features_extractor(self.preprocessing(obs))
+
+
 class SoftSACPolicy(sb3_policies.SACPolicy):
     """
     Policy (actor, critics, target critics) of SoftSAC. Arguments are those of SB3's ``SACPolicy``, and:
@@ -193,6 +237,8 @@ class SoftSACPolicy(sb3_policies.SACPolicy):
     default_features_extractor: ClassVar[type[BaseFeaturesExtractor]] = FlattenExtractor
     actor: Actor
     actor_target: Actor | None
+    critic: Critic
+    critic_target: Critic
 
     def __init__(
         self,
@@ -269,6 +315,10 @@ class SoftSACPolicy(sb3_policies.SACPolicy):
     def make_actor(self, features_extractor: BaseFeaturesExtractor | None = None) -> Actor:
         actor_kwargs = self._update_features_extractor(self.actor_kwargs, features_extractor)
         return Actor(**actor_kwargs, **self.log_std_kwargs).to(self.device)
+
+    def make_critic(self, features_extractor: BaseFeaturesExtractor | None = None) -> Critic:
+        critic_kwargs = self._update_features_extractor(self.critic_kwargs, features_extractor)
+        return Critic(**critic_kwargs).to(self.device)
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         return (

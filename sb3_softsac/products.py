@@ -2,8 +2,9 @@
 Matrix products of a compiled update, on the CPU.
 
 PyTorch's wheels take float32 products from MKL, which does not use AVX-512 on processors that are not Intel's. oneDNN,
-part of the same wheels, does: twice the rate on an AMD EPYC (``benchmarks/speed.py`` measures both). And products with
-a single row, column or term, such as a critic's last layer, are faster as part of the loops around them.
+part of the same wheels, does: twice the rate on an AMD EPYC (``benchmarks/speed.py`` measures both). Products with a
+single row, column or term, such as a critic's last layer, are faster as part of the loops around them. And of the
+gradient of a critic's input, the actor's update needs the actions' columns only.
 """
 
 import platform
@@ -51,18 +52,25 @@ class Products(CustomGraphPass):
     def __call__(self, graph: Graph) -> None:
         for node in list(graph.nodes):
             if node.target is aten.mm.default:
+                _drop_unused_columns(graph, node)
+        for node in list(graph.nodes):
+            if node.target is aten.mm.default:
                 (a, b), bias = node.args, None
             elif node.target is aten.addmm.default and not node.kwargs and node.args[0].meta["val"].dim() == 1:
                 bias, a, b = node.args
             else:
                 continue
-            if not all(_is_plain(operand.meta["val"]) for operand in (a, b)):
+            if not all(_is_plain(operand.meta["val"]) for operand in (a, b, *([] if bias is None else [bias]))):
                 continue
             (rows, inner), columns = a.meta["val"].shape, b.meta["val"].shape[1]
             with graph.inserting_before(node):
                 if min(rows, inner, columns) == 1:
                     _replace(node, _thin_product(graph, a, b, bias))
-                elif self.use_onednn and rows * inner * columns >= MIN_LARGE:
+                elif (
+                    self.use_onednn
+                    and (bias is None or len(bias.meta["val"]) == columns)
+                    and rows * inner * columns >= MIN_LARGE
+                ):
                     _use_onednn(graph, node, a, b, bias)
 
     def uuid(self) -> Any:
@@ -71,7 +79,8 @@ class Products(CustomGraphPass):
 
 def _is_plain(value: th.Tensor) -> bool:
     is_static = all(isinstance(size, int) for size in value.shape)
-    return value.dtype == th.float32 and value.device.type == "cpu" and is_static and 1 in value.stride()
+    is_dense = 1 in value.stride() and 0 not in value.stride()
+    return value.dtype == th.float32 and value.device.type == "cpu" and is_static and is_dense
 
 
 def _call(graph: Graph, target: Any, *args: Any) -> Node:
@@ -89,6 +98,19 @@ def _transposed(graph: Graph, matrix: Node) -> Node:
     if matrix.target is aten.permute.default and list(matrix.args[1]) == [1, 0]:  # type: ignore[arg-type]
         return matrix.args[0]  # type: ignore[return-value]
     return _call(graph, aten.permute.default, matrix, [1, 0])
+
+
+def _drop_unused_columns(graph: Graph, node: Node) -> None:
+    """``mm(a, b)[:, i:j]`` is ``mm(a, b[:, i:j])``."""
+    a, b = node.args
+    assert isinstance(a, Node) and isinstance(b, Node)
+    slices = list(node.users)
+    if len(slices) != 1 or slices[0].target is not aten.slice.Tensor or slices[0].args[1:2] != (1,) or slices[0].kwargs:
+        return
+    with graph.inserting_before(node):
+        product = _call(graph, aten.mm.default, a, _call(graph, aten.slice.Tensor, b, *slices[0].args[1:]))
+    _replace(slices[0], product)
+    graph.erase_node(node)
 
 
 def _thin_product(graph: Graph, a: Node, b: Node, bias: Node | None) -> Node:

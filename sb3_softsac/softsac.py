@@ -1,6 +1,6 @@
 """``SoftSAC``: the algorithm's arguments, its parts and their wiring."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, cast
 
 import numpy as np
@@ -12,7 +12,7 @@ from stable_baselines3.common.buffers import ReplayBuffer as SB3ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.distributions import StateDependentNoiseDistribution
 from stable_baselines3.common.noise import ActionNoise
-from stable_baselines3.common.policies import BasePolicy, ContinuousCritic
+from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import (
     GymEnv,
     Schedule,
@@ -27,17 +27,19 @@ from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 from torch import nn
 
 from sb3_softsac import execution, threads
-from sb3_softsac.buffers import ReplayBuffer
+from sb3_softsac.buffers import ReplayBuffer, rows_of
 from sb3_softsac.distributions import log_action_scale
 from sb3_softsac.ent_coef import EntCoef, make_ent_coef
-from sb3_softsac.execution import Execution, NotFinite
+from sb3_softsac.execution import Execution, NotFinite, matmul_precision
 from sb3_softsac.gradient_step import UpdateOptions
-from sb3_softsac.policies import COUNTERPARTS, Actor, CnnPolicy, MlpPolicy, MultiInputPolicy, SoftSACPolicy
+from sb3_softsac.policies import COUNTERPARTS, Actor, CnnPolicy, Critic, MlpPolicy, MultiInputPolicy, SoftSACPolicy
 from sb3_softsac.resumable import ResumableAlgorithm
 from sb3_softsac.type_aliases import ReplayBatch
 from sb3_softsac.validation import check_action_space, check_options
 
 MIN_COMPILED_UPDATES = 10_000  # compiling takes as long as it saves in about half as many
+
+ROWS_AT_ONCE = 16_384  # drawn from the replay buffer
 
 
 class SoftSAC(ResumableAlgorithm):
@@ -101,8 +103,8 @@ class SoftSAC(ResumableAlgorithm):
     }
     policy: SoftSACPolicy
     actor: Actor
-    critic: ContinuousCritic
-    critic_target: ContinuousCritic
+    critic: Critic
+    critic_target: Critic
     actor_target: Actor | None
     action_space: spaces.Box
 
@@ -328,6 +330,8 @@ class SoftSAC(ResumableAlgorithm):
             compiles = (
                 self._compiles or self._n_updates + self._n_updates_ahead(total_timesteps) >= MIN_COMPILED_UPDATES
             )
+        if self._execution is not None and self._execution.failed:
+            compiles = False
         if compiles != self._compiles:
             self._compiles, self._execution = bool(compiles), None
         return total_timesteps, callback
@@ -340,20 +344,19 @@ class SoftSAC(ResumableAlgorithm):
         assert isinstance(self.train_freq, TrainFreq) and self.env is not None
         between = self.train_freq.frequency * self.env.num_envs
         if self.train_freq.unit == TrainFrequencyUnit.EPISODE:
-            spec = getattr(self.env, "spec", None)
+            spec = self.env.get_attr("spec")[0] if self.env.has_attr("spec") else None
             between *= getattr(spec, "max_episode_steps", None) or 1000
         return int(steps // between * self.gradient_steps)
 
     def _set_threads(self) -> None:
-        if self._threads is None or self.num_threads != "auto":
+        if self._threads is None or self._threads > threads.n_cores() or self.num_threads != "auto":
             widest = max(
                 (layer.weight.numel() for layer in self.policy.modules() if isinstance(layer, nn.Linear)), default=0
             )
             self._threads = (
                 threads.choose(self.batch_size * widest) if self.num_threads == "auto" else int(self.num_threads)
             )
-        if th.get_num_threads() != self._threads:
-            th.set_num_threads(self._threads)
+        threads.use(self._threads)
         self._say(f"Using {self._threads} of {threads.n_cores()} CPU cores (num_threads)")
 
     def _say(self, text: str) -> None:
@@ -371,26 +374,34 @@ class SoftSAC(ResumableAlgorithm):
         self.policy.set_training_mode(True)
         self._update_learning_rates()
         if self._execution is None:
-            self._execution = Execution(self.policy, self._ent_coef, self._compiles, self._say)
-        batches = (self._sample_batch(batch_size) for _ in range(gradient_steps))
-        precision = th.get_float32_matmul_precision()
-        th.set_float32_matmul_precision(self.matmul_precision or precision)
+            compiles = self._compiles and self.compile is not False
+            self._execution = Execution(self.policy, self._ent_coef, compiles, self._say)
         try:
-            n_done, means = self._execution(batches, self._update_options(), self._n_updates)
+            with matmul_precision(self.matmul_precision):
+                batches = self._batches(gradient_steps, batch_size)
+                n_done, means = self._execution(batches, self._update_options(), self._n_updates)
         except NotFinite as error:
             self._n_updates += error.n_done
             raise
         finally:
-            th.set_float32_matmul_precision(precision)
             self._compiles = self._execution.compiles
         self._n_updates += n_done
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         for name, mean in means.items():
             self.logger.record(f"train/{name}", mean)
+        if self._execution.compile_seconds > 0.0:
+            self.logger.record("time/compile_seconds", self._execution.compile_seconds, exclude="tensorboard")
 
-    def _sample_batch(self, batch_size: int) -> ReplayBatch:
+    def _batches(self, number: int, batch_size: int) -> Iterator[ReplayBatch]:
+        """Minibatches of B; several are drawn at once, which takes half the time, if the buffer is our own."""
         assert self.replay_buffer is not None
-        return self.replay_buffer.sample(batch_size, env=self._vec_normalize_env)
+        draws_alike = type(self.replay_buffer).sample is ReplayBuffer.sample
+        at_once = max(1, ROWS_AT_ONCE // batch_size) if draws_alike else 1
+        for first in range(0, number, at_once):
+            n = min(at_once, number - first)
+            drawn = self.replay_buffer.sample(n * batch_size, env=self._vec_normalize_env)
+            for i in range(n):
+                yield drawn if n == 1 else rows_of(drawn, slice(i * batch_size, (i + 1) * batch_size))
 
     def _update_options(self) -> UpdateOptions:
         assert isinstance(self.target_entropy, float)

@@ -12,6 +12,7 @@ import torch as th
 WORK_PER_THREAD = 4_000_000
 CHOSEN_BY_USER = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 _AT_IMPORT = th.get_num_threads()
+_used = _AT_IMPORT
 
 
 def choose(work: int) -> int:
@@ -20,9 +21,19 @@ def choose(work: int) -> int:
     :return: number of threads; what the user has set with ``torch.set_num_threads`` or in the environment stays
     """
     now = th.get_num_threads()
-    if now != _AT_IMPORT or any(name in os.environ for name in CHOSEN_BY_USER):
+    if now not in (_AT_IMPORT, _used) or any(name in os.environ for name in CHOSEN_BY_USER):
         return now
-    return max(1, min(now, round(work / WORK_PER_THREAD), n_cores() - n_busy()))
+    return max(1, min(_AT_IMPORT, round(work / WORK_PER_THREAD), n_cores() - n_busy()))
+
+
+def use(number: int) -> None:
+    """
+    :param number: of threads that torch shall use
+    """
+    global _used
+    if th.get_num_threads() != number:
+        th.set_num_threads(number)
+    _used = number
 
 
 def n_cores() -> int:

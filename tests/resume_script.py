@@ -160,6 +160,10 @@ CASES: dict[str, Case] = {
     "subproc": Case(partial(pendulum, 2, SubprocVecEnv), stops=(20, 98)),
     "all_options": Case(stops=STOPS, kwargs={**ALL_OPTIONS, "learning_rate": LinearSchedule(1e-3, 0.0, 0.5)}),
     "fixed_ent_coef": Case(kwargs={"ent_coef": 0.2}),
+    "compiled": Case(stops=(20, 80, 97), kwargs={"compile": True, "learning_rate": LinearSchedule(1e-3, 0.0, 0.5)}),
+    "compiled_gsde": Case(
+        stops=(32, 70), kwargs={"compile": True, "use_sde": True, "policy_delay": 2, "train_freq": 4}
+    ),
     "sb3_buffer": Case(stops=(60, 97, 100), kwargs={"replay_buffer_class": SB3ReplayBuffer, "buffer_size": 100}),
     "sb3_memory": Case(
         stops=(60, 97, 100),
@@ -184,7 +188,7 @@ class Records(KVWriter):
         self.rows: list[tuple[int, dict[str, Any]]] = []
 
     def write(self, key_values: dict[str, Any], key_excluded: dict[str, Any], step: int = 0) -> None:
-        clock = ("time/fps", "time/time_elapsed")
+        clock = ("time/fps", "time/time_elapsed", "time/compile_seconds")
         self.rows.append((step, {key: value for key, value in key_values.items() if key not in clock}))
 
     def close(self) -> None:

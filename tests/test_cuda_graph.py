@@ -1,0 +1,352 @@
+"""CUDA graphs: what surrounds them is tested with a stand-in on the CPU, they themselves only where there is a GPU."""
+
+import copy
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import pytest
+import torch as th
+from stable_baselines3.common.logger import Logger
+from stable_baselines3.common.type_aliases import ReplayBufferSamples
+from torch.utils import _pytree as pytree
+
+from sb3_softsac import SoftSAC, execution
+from sb3_softsac.cuda_graph import CudaGraph
+from sb3_softsac.execution import Execution
+from sb3_softsac.gradient_step import draw_noise, due
+
+needs_gpu = pytest.mark.skipif(not th.cuda.is_available(), reason="CUDA graphs need a GPU that torch can use")
+
+
+class FakeCapture:
+    """
+    Captures and replays as a graph does, on the CPU: capturing runs nothing; a replay reads and writes the tensors that
+    were there when it was captured, and puts its results where those of the last replay are.
+    """
+
+    def __init__(self, state: Callable[[], list[th.Tensor]]):
+        self.state = state
+        self.n_captures = self.n_replays = 0
+
+    def __call__(self, function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+        self.n_captures += 1
+        addresses = [tensor.data_ptr() for tensor in self.state()]
+        outputs: list[Any] = []
+
+        def replay() -> None:
+            self.n_replays += 1
+            assert [x.data_ptr() for x in self.state()] == addresses, "a graph would write into memory that is gone"
+            results = function()
+            if not outputs:
+                outputs.extend(results)
+                return
+            for place, result in zip(pytree.tree_leaves(outputs), pytree.tree_leaves(list(results)), strict=True):
+                if isinstance(place, th.Tensor):
+                    place.copy_(result)
+                else:
+                    assert place == result
+
+        return replay, outputs
+
+
+class Counter:
+    """Adds inputs to a total, in place."""
+
+    def __init__(self) -> None:
+        self.total = th.zeros(2)
+        self.n_runs = 0
+        self.seen: list[int] = []
+        self.capture = FakeCapture(lambda: [self.total])
+        self.graph = CudaGraph(self.add, lambda: [self.total], self.capture)
+
+    def add(self, total: th.Tensor, inputs: dict[str, th.Tensor], optional: th.Tensor | None) -> tuple[th.Tensor, str, th.Tensor]:
+        self.n_runs += 1
+        self.seen = [x.data_ptr() for x in (*inputs.values(), optional) if x is not None]
+        assert total is self.total
+        self.total += inputs["a"].sum(0) * inputs["b"]
+        if optional is not None:
+            self.total += optional
+        return self.total * 10, "name", self.total.sum()
+
+
+def call(counter: Counter, a: float, b: float = 1.0, optional: float | None = None, rows: int = 3) -> list[Any]:
+    inputs = {"a": th.full((rows, 2), a), "b": th.tensor(b)}
+    outputs = list(counter.graph(counter.total, inputs, None if optional is None else th.full((2,), optional)))
+    for tensor in inputs.values():
+        tensor.fill_(float("nan"))  # a graph must not depend on the caller's tensors
+    return outputs
+
+
+def test_first_call_is_plain() -> None:
+    """Libraries set themselves up in it."""
+    counter = Counter()
+    outputs = call(counter, 1.0)
+    assert outputs[0].tolist() == [30.0, 30.0] and outputs[1] == "name"
+    assert (counter.n_runs, counter.capture.n_captures, counter.graph.n_captures) == (1, 0, 0)
+
+
+def test_later_calls_are_replays_of_one_capture() -> None:
+    counter = Counter()
+    results = [call(counter, float(i), b=2.0 * i) for i in range(1, 6)]
+    totals = [6.0, 30.0, 84.0, 180.0, 330.0]
+    assert [first[0].tolist() for first in results] == [[10 * t] * 2 for t in totals], "kept, not written over"
+    assert [last[2].item() for last in results] == [2 * t for t in totals]
+    assert counter.total.tolist() == [330.0, 330.0]
+    assert counter.n_runs == 5, "each call runs once, also the one that captures"
+    assert (counter.graph.n_captures, counter.capture.n_replays) == (1, 4)
+
+
+def test_inputs_are_copied_to_the_same_place() -> None:
+    counter = Counter()
+    places = set()
+    for i in range(4):
+        call(counter, float(i), optional=1.0)
+        if i > 0:
+            places.add(tuple(counter.seen))
+    assert len(places) == 1
+
+
+def test_callers_tensors_are_not_written_to() -> None:
+    counter = Counter()
+    given = [({"a": th.full((3, 2), float(i)), "b": th.tensor(2.0)}, th.full((2,), float(i))) for i in range(4)]
+    for inputs in given:
+        counter.graph(counter.total, *inputs)
+    for i, (tensors_, optional) in enumerate(given):
+        assert tensors_["a"].eq(i).all() and tensors_["b"] == 2.0 and optional.eq(i).all(), i
+
+
+def test_moved_state_is_captured_again() -> None:
+    counter = Counter()
+    for _ in range(3):
+        call(counter, 1.0)
+    old = counter.total
+    counter.total.data = th.tensor([100.0, 200.0])  # the same tensor, elsewhere
+    assert call(counter, 1.0)[0].tolist() == [1030.0, 2030.0]
+    assert counter.graph.n_captures == 2
+    counter.total = old.clone()
+    call(counter, 1.0)
+    assert counter.graph.n_captures == 3
+    call(counter, 1.0)
+    assert counter.graph.n_captures == 3
+    assert counter.total.tolist() == [109.0, 209.0]
+
+
+def test_other_shapes_are_captured_again() -> None:
+    counter = Counter()
+    for rows in (3, 3, 5, 5, 3):
+        before = counter.total.clone()
+        call(counter, 1.0, rows=rows)
+        assert (counter.total - before).tolist() == [rows, rows]
+    assert counter.graph.n_captures == 3
+
+
+def test_absent_inputs() -> None:
+    """``discounts`` of a batch is None, or not."""
+    counter = Counter()
+    given = [None, None, None, 4.0, 5.0, None, None]
+    for optional in given:
+        before = counter.total.clone()
+        call(counter, 0.0, optional=optional)
+        assert (counter.total - before).tolist() == [optional or 0.0] * 2
+    assert counter.graph.n_captures == 3
+
+
+# The whole update
+
+
+def make(device: str = "cpu", **kwargs: Any) -> SoftSAC:
+    # A zero gradient's rounding must not become a whole step of Adam
+    policy_kwargs = {"net_arch": [16], "optimizer_kwargs": {"eps": 1e-3}}
+    options = {"learning_starts": 20, "buffer_size": 300, "batch_size": 8, "policy_kwargs": policy_kwargs, "seed": 0}
+    model = SoftSAC("MlpPolicy", gym.make("Pendulum-v1"), device=device, **{**options, **kwargs})
+    model.set_logger(Logger(folder=None, output_formats=[]))
+    return model.learn(21)
+
+
+def train(model: SoftSAC, n: int, seed: int = 0) -> None:
+    th.manual_seed(seed)
+    model.train(gradient_steps=n, batch_size=8)
+
+
+def tensors(model: SoftSAC) -> list[th.Tensor]:
+    """All that an update changes, whatever runs it."""
+    own = Execution(model.policy, model._ent_coef, False, print)
+    return [tensor.detach().cpu() for tensor in own.tensors()]
+
+
+def assert_equal_tensors(expected: SoftSAC, actual: SoftSAC, atol: float) -> None:
+    for i, (one, other) in enumerate(zip(tensors(expected), tensors(actual), strict=True)):
+        th.testing.assert_close(other, one, atol=atol, rtol=1e-4, msg=lambda text, i=i: f"tensor {i}: {text}")
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> list[CudaGraph]:
+    """Updates on the CPU are captured by the stand-in; what is compiled is left as it is. The graphs that were made."""
+    made: list[CudaGraph] = []
+    compile_ = Execution._compile
+
+    def captured(self: Execution, *args: Any) -> Any:
+        made.append(CudaGraph(compile_(self, *args), self.tensors, FakeCapture(self.tensors)))
+        return made[-1]
+
+    monkeypatch.setattr(execution, "compiled", lambda function: function)
+    monkeypatch.setattr(Execution, "_compile", captured)
+    return made
+
+
+DELAYS = {"policy_delay": 2, "target_update_interval": 3, "use_actor_target": True}
+
+
+@pytest.mark.parametrize("kwargs", [{}, DELAYS, {"n_steps": 3}, {"use_sde": True}, {"ent_coef": 0.1}])
+def test_updates_in_graphs_equal_eager_ones(graphs: list[CudaGraph], kwargs: dict[str, Any]) -> None:
+    eager, captured = make(compile=False, **kwargs), make(compile=True, **kwargs)
+    for i, n in enumerate((1, 6, 13)):
+        for model in (eager, captured):
+            model._current_progress_remaining = 1.0 - 0.3 * i
+            train(model, n, seed=i)
+        for key, value in eager.logger.name_to_value.items():
+            if key.startswith("train/"):
+                assert captured.logger.name_to_value[key] == pytest.approx(value, rel=1e-3, abs=1e-4), key
+    assert eager._n_updates == captured._n_updates == 21
+    assert_equal_tensors(eager, captured, atol=3e-5)
+    assert [graph.n_captures for graph in graphs] == [1] * len(graphs)
+    assert len(graphs) == (4 if kwargs is DELAYS else 1), "one for each combination of what is due"
+
+
+def test_learning_rate_of_a_replay_is_the_present_one(graphs: list[CudaGraph]) -> None:
+    model = make(compile=True, learning_rate=lambda progress: 1e-2 * progress)
+    for progress in (1.0, 0.5, 0.0, 1.0):
+        model._current_progress_remaining = progress
+        before = [p.clone() for p in model.actor.parameters()]
+        train(model, 2)
+        moved = not all(th.equal(p, q) for p, q in zip(before, model.actor.parameters(), strict=True))
+        assert moved == (progress > 0.0)
+    assert [graph.n_captures for graph in graphs] == [1]
+
+
+def test_state_that_was_loaded_is_captured_again(graphs: list[CudaGraph]) -> None:
+    eager, captured = make(compile=False), make(compile=True)
+    start = copy.deepcopy(eager.get_parameters())
+    for model in (eager, captured):
+        train(model, 4)
+        model.set_parameters(copy.deepcopy(start))
+        assert model.log_ent_coef is not None
+        model.log_ent_coef.data = th.full((1,), -1.0)
+        train(model, 4, seed=1)
+    assert_equal_tensors(eager, captured, atol=3e-5)
+    assert graphs[-1].n_captures > 1 or len(graphs) > 1
+
+
+def test_nan_in_a_graph_leaves_all_as_it_was(graphs: list[CudaGraph]) -> None:
+    model = make(compile=True)
+    train(model, 3)
+    before = [tensor.clone() for tensor in tensors(model)]
+    model.replay_buffer.rewards[:] = float("nan")
+    with pytest.raises(ValueError, match=r"critic_loss is nan .* at update 5"):
+        train(model, 3)
+    assert all(th.equal(one, other) for one, other in zip(before, tensors(model), strict=True))
+    assert model._n_updates == 4
+    model.replay_buffer.rewards[:] = 1.0
+    train(model, 3)
+    assert model._n_updates == 7
+
+
+# With a GPU
+
+
+@pytest.fixture
+def no_graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Compiled updates on the GPU, each launched kernel by kernel."""
+    monkeypatch.setattr(execution, "CudaGraph", lambda function, state: function)
+    yield
+
+
+@needs_gpu
+@pytest.mark.parametrize("kwargs", [{}, DELAYS, {"n_steps": 3, "max_grad_norm": 0.5}])
+def test_gpu_graph_equals_eager(kwargs: dict[str, Any]) -> None:
+    eager, captured = make("cuda", compile=False, **kwargs), make("cuda", compile=True, **kwargs)
+    for i, n in enumerate((1, 6, 13)):
+        for model in (eager, captured):
+            model._current_progress_remaining = 1.0 - 0.3 * i
+            train(model, n, seed=i)
+    assert_equal_tensors(eager, captured, atol=1e-4)
+    assert captured._compiles
+    runs = list(captured._execution._compiled.values())
+    assert runs and all(isinstance(run, CudaGraph) and run.n_captures == 1 for run in runs)
+
+
+@needs_gpu
+@pytest.mark.usefixtures("no_graphs")
+def test_gpu_compiled_equals_eager() -> None:
+    eager, compiled = make("cuda", compile=False), make("cuda", compile=True)
+    for model in (eager, compiled):
+        train(model, 6)
+    assert_equal_tensors(eager, compiled, atol=1e-4)
+    assert compiled._compiles
+    assert not any(isinstance(run, CudaGraph) for run in compiled._execution._compiled.values())
+
+
+@needs_gpu
+def test_gpu_replay_does_not_wait() -> None:
+    """The host asks the device nothing during an update: it can prepare the next one meanwhile."""
+    model = make("cuda", compile=True)
+    train(model, 4)
+    n_replays = 3
+    options = model._update_options()
+    batch = model.replay_buffer.sample(8)
+    assert isinstance(batch, ReplayBufferSamples)
+    finite = model._execution._finite
+    th.cuda.synchronize()
+    th.cuda.set_sync_debug_mode("error")
+    try:
+        for i in range(n_replays):
+            what = due(options, model._n_updates + i)
+            noise = draw_noise(model.policy, batch, what.actor_updates)
+            finite, _, values = model._execution._run(batch, noise, finite, options, what)
+    finally:
+        th.cuda.set_sync_debug_mode("default")
+    assert finite.item() and values.isfinite().all().item()
+    (graph,) = model._execution._compiled.values()
+    assert isinstance(graph, CudaGraph) and graph.n_captures == 1
+
+
+@needs_gpu
+def test_gpu_state_that_was_loaded_is_captured_again() -> None:
+    eager, captured = make("cuda", compile=False), make("cuda", compile=True)
+    start = copy.deepcopy(eager.get_parameters())
+    for model in (eager, captured):
+        train(model, 4)
+        model.set_parameters(copy.deepcopy(start))
+        train(model, 4, seed=1)
+    assert_equal_tensors(eager, captured, atol=1e-4)
+
+
+@needs_gpu
+def test_gpu_nan_leaves_all_as_it_was() -> None:
+    model = make("cuda", compile=True)
+    train(model, 3)
+    before = [tensor.clone() for tensor in tensors(model)]
+    model.replay_buffer.rewards[:] = float("nan")
+    with pytest.raises(ValueError, match=r"critic_loss is nan .* at update 5"):
+        train(model, 3)
+    assert all(th.equal(one, other) for one, other in zip(before, tensors(model), strict=True))
+
+
+@needs_gpu
+@pytest.mark.parametrize(("first", "second"), [("cuda", "cpu"), ("cpu", "cuda"), ("cuda", "cuda")])
+def test_gpu_saved_models_load_on_either_device(tmp_path: Path, first: str, second: str) -> None:
+    model = make(first, compile=first == "cuda")
+    train(model, 4)
+    for optimizer in model.get_parameters()["critic.optimizer"], model.get_parameters()["ent_coef_optimizer"]:
+        assert all(state["step"].device.type == "cpu" for state in optimizer["state"].values())
+    model.save(tmp_path / "model")
+    loaded = SoftSAC.load(tmp_path / "model", gym.make("Pendulum-v1"), device=second, compile=False)
+    assert loaded.device.type == second
+    for optimizer in (loaded.critic.optimizer, loaded.actor.optimizer, loaded.ent_coef_optimizer):
+        assert all(state["step"].device.type == "cpu" for state in optimizer.state.values())
+        assert all(state["exp_avg"].device.type == second for state in optimizer.state.values())
+    assert_equal_tensors(model, loaded, atol=0.0)
+    loaded.learn(3)
+    assert loaded._n_updates == model._n_updates + 3
