@@ -61,7 +61,9 @@ class Counter:
         self.capture = FakeCapture(lambda: [self.total])
         self.graph = CudaGraph(self.add, lambda: [self.total], self.capture)
 
-    def add(self, total: th.Tensor, inputs: dict[str, th.Tensor], optional: th.Tensor | None) -> tuple[th.Tensor, str, th.Tensor]:
+    def add(
+        self, total: th.Tensor, inputs: dict[str, th.Tensor], optional: th.Tensor | None
+    ) -> tuple[th.Tensor, str, th.Tensor]:
         self.n_runs += 1
         self.seen = [x.data_ptr() for x in (*inputs.values(), optional) if x is not None]
         assert total is self.total
