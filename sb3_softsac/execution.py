@@ -280,14 +280,15 @@ def means(outcomes: list[Outcome], n_updates: int) -> dict[str, float]:
         groups[outcome.names].append(outcome.values)
     if not groups:
         return {}
-    sums = th.cat([th.stack(values).sum(0) for values in groups.values()]).tolist()
+    parts = [values[0] if len(values) == 1 else th.stack(values).sum(0) for values in groups.values()]
+    sums = (parts[0] if len(parts) == 1 else th.cat(parts)).tolist()
     totals: dict[str, list[float]] = defaultdict(list)
     counts: dict[str, int] = defaultdict(int)
     for names, values in groups.items():
         for name in names:
             totals[name].append(sums.pop(0))
             counts[name] += len(values)
-    result = {name: sum(parts) / counts[name] for name, parts in totals.items()}
+    result = {name: sum(terms) / counts[name] for name, terms in totals.items()}
     if result.pop("finite") < 1.0:
         raise _not_finite(outcomes, n_updates)
     return result

@@ -387,9 +387,19 @@ def test_gsde_target_actor_gets_new_noise_with_each_update() -> None:
     model = SoftSAC("MlpPolicy", "Pendulum-v1", use_sde=True, use_actor_target=True, **SMALL)
     model.learn(25)
     assert model.actor_target is not None
-    before = model.actor_target.action_dist.exploration_mat.clone()
-    model.train(gradient_steps=1, batch_size=8)
-    assert not th.equal(before, model.actor_target.action_dist.exploration_mat)
+    noises: dict[str, list[th.Tensor]] = {"actor": [], "actor_target": []}
+    for name in noises:
+        actor = getattr(model, name)
+
+        def spy(obs: Any, noise: th.Tensor, name: str = name, sample: Any = actor.sample) -> Any:
+            noises[name].append(noise)
+            return sample(obs, noise)
+
+        actor.sample = spy
+    model.train(gradient_steps=2, batch_size=8)
+    drawn = [*noises["actor"], *noises["actor_target"]]
+    assert len(drawn) == 4 and all(noise.shape == model.actor.log_std.shape for noise in drawn)
+    assert not any(th.equal(drawn[i], drawn[j]) for i in range(4) for j in range(i))
 
 
 @pytest.mark.parametrize("deterministic", [True, False])

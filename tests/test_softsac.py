@@ -258,7 +258,9 @@ def test_actor_step_leaves_no_gradient_in_the_critics() -> None:
     assert not any(th.equal(g, p.grad) for g, p in zip(gradients, model.critic.parameters(), strict=True))
     model.critic.optimizer.zero_grad()
     batch = model.replay_buffer.sample(8)
-    actor_gradients(model.policy, model._ent_coef, batch, th.randn(8, 1), th.tensor(0.1), model._update_options())
+    optimizers = model._execution._optimizers()
+    noise, coefficient = th.randn(8, 1), th.tensor(0.1)
+    actor_gradients(model.policy, model._ent_coef, optimizers, batch, noise, coefficient, model._update_options())
     assert all(parameter.grad is None for parameter in model.critic.parameters())
 
 
