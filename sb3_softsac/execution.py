@@ -81,6 +81,8 @@ class Execution:
         self._n_compilations: dict[tuple[Due, UpdateOptions], int] = defaultdict(int)
         self._trained: Optimizers | None = None
         self._trained_key: Any = None
+        self._states: list[Any] = []  # that are looked up, kept so that no other has their identity
+        self._stepped: dict[int, list[bool]] = {}  # what was not frozen in an optimiser's last step of its own
         device = policy.device
         self._finite = th.ones((), dtype=th.bool, device=device)
         rates = (critic := th.zeros((), device=device), th.zeros_like(critic), th.zeros_like(critic))
@@ -118,6 +120,7 @@ class Execution:
             result = self._first_run(batch, noise, finite, options, what)
             if result is not None:
                 return result
+        self._stepped.update((id(optimizer), _trainable(optimizer)) for optimizer in self._involved(what))
         return self._eager_run(EAGER, options, what)(self._optimizers(), batch, noise, finite)
 
     def _eager_run(self, parts: Parts, options: UpdateOptions, what: Due) -> Run:
@@ -196,14 +199,8 @@ class Execution:
 
     def _optimizers(self) -> Optimizers:
         """What the optimisers train, looked up anew if they have loaded a state or a parameter was frozen."""
-        key = [
-            (
-                id(optimizer.state),
-                len(optimizer.state),
-                [p.requires_grad for g in optimizer.param_groups for p in g["params"]],
-            )
-            for optimizer in self._involved()
-        ]
+        optimizers = self._involved()
+        key = [(id(optimizer.state), len(optimizer.state), _trainable(optimizer)) for optimizer in optimizers]
         if self._trained is None or key != self._trained_key:
             ent_coef = self.ent_coef.optimizer
             self._trained = Optimizers(
@@ -212,12 +209,17 @@ class Execution:
                 trained(self.policy.actor.optimizer),
             )
             self._trained_key = key
+            self._states = [optimizer.state for optimizer in optimizers]
         return self._trained
 
     def _has_state(self, what: Due) -> bool:
-        """Optimisers make their state in their first step, which is left to them; some never have any."""
+        """
+        Optimisers make their state in a step of their own. What then has none, has no gradient; or it was frozen.
+        """
         return all(
-            optimizer.state or not has_pure_step(optimizer) or not trained(optimizer).parameters
+            not has_pure_step(optimizer)
+            or all(optimizer.state.get(p) for g in optimizer.param_groups for p in g["params"] if p.requires_grad)
+            or self._stepped.get(id(optimizer)) == _trainable(optimizer)
             for optimizer in self._involved(what)
         )
 
@@ -248,6 +250,10 @@ class Execution:
             if value != self._values[i]:
                 self._values[i] = value
                 rate.fill_(value)
+
+
+def _trainable(optimizer: Optimizer) -> list[bool]:
+    return [p.requires_grad for group in optimizer.param_groups for p in group["params"]]
 
 
 @contextmanager

@@ -240,6 +240,27 @@ def test_learning_rate_changes_without_compiling_anew(compilations: list[str]) -
     assert has_compiled(model)
 
 
+@pytest.mark.usefixtures("quick_compiler")
+def test_parameters_that_are_frozen_for_a_while() -> None:
+    """A parameter that was frozen from the start has no state of Adam's when it is set free."""
+    model = make("defaults", compile=True)
+    weight = model.actor.latent_pi[0].weight
+    weight.requires_grad_(False)
+    frozen = weight.clone()
+    model.learn(SMALL["learning_starts"] + 3)
+    assert has_compiled(model) and th.equal(weight, frozen)
+    weight.requires_grad_(True)
+    for _ in range(3):
+        before = weight.detach().clone()
+        train(model, 1)
+        assert not th.equal(weight, before)
+    weight.requires_grad_(False)
+    before = weight.clone()
+    train(model, 2)
+    assert th.equal(weight, before)
+    assert has_compiled(model) and model.actor.optimizer.state[weight]["step"].item() == 3
+
+
 def test_changed_option_takes_effect(compilations: list[str]) -> None:
     model = make("defaults", compile=True)
     model.learn(SMALL["learning_starts"] + 2)
