@@ -209,7 +209,7 @@ class Actor(sb3_policies.Actor):
 
 
 class Critic(ContinuousCritic):
-    """SB3's critics."""
+    """SB3's critics, which can be compiled for images too."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
