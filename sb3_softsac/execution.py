@@ -386,7 +386,7 @@ def compiled(function: Function) -> Function:
         "fallback_random": True,  # the same random numbers as in an eager update, in layers such as dropout
         "size_asserts": False,
         "alignment_asserts": False,
-        "post_grad_custom_post_pass": Products(onednn_is_faster()),
+        "post_grad_custom_post_pass": Products(onednn_is_faster(), th.get_num_threads()),
     }
     known = set(th._inductor.list_options())
     options = {name: value for name, value in options.items() if name in known}

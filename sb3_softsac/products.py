@@ -4,7 +4,8 @@ Matrix products of a compiled update, on the CPU.
 PyTorch's wheels take float32 products from MKL, which does not use AVX-512 on processors that are not Intel's. oneDNN,
 part of the same wheels, does: twice the rate on an AMD EPYC (``benchmarks/speed.py`` measures both). Products with a
 single row, column or term, such as a critic's last layer, are faster as part of the loops around them. And of the
-gradient of a critic's input, the actor's update needs the actions' columns only.
+gradient of a critic's input, the actor's update needs the actions' columns only. What is independent and of the same
+shapes is computed side by side, where there are threads: see ``side_by_side.py``.
 """
 
 import platform
@@ -14,6 +15,9 @@ from typing import Any
 import torch as th
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.fx import Graph, Node
+
+from sb3_softsac import side_by_side
+from sb3_softsac.side_by_side import operator_of_products, put_side_by_side
 
 MIN_LARGE = 2_000_000  # below that many multiplications, oneDNN's longer call costs more than it saves
 
@@ -44,37 +48,52 @@ class Products(CustomGraphPass):
     A pass of Inductor that replaces float32 ``mm`` and ``addmm`` of a graph.
 
     :param use_onednn: large ones (and a ``relu`` behind) become oneDNN's linear layer
+    :param n_threads: that the compiled code will run with
     """
 
-    def __init__(self, use_onednn: bool):
+    def __init__(self, use_onednn: bool, n_threads: int = 1):
         self.use_onednn = use_onednn
+        self.n_threads = n_threads
+        if n_threads > 1:
+            operator_of_products()  # code from Inductor's cache calls it too
 
     def __call__(self, graph: Graph) -> None:
         for node in list(graph.nodes):
             if node.target is aten.mm.default:
                 _drop_unused_columns(graph, node)
-        for node in list(graph.nodes):
-            if node.target is aten.mm.default:
-                (a, b), bias = node.args, None
-            elif node.target is aten.addmm.default and not node.kwargs and node.args[0].meta["val"].dim() == 1:
-                bias, a, b = node.args
-            else:
-                continue
-            if not all(_is_plain(operand.meta["val"]) for operand in (a, b, *([] if bias is None else [bias]))):
-                continue
+        for node in _products(graph):
+            *bias, a, b = node.args
+            if 1 in (*a.meta["val"].shape, *b.meta["val"].shape):
+                with graph.inserting_before(node):
+                    _replace(node, _thin_product(graph, a, b, bias[0] if bias else None))
+        if self.n_threads > 1:
+            put_side_by_side(graph, _products(graph), self.n_threads, self._pays)
+        for node in _products(graph):
+            *bias, a, b = node.args
             (rows, inner), columns = a.meta["val"].shape, b.meta["val"].shape[1]
-            with graph.inserting_before(node):
-                if min(rows, inner, columns) == 1:
-                    _replace(node, _thin_product(graph, a, b, bias))
-                elif (
-                    self.use_onednn
-                    and (bias is None or len(bias.meta["val"]) == columns)
-                    and rows * inner * columns >= MIN_LARGE
-                ):
-                    _use_onednn(graph, node, a, b, bias)
+            if self._pays(rows * inner * columns):
+                with graph.inserting_before(node):
+                    _use_onednn(graph, node, a, b, bias[0] if bias else None)
+
+    def _pays(self, multiplications: int) -> bool:
+        return self.use_onednn and multiplications >= MIN_LARGE
 
     def uuid(self) -> Any:
-        return get_hash_for_files((__file__,), str(self.use_onednn))
+        return get_hash_for_files((__file__, side_by_side.__file__), f"{self.use_onednn}, {self.n_threads}")
+
+
+def _products(graph: Graph) -> list[Any]:
+    """Nodes ``mm(a, b)`` and ``addmm(bias, a, b)`` of plain matrices and a whole bias (one element for each column)."""
+    found = []
+    for node in graph.nodes:
+        if node.target not in (aten.mm.default, aten.addmm.default) or node.kwargs:
+            continue
+        values = [arg.meta["val"] for arg in node.args]
+        if not all(map(_is_plain, values)):
+            continue
+        if len(values) == 2 or values[0].shape == values[2].shape[1:]:
+            found.append(node)
+    return found
 
 
 def _is_plain(value: th.Tensor) -> bool:

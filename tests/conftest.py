@@ -35,3 +35,11 @@ def _reproducible(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(seeding, "np_random", seeded)
     yield
+
+
+@pytest.fixture(autouse=True)
+def _threads_of_torch() -> Iterator[None]:
+    before = th.get_num_threads()
+    yield
+    if th.get_num_threads() != before:
+        th.set_num_threads(before)

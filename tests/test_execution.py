@@ -22,7 +22,7 @@ from torch._functorch.aot_autograd import aot_module_simplified
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from sb3_softsac import SoftSAC, execution, products, softsac
+from sb3_softsac import SoftSAC, execution, products, side_by_side, softsac, threads
 from sb3_softsac.execution import Execution
 from sb3_softsac.products import Products
 
@@ -184,13 +184,13 @@ def has_compiled(model: SoftSAC) -> bool:
 # Generated code
 
 
-def wide_twins() -> tuple[SoftSAC, SoftSAC]:
+def wide_twins(**options: Any) -> tuple[SoftSAC, SoftSAC]:
     """With products that are large enough for oneDNN."""
-    return twins("defaults", batch_size=256, policy_kwargs={"optimizer_kwargs": {"eps": 1e-3}})
+    return twins("defaults", batch_size=256, policy_kwargs={"optimizer_kwargs": {"eps": 1e-3}}, **options)
 
 
-def assert_generated_code_equals_eager() -> None:
-    eager, compiled = wide_twins()
+def assert_generated_code_equals_eager(**options: Any) -> None:
+    eager, compiled = wide_twins(**options)
     for model in (eager, compiled):
         th.manual_seed(0)
         model.train(gradient_steps=4, batch_size=256)
@@ -200,6 +200,22 @@ def assert_generated_code_equals_eager() -> None:
 
 def test_generated_code_equals_eager() -> None:
     assert_generated_code_equals_eager()
+
+
+def test_generated_code_of_two_threads_equals_eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then the products of both critics are computed side by side."""
+    joined: list[int] = []
+    original = side_by_side._join
+
+    def spy(graph: th.fx.Graph, group: list[th.fx.Node], use_onednn: Any) -> None:
+        joined.append(len(group))
+        original(graph, group, use_onednn)
+
+    monkeypatch.setattr(threads, "n_cores", lambda: 2)
+    monkeypatch.setattr(side_by_side, "_join", spy)
+    with th._inductor.config.patch(force_disable_caches=True):  # else code is found that was made without the spy
+        assert_generated_code_equals_eager(num_threads=2)
+    assert len(joined) >= 12 and set(joined) == {2}
 
 
 @pytest.mark.slow
@@ -882,3 +898,6 @@ def test_compiled_update_is_one_graph_of_few_products(monkeypatch: pytest.Monkey
     Products(use_onednn=False)(graphs[0])
     graphs[0].eliminate_dead_code()
     assert sum(node.target in products_ for node in graphs[0].nodes) <= 37
+    # With two threads, 17 pairs and 3 alone
+    Products(use_onednn=False, n_threads=2)(graphs[0])
+    assert sum(node.target in products_ for node in graphs[0].nodes) <= 3

@@ -6,11 +6,14 @@ from typing import Any
 
 import pytest
 import torch as th
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from sb3_softsac import products
 from sb3_softsac.products import MIN_LARGE, Products
+from sb3_softsac.side_by_side import operator_of_products
 
 aten = th.ops.aten
 ONEDNN = th.ops.mkldnn._linear_pointwise.default if th.backends.mkldnn.is_available() else None
@@ -24,11 +27,13 @@ def rand(*shape: int, dtype: th.dtype = th.float32) -> th.Tensor:
     return th.randn(*shape, dtype=dtype)
 
 
-def passed(function: Callable[..., Any], *inputs: th.Tensor, use_onednn: bool = True) -> tuple[GraphModule, Counter]:
+def passed(
+    function: Callable[..., Any], *inputs: th.Tensor, use_onednn: bool = True, n: int = 1
+) -> tuple[GraphModule, Counter]:
     """Traced as Inductor hands it over, passed, and compared with the original; and how often each operator is left."""
     module = make_fx(function, tracing_mode="fake")(*inputs)
     expected = module(*inputs)
-    Products(use_onednn)(module.graph)
+    Products(use_onednn, n)(module.graph)
     module.graph.lint()
     module.graph.eliminate_dead_code()
     module.recompile()
@@ -196,8 +201,8 @@ def test_thin_products_become_loops(rows: int, inner: int, columns: int, use_one
         (mm_of_transposed_right, (a, b.t().contiguous())),
         (lambda c, x, y: th.addmm(c, x, y), (bias, a, b)),
         (lambda c, x, y: th.addmm(c, x, y.permute(1, 0)), (bias, a, b.t().contiguous())),
-        (lambda c, x, y: th.addmm(c, x, y), (rand(1), a, b)),
     ]
+    passed(lambda c, x, y: th.addmm(c, x, y), rand(1), a, b, use_onednn=use_onednn)
     for function, inputs in cases:
         _, left = passed(function, *inputs, use_onednn=use_onednn)
         assert not left[aten.mm.default] and not left[aten.addmm.default] and not left[ONEDNN]
@@ -235,9 +240,90 @@ def test_other_slices(function: Callable[..., Any]) -> None:
 
 
 def test_key_of_the_cache() -> None:
-    """Code that was made with oneDNN must not be found without it."""
-    keys = [Products(use_onednn).uuid() for use_onednn in (True, False, True)]
-    assert keys[0] == keys[2] != keys[1]
+    """Code that was made with oneDNN must not be found without it, nor that for two threads with one."""
+    made_for = [(True, 1), (False, 1), (True, 2), (False, 2)]
+    keys = [Products(*setting).uuid() for setting in made_for]
+    assert len(set(keys)) == len(keys)
+    assert [Products(*setting).uuid() for setting in made_for] == keys
+
+
+# Side by side
+
+
+def joined(module: GraphModule) -> list[Any]:
+    """Calls that compute several products: their arguments."""
+    return [node.args for node in module.graph.find_nodes(op="call_function", target=operator_of_products())]
+
+
+def two_critics(obs: th.Tensor, *weights: th.Tensor) -> tuple[th.Tensor, ...]:
+    """Two layers each."""
+    hidden = [th.relu(th.addmm(bias, obs, w.permute(1, 0))) for w, bias in (weights[:2], weights[4:6])]
+    return tuple(th.addmm(b, h, w.permute(1, 0)) for h, (w, b) in zip(hidden, (weights[2:4], weights[6:]), strict=True))
+
+
+@pytest.mark.parametrize("size", [24, N])
+@pytest.mark.parametrize("use_onednn", [False, pytest.param(True, marks=needs_onednn)])
+def test_products_of_two_critics_are_computed_side_by_side(size: int, use_onednn: bool) -> None:
+    critic = (rand(size, 20), rand(size), rand(size, size), rand(size))
+    module, left = passed(two_critics, rand(size, 20), *critic, *map(th.clone, critic), use_onednn=use_onednn, n=2)
+    first, second = joined(module)
+    assert [args[3] for args in (first, second)] == [True, False], "relu is computed by the thread that has the product"
+    assert [args[4] for args in (first, second)] == [False, use_onednn and size == N]
+    assert not left[aten.addmm.default] and not left[aten.relu.default] and not left[ONEDNN]
+    names = [[node.name for node in args[2]] for args in (first, second)]
+    assert names == [["arg2_1", "arg6_1"], ["arg4_1", "arg8_1"]], "a thread computes the same critic all along"
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_what_depends_on_each_other_is_not_joined(n: int) -> None:
+    def chain(a: th.Tensor, b: th.Tensor) -> th.Tensor:
+        for _ in range(4):
+            a = th.tanh(th.mm(a, b))
+        return a
+
+    module, left = passed(chain, rand(8, 8), rand(8, 8), n=n)
+    assert not joined(module) and left[aten.mm.default] == 4
+
+
+def test_only_equal_shapes_and_whole_groups_are_joined() -> None:
+    def several(a: th.Tensor, b: th.Tensor, c: th.Tensor) -> tuple[th.Tensor, ...]:
+        return th.mm(a, b), th.mm(a, c), th.mm(b, c), th.mm(b, b), th.mm(c.permute(1, 0), c)
+
+    inputs = rand(8, 8), rand(8, 8), rand(8, 5)
+    module, left = passed(several, *inputs, n=2)
+    assert len(joined(module)) == 2 and left[aten.mm.default] == 1
+    module, left = passed(several, *inputs, n=3)
+    assert not joined(module) and left[aten.mm.default] == 5
+
+
+@pytest.mark.parametrize("dtype", [th.float64, th.bfloat16])
+def test_other_types_are_not_joined(dtype: th.dtype) -> None:
+    module, _ = passed(lambda a, b: (th.mm(a, b), th.mm(b, a)), rand(8, 8, dtype=dtype), rand(8, 8, dtype=dtype), n=2)
+    assert not joined(module)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 99), st.integers(0, 99), st.sampled_from("mart")), min_size=2), st.integers(2, 4)
+)
+def test_joining_keeps_every_graph_right(steps: list[tuple[int, int, str]], n: int) -> None:
+    """Whatever depends on whatever."""
+
+    def network(*inputs: th.Tensor) -> tuple[th.Tensor, ...]:
+        known = list(inputs[:3])
+        for i, j, kind in steps:
+            one, other = known[i % len(known)], known[j % len(known)]
+            if kind == "m":
+                known.append(th.mm(one, other) / 3.0)
+            elif kind == "a":
+                known.append(th.addmm(inputs[3], one, other) / 3.0)
+            elif kind == "r":
+                known.append(th.relu(th.mm(one, other)) / 3.0)
+            else:
+                known.append(one.permute(1, 0))
+        return tuple(known)
+
+    passed(network, rand(6, 6), rand(6, 6), rand(6, 6), rand(6), n=n)
 
 
 @pytest.mark.parametrize(

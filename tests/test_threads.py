@@ -1,7 +1,6 @@
 """The number of threads: the work's, the machine's, or the user's."""
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +12,6 @@ from sb3_softsac import SoftSAC, threads
 
 LARGE = 256 * 256 * 256  # multiplications of the default networks' largest product
 SMALL = 8 * 16 * 16
-
-
-@pytest.fixture(autouse=True)
-def _threads_of_torch() -> Iterator[None]:
-    before = th.get_num_threads()
-    yield
-    th.set_num_threads(before)
 
 
 @pytest.fixture
