@@ -14,6 +14,8 @@ import argparse
 import csv
 import inspect
 import json
+import os
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -24,7 +26,7 @@ import matplotlib
 import numpy as np
 import torch as th
 import yaml
-from record import ROOT, markdown_table, relative, write_json
+from record import ROOT, circumstances, markdown_table, relative, write_json
 from stable_baselines3 import SAC
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
@@ -32,7 +34,7 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.utils import LinearSchedule, safe_mean
 from torch import nn
 
-from sb3_softsac import SoftSAC
+from sb3_softsac import CheckpointCallback, SoftSAC
 
 matplotlib.use("Agg")  # before pyplot is imported
 from matplotlib import pyplot as plt
@@ -41,7 +43,11 @@ ALGORITHMS: dict[str, type[BaseAlgorithm]] = {"softsac": SoftSAC, "sac": SAC}
 LEARNING_RATES = ("learning_rate", "qf_learning_rate", "ent_coef_learning_rate")
 # Said on the command line, or about what comes after training
 IGNORED_KEYS = ("n_timesteps", "callback")
-COLUMNS = ("steps", "mean_return", "std_return", "seconds", "mean_training_return")
+COLUMNS = (
+    *("steps", "mean_return", "std_return", "mean_length", "seconds", "cpu_seconds", "mean_training_return"),
+    *("entropy", "log_std", "saturated_actions", "ent_coef", "q_value", "critic_loss"),  # as far as the arm logs them
+)
+CHECKPOINT_FREQ = 25_000
 FIRST_EVALUATION_SEED = 10_000
 
 
@@ -77,16 +83,16 @@ def read_hyperparameters(config: Path, env_id: str, algo: str) -> dict[str, Any]
     return arguments
 
 
-def evaluate(model: BaseAlgorithm, env: gym.Env, episodes: int) -> np.ndarray:
+def evaluate(model: BaseAlgorithm, env: gym.Env, episodes: int) -> tuple[np.ndarray, np.ndarray]:
     """
     Run the deterministic policy from the same first states each time, so that evaluations can be compared.
 
     :param model: the agent
     :param env: environment of its own, not the one that is trained on
     :param episodes: N
-    :return: returns (N,)
+    :return: returns (N,) and lengths (N,)
     """
-    returns = np.zeros(episodes)
+    returns, lengths = np.zeros(episodes), np.zeros(episodes)
     for episode in range(episodes):
         obs, _ = env.reset(seed=FIRST_EVALUATION_SEED + episode)
         done = False
@@ -94,15 +100,17 @@ def evaluate(model: BaseAlgorithm, env: gym.Env, episodes: int) -> np.ndarray:
             action, _ = model.predict(obs, deterministic=True)
             obs, reward, terminated, truncated, _ = env.step(action)
             returns[episode] += float(reward)
+            lengths[episode] += 1
             done = terminated or truncated
-    return returns
+    return returns, lengths
 
 
 class EvaluationCallback(BaseCallback):
     """
     Evaluate regularly and append the results to a file.
 
-    :param path: CSV file with ``COLUMNS``; seconds are those of training, without evaluations
+    :param path: CSV file with ``COLUMNS``; seconds, on the clock and of the processor, are those of training, without
+        evaluations and pauses between a kill and the run's continuation
     :param env: environment to evaluate on
     :param freq: environment steps between evaluations
     :param episodes: episodes of each evaluation
@@ -114,23 +122,49 @@ class EvaluationCallback(BaseCallback):
         self.env = env
         self.freq = freq
         self.episodes = episodes
+        self.spent = np.zeros(2)
+
+    def get_state(self) -> list[float]:
+        """:return: what a checkpoint keeps of it"""
+        return list(self.spent)
+
+    def set_state(self, state: list[float]) -> None:
+        """
+        :param state: what :meth:`get_state` has returned
+        """
+        self.spent = np.array(state)
 
     def _on_training_start(self) -> None:
-        with self.path.open("w", newline="") as file:
-            csv.writer(file).writerow(COLUMNS)
-        self.start = time.perf_counter()
+        if not self.path.exists():
+            with self.path.open("w", newline="") as file:
+                csv.writer(file, lineterminator="\n").writerow(COLUMNS)
+        self.mark = clocks()
 
     def _on_step(self) -> bool:
+        now = clocks()
+        self.spent += now - self.mark
+        self.mark = now
         if self.num_timesteps % self.freq == 0:
-            before = time.perf_counter()
-            returns = evaluate(self.model, self.env, self.episodes)
-            training = safe_mean([info["r"] for info in self.model.ep_info_buffer or ()])
-            row = [self.num_timesteps, returns.mean(), returns.std(), before - self.start, training]
-            # Opened each time: the row is in the file as soon as it is known
-            with self.path.open("a", newline="") as file:
-                csv.writer(file).writerow([row[0], *(f"{value:.3f}" for value in row[1:])])
-            self.start += time.perf_counter() - before
+            self._evaluate()
+            self.mark = clocks()
         return True
+
+    def _evaluate(self) -> None:
+        returns, lengths = evaluate(self.model, self.env, self.episodes)
+        training = safe_mean([info["r"] for info in self.model.ep_info_buffer or ()])
+        logged = [self.logger.name_to_value.get(f"train/{name}", float("nan")) for name in COLUMNS[7:]]
+        row = [returns.mean(), returns.std(), lengths.mean(), *self.spent, training, *logged]
+        # Opened each time: the row is in the file as soon as it is known
+        with self.path.open("a", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerow([self.num_timesteps, *(f"{value:.6g}" for value in row)])
+
+
+def clocks() -> np.ndarray:
+    """
+    :return: (2,) seconds on the clock, and of the processor for this process and those it has waited for
+    """
+    times = os.times()
+    return np.array([time.perf_counter(), sum(times[:4])])
 
 
 def run(args: argparse.Namespace) -> None:
@@ -138,20 +172,68 @@ def run(args: argparse.Namespace) -> None:
     :param args: arguments of the command ``run``
     """
     if (args.out / "run.json").exists():
-        sys.exit(f"{args.out} already holds a run: choose another folder, or remove it.")
-    th.set_num_threads(args.threads)
+        sys.exit(f"{args.out} already holds a run: choose another folder, remove it, or resume the run.")
     arguments = {
         **read_hyperparameters(args.config, args.env, args.algo),
         **{name: yaml.safe_load(value) for name, value in args.option},
     }
     options = {key: relative(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
-    del options["do"]
+    del options["do"], options["out"]
+    th.set_num_threads(args.threads)
+    model = ALGORITHMS[args.algo](
+        env=Monitor(gym.make(args.env)), seed=args.seed, device=args.device, verbose=0, **arguments
+    )
     hyperparameters = {key: str(value) for key, value in arguments.items()}
-    write_json(args.out / "run.json", run=options, hyperparameters=hyperparameters)
-    model = ALGORITHMS[args.algo](env=Monitor(gym.make(args.env)), seed=args.seed, device=args.device, **arguments)
-    callback = EvaluationCallback(args.out / "evaluations.csv", gym.make(args.env), args.eval_freq, args.eval_episodes)
-    model.learn(args.steps, callback=callback)
-    print(f"Evaluations: {callback.path}")
+    write_json(args.out / "run.json", run=options, hyperparameters=hyperparameters, resumed=[])
+    train(model, options, args.out)
+
+
+def resume(args: argparse.Namespace) -> None:
+    """
+    Continue runs of SoftSAC from their last checkpoints. Evaluations after that are made again; ``run.json`` keeps the
+    first ones, for ``report`` to compare.
+
+    :param args: arguments of the command ``resume``
+    """
+    for folder in args.runs:
+        header = json.loads((folder / "run.json").read_text())
+        options = header["run"]
+        if options["algo"] != "softsac":
+            sys.exit(f"{folder}: {options['algo']} cannot be resumed, remove the folder and run it again.")
+        th.set_num_threads(options["threads"])
+        model = SoftSAC.load(
+            folder / "checkpoints", Monitor(gym.make(options["env"])), device=options["device"], force_reset=False
+        )
+        rows = (folder / "evaluations.csv").read_text().splitlines()
+        done = [int(row.partition(",")[0]) for row in rows[1:]]
+        kept = [rows[0], *(row for row, steps in zip(rows[1:], done, strict=True) if steps <= model.num_timesteps)]
+        again = rows[len(kept) :]
+        (folder / "evaluations.csv").write_text("\n".join([*kept, ""]))
+        start = {**circumstances(), "at_step": model.num_timesteps, "made_again": again}
+        header["resumed"].append(start)
+        (folder / "run.json").write_text(json.dumps(header, indent=2) + "\n")
+        print(f"{folder}: goes on from step {model.num_timesteps:,}", flush=True)
+        train(model, options, folder)
+
+
+def train(model: BaseAlgorithm, options: dict[str, Any], folder: Path) -> None:
+    """
+    :param model: to be trained to the end of the run
+    :param options: what ``run.json`` says of the run
+    :param folder: of the run
+    """
+    callbacks: list[BaseCallback] = [
+        EvaluationCallback(
+            folder / "evaluations.csv", gym.make(options["env"]), options["eval_freq"], options["eval_episodes"]
+        )
+    ]
+    if isinstance(model, SoftSAC):
+        callbacks.append(CheckpointCallback(CHECKPOINT_FREQ, folder / "checkpoints", keep_last=1))
+    left = options["steps"] - model.num_timesteps
+    model.learn(left, callback=callbacks, reset_num_timesteps=model.num_timesteps == 0)
+    model.save(folder / "model.zip", exclude=["replay_buffer"])
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    print(f"Finished: {folder}", flush=True)
 
 
 def design(header: dict[str, Any]) -> str:
@@ -279,9 +361,13 @@ def main() -> None:
     )  # fmt: skip
     command.add_argument("--threads", type=int, default=1, help="threads of PyTorch")
     command.add_argument("--device", default="cpu", help="device of the networks")
-    command.add_argument("--eval-freq", type=int, default=5000, help="environment steps between evaluations")
+    command.add_argument("--eval-freq", type=int, default=10_000, help="environment steps between evaluations")
     command.add_argument("--eval-episodes", type=int, default=10, help="episodes of each evaluation")
     command.set_defaults(do=run)
+
+    command = commands.add_parser("resume", help="continue runs that were killed, one after the other")
+    command.add_argument("runs", type=Path, nargs="+", metavar="DIR", help="folders of runs of SoftSAC")
+    command.set_defaults(do=resume)
 
     command = commands.add_parser("plot", help="draw the curves of runs")
     command.add_argument("runs", type=Path, nargs="+", metavar="DIR", help="folders of runs")

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import subprocess
 import sys
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -16,13 +17,14 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 def circumstances() -> dict[str, Any]:
     """
-    :return: versions, machine, number of threads and command, ready for JSON
+    :return: versions, the repository's commit, machine, number of threads and command, ready for JSON
     """
     import torch as th  # here, so that subprocesses which measure memory need not have it
 
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": " ".join(["python", relative(sys.argv[0]), *sys.argv[1:]]),
+        "commit": _commit(),
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in PACKAGES},
         "machine": {
@@ -63,6 +65,14 @@ def markdown_table(header: list[str], rows: list[list[str]]) -> str:
     """
     lines = [header, [":--", *["--:"] * (len(header) - 1)], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _commit() -> str | None:
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def _version(name: str) -> str | None:
