@@ -3,11 +3,13 @@ Learning curves of SoftSAC and SB3's SAC with the same hyperparameters: those of
 
     python benchmarks/learning.py run --algo softsac --env HalfCheetah-v5 --steps 300000 --seed 1 --out runs/softsac_1
     python benchmarks/learning.py run --algo sac --env HalfCheetah-v5 --steps 300000 --seed 1 --out runs/sac_1
-    python benchmarks/learning.py plot runs/softsac_1 runs/sac_1 -o curves.png
-    python benchmarks/learning.py compare runs/* -o bands.png
+    python benchmarks/learning.py resume runs/softsac_1
+    python benchmarks/learning.py report runs
 
-A run's folder holds ``run.json`` (how it was made) and ``evaluations.csv``, which gets one row after each evaluation:
-that is where to see how far it is.
+A run's folder holds ``run.json`` (how it was made, and where it was killed and resumed), ``evaluations.csv``, which
+gets one row after each evaluation, and at the end ``final.csv`` (returns of 200 more episodes) and ``model.zip``. Runs
+of SoftSAC can be killed at any time and resumed from their last checkpoint, also after SIGTERM, which leaves one. SB3's
+SAC cannot: its runs have to be made in one go.
 """
 
 import argparse
@@ -22,11 +24,10 @@ from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
-import matplotlib
 import numpy as np
 import torch as th
 import yaml
-from record import ROOT, circumstances, markdown_table, relative, write_json
+from record import RESULTS, ROOT, circumstances, relative, write_json
 from stable_baselines3 import SAC
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
@@ -35,9 +36,6 @@ from stable_baselines3.common.utils import LinearSchedule, safe_mean
 from torch import nn
 
 from sb3_softsac import CheckpointCallback, SoftSAC
-
-matplotlib.use("Agg")  # before pyplot is imported
-from matplotlib import pyplot as plt
 
 ALGORITHMS: dict[str, type[BaseAlgorithm]] = {"softsac": SoftSAC, "sac": SAC}
 LEARNING_RATES = ("learning_rate", "qf_learning_rate", "ent_coef_learning_rate")
@@ -49,6 +47,8 @@ COLUMNS = (
 )
 CHECKPOINT_FREQ = 25_000
 FIRST_EVALUATION_SEED = 10_000
+FIRST_FINAL_SEED = 20_000
+FINAL_EPISODES = 200
 
 
 def read_hyperparameters(config: Path, env_id: str, algo: str) -> dict[str, Any]:
@@ -83,18 +83,21 @@ def read_hyperparameters(config: Path, env_id: str, algo: str) -> dict[str, Any]
     return arguments
 
 
-def evaluate(model: BaseAlgorithm, env: gym.Env, episodes: int) -> tuple[np.ndarray, np.ndarray]:
+def evaluate(
+    model: BaseAlgorithm, env: gym.Env, episodes: int, first_seed: int = FIRST_EVALUATION_SEED
+) -> tuple[np.ndarray, np.ndarray]:
     """
     Run the deterministic policy from the same first states each time, so that evaluations can be compared.
 
     :param model: the agent
     :param env: environment of its own, not the one that is trained on
     :param episodes: N
+    :param first_seed: of the first episode's reset; each has its own
     :return: returns (N,) and lengths (N,)
     """
     returns, lengths = np.zeros(episodes), np.zeros(episodes)
     for episode in range(episodes):
-        obs, _ = env.reset(seed=FIRST_EVALUATION_SEED + episode)
+        obs, _ = env.reset(seed=first_seed + episode)
         done = False
         while not done:
             action, _ = model.predict(obs, deterministic=True)
@@ -231,113 +234,42 @@ def train(model: BaseAlgorithm, options: dict[str, Any], folder: Path) -> None:
         callbacks.append(CheckpointCallback(CHECKPOINT_FREQ, folder / "checkpoints", keep_last=1))
     left = options["steps"] - model.num_timesteps
     model.learn(left, callback=callbacks, reset_num_timesteps=model.num_timesteps == 0)
+    final_evaluation(model, options["env"], folder)
     model.save(folder / "model.zip", exclude=["replay_buffer"])
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     print(f"Finished: {folder}", flush=True)
 
 
-def design(header: dict[str, Any]) -> str:
+def evaluate_finished(args: argparse.Namespace) -> None:
     """
-    :param header: what ``run.json`` says of the run
-    :return: name of the algorithm, with that of its hyperparameters unless they are the default ones, and options
+    :param args: arguments of the command ``evaluate``
     """
-    config = Path(header["config"]).stem
-    name = header["algo"] if config == "softsac" else f"{header['algo']} {config}"
-    return " ".join([name, *(f"{option}={value}" for option, value in header.get("option", []))])
-
-
-def plot(args: argparse.Namespace) -> None:
-    """
-    :param args: arguments of the command ``plot``
-    """
-    headers = [json.loads((folder / "run.json").read_text())["run"] for folder in args.runs]
-    env_ids = sorted({header["env"] for header in headers})
-    designs = sorted({design(header) for header in headers}, reverse=True)
-    figure, panels = plt.subplots(
-        1, len(env_ids), figsize=(1 + 7 * len(env_ids), 5), layout="constrained", squeeze=False
-    )
-    for axes, env_id in zip(panels[0], env_ids, strict=True):
-        axes.set(title=env_id, xlabel="environment steps", ylabel="return, mean of the evaluation episodes")
-        axes.xaxis.set_major_formatter(matplotlib.ticker.StrMethodFormatter("{x:,.0f}"))
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-    seen: dict[tuple[str, str], int] = {}
-    for folder, header in zip(args.runs, headers, strict=True):
-        env_id, name = header["env"], design(header)
-        # The colour tells the design, the dashes the run
-        number = seen[env_id, name] = seen.get((env_id, name), -1) + 1
-        data = np.atleast_1d(np.genfromtxt(folder / "evaluations.csv", delimiter=",", names=True))
-        panels[0][env_ids.index(env_id)].plot(
-            data["steps"],
-            data["mean_return"],
-            color=f"C{designs.index(name)}",
-            linestyle=("-", "--", ":", "-.")[number % 4],
-            linewidth=1.4,
-            label=f"{name}, seed {header['seed']}",
-        )
-    for axes in panels[0]:
-        axes.set_xlim(left=0)
-        axes.legend(loc="lower right", fontsize="small", framealpha=0.9)
-    figure.savefig(args.output, dpi=150)
-    print(f"Picture: {args.output}")
-
-
-def interval_of_difference(scores: np.ndarray, others: np.ndarray, draws: int = 20_000) -> tuple[float, float]:
-    """
-    :param scores: of the runs of one design
-    :param others: of another
-    :param draws: bootstrap samples, drawn from each design's runs
-    :return: 95% percentile interval of the difference of the means
-    """
-    rng = np.random.default_rng(0)
-    means = [rng.choice(each, (draws, len(each))).mean(axis=1) for each in (scores, others)]
-    low, high = np.percentile(means[0] - means[1], [2.5, 97.5])
-    return float(low), float(high)
-
-
-def compare(args: argparse.Namespace) -> None:
-    """
-    Draw each design's mean over its seeds with a band from the lowest to the highest, and print scores: the mean of a
-    run's last five evaluations.
-
-    :param args: arguments of the command ``compare``
-    """
-    curves: dict[str, list[np.ndarray]] = {}
-    env_ids = set()
-    for folder in sorted(args.runs):
+    for folder in args.runs:
         header = json.loads((folder / "run.json").read_text())["run"]
-        env_ids.add(header["env"])
-        curves.setdefault(design(header), []).append(
-            np.genfromtxt(folder / "evaluations.csv", delimiter=",", names=True)
-        )
-    if len(env_ids) != 1:
-        sys.exit(f"compare wants runs of one environment, these are of {sorted(env_ids)}.")
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    scores: dict[str, np.ndarray] = {}
-    for name, runs in curves.items():
-        steps, returns = runs[0]["steps"], np.stack([run["mean_return"] for run in runs])
-        scores[name] = returns[:, -5:].mean(axis=1)
-        (line,) = axes.plot(steps, returns.mean(axis=0), linewidth=2, label=f"{name}, mean of {len(runs)} seeds")
-        axes.fill_between(steps, returns.min(axis=0), returns.max(axis=0), color=line.get_color(), alpha=0.15)
-        axes.plot(steps, returns.T, color=line.get_color(), linewidth=0.6, alpha=0.6)
-    axes.set(title=env_ids.pop(), xlabel="environment steps", ylabel="return, mean of the evaluation episodes")
-    axes.xaxis.set_major_formatter(matplotlib.ticker.StrMethodFormatter("{x:,.0f}"))
-    axes.set_xlim(left=0)
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(loc="lower right", fontsize="small", framealpha=0.9)
-    figure.savefig(args.output, dpi=150)
-    rows = []
-    for name, values in scores.items():
-        low, high = interval_of_difference(values, scores[args.reference])
-        difference = values.mean() - scores[args.reference].mean()
-        is_reference = name == args.reference
-        rows.append([
-            name, ", ".join(f"{value:,.0f}" for value in values), f"{values.mean():,.0f}",
-            "" if is_reference else f"{difference:+,.0f} ({low:+,.0f} to {high:+,.0f})",
-        ])  # fmt: skip
-    print(markdown_table(["design", "scores of the seeds", "mean", f"difference from {args.reference} (95%)"], rows))
-    print(f"Picture: {args.output}")
+        final_evaluation(ALGORITHMS[header["algo"]].load(folder / "model.zip", device="cpu"), header["env"], folder)
+
+
+def final_evaluation(model: BaseAlgorithm, env_id: str, folder: Path) -> None:
+    """
+    Evaluate after training, over more episodes than in between, and from other first states.
+
+    :param model: the trained agent
+    :param env_id: environment to evaluate on
+    :param folder: of the run; gets ``final.csv``
+    """
+    returns, lengths = evaluate(model, gym.make(env_id), FINAL_EPISODES, FIRST_FINAL_SEED)
+    rows = [f"{value:.6g},{length:.0f}\n" for value, length in zip(returns, lengths, strict=True)]
+    (folder / "final.csv").write_text("".join(["return,length\n", *rows]))
+    print(f"{folder}: {returns.mean():.1f} +- {returns.std():.1f} over {FINAL_EPISODES} episodes", flush=True)
+
+
+def report(args: argparse.Namespace) -> None:
+    """
+    :param args: arguments of the command ``report``
+    """
+    from learning_report import report as report_on  # here: rliable is not needed for training
+
+    print(report_on(args.folder))
 
 
 def main() -> None:
@@ -369,16 +301,15 @@ def main() -> None:
     command.add_argument("runs", type=Path, nargs="+", metavar="DIR", help="folders of runs of SoftSAC")
     command.set_defaults(do=resume)
 
-    command = commands.add_parser("plot", help="draw the curves of runs")
+    command = commands.add_parser("evaluate", help=f"evaluate finished runs over {FINAL_EPISODES} episodes once more")
     command.add_argument("runs", type=Path, nargs="+", metavar="DIR", help="folders of runs")
-    command.add_argument("-o", "--output", type=Path, required=True, metavar="PNG", help="picture")
-    command.set_defaults(do=plot)
+    command.set_defaults(do=evaluate_finished)
 
-    command = commands.add_parser("compare", help="draw designs with bands over their seeds, and print scores")
-    command.add_argument("runs", type=Path, nargs="+", metavar="DIR", help="folders of runs of one environment")
-    command.add_argument("--reference", default="sac", help="design that the others are compared with")
-    command.add_argument("-o", "--output", type=Path, required=True, metavar="PNG", help="picture")
-    command.set_defaults(do=compare)
+    command = commands.add_parser("report", help="tables and pictures of all runs in a folder")
+    command.add_argument(
+        "folder", type=Path, nargs="?", default=RESULTS / "learning", help="it gets report.md and pictures"
+    )
+    command.set_defaults(do=report)
 
     args = parser.parse_args()
     args.do(args)

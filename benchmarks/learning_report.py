@@ -1,0 +1,349 @@
+"""
+Tables and pictures of learning runs, from what ``learning.py`` has recorded of them. Not a benchmark itself: call
+``learning.py report``.
+"""
+
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib
+import numpy as np
+from record import markdown_table, relative
+from rliable import library as rly
+from rliable import metrics
+
+matplotlib.use("Agg")  # before pyplot is imported
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+
+REFERENCE = "SB3 SAC"
+NAMES = {"softsac": "SoftSAC", "sac": REFERENCE}
+COLOURS = {"SoftSAC": "C0", REFERENCE: "0.45"}
+LAST = 5  # evaluations that are a run's score
+BOOTSTRAP_SAMPLES = 20_000
+DIAGNOSTICS = ("entropy", "log_std", "saturated_actions", "ent_coef", "q_value", "critic_loss")
+
+
+class Run(NamedTuple):
+    """One run, as recorded."""
+
+    folder: Path
+    env_id: str
+    arm: str
+    seed: int
+    steps: int  # to be done
+    evaluations: dict[str, np.ndarray]  # columns of its CSV file, each (N,)
+    final: np.ndarray | None  # returns of the evaluation after training
+    resumed: list[dict[str, Any]]
+
+    @property
+    def score(self) -> float:
+        """Mean of the last evaluations; never the best ones."""
+        return float(self.evaluations["mean_return"][-LAST:].mean())
+
+    @property
+    def hours(self) -> np.ndarray:
+        """(N,) training time: of the processor, since runs share the machine; of old records, on the clock."""
+        seconds = self.evaluations.get("cpu_seconds", self.evaluations["seconds"])
+        return np.asarray(seconds / 3600)
+
+    @property
+    def is_finished(self) -> bool:
+        return bool(self.evaluations["steps"][-1] >= self.steps)
+
+
+Arms = dict[str, list[Run]]
+
+
+def arm_name(header: dict[str, Any]) -> str:
+    """
+    :param header: what ``run.json`` says of the run
+    :return: name of the algorithm, with that of its hyperparameters unless they are the default ones, and options
+    """
+    config = Path(header["config"]).stem
+    words = [NAMES[header["algo"]], *([] if config == "softsac" else [config])]
+    return " ".join([*words, *(f"{option}={value}" for option, value in header.get("option", []))])
+
+
+def read_run(folder: Path) -> Run:
+    """
+    :param folder: of a run, with ``run.json`` and ``evaluations.csv``
+    :return: the run
+    """
+    record = json.loads((folder / "run.json").read_text())
+    header = record["run"]
+    data = np.atleast_1d(np.genfromtxt(folder / "evaluations.csv", delimiter=",", names=True))
+    final = folder / "final.csv"
+    return Run(
+        folder,
+        header["env"],
+        arm_name(header),
+        header["seed"],
+        header["steps"],
+        {name: data[name] for name in data.dtype.names or ()},
+        np.atleast_1d(np.genfromtxt(final, delimiter=",", names=True))["return"] if final.exists() else None,
+        record.get("resumed", []),
+    )
+
+
+def read_runs(folder: Path) -> dict[str, Arms]:
+    """
+    :param folder: runs are in it, or in folders below
+    :return: runs by environment and arm, the reference last
+    """
+    runs = [read_run(path.parent) for path in sorted(folder.rglob("run.json"))]
+    if not runs:
+        raise FileNotFoundError(f"There are no runs in {folder}.")
+    tasks: dict[str, Arms] = {}
+    for run in sorted(runs, key=lambda run: (run.env_id, run.arm == REFERENCE, run.arm, run.seed)):
+        tasks.setdefault(run.env_id, {}).setdefault(run.arm, []).append(run)
+    return tasks
+
+
+def bootstrap(scores: Any, function: Callable[..., np.ndarray], reps: int) -> tuple[np.ndarray, np.ndarray]:
+    """
+    :param scores: (runs, tasks), or a list of two such arrays, which are drawn from independently
+    :param function: of arrays like that; K numbers
+    :param reps: samples
+    :return: values (K,), and their 95% intervals (2, K) by stratified bootstrap (https://arxiv.org/abs/2108.13264)
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # arch wants another generator than rliable hands it
+        points, intervals = rly.get_interval_estimates(
+            {"it": scores}, function, reps=reps, random_state=np.random.RandomState(0)
+        )
+    return points["it"], intervals["it"]
+
+
+def estimate(scores: Any, function: Callable[..., float]) -> tuple[float, float, float]:
+    """
+    :param scores: see :func:`bootstrap`
+    :param function: of arrays like that
+    :return: value, and its 95% interval
+    """
+    points, intervals = bootstrap(scores, lambda *arrays: np.array([function(*arrays)]), BOOTSTRAP_SAMPLES)
+    return float(points[0]), float(intervals[0, 0]), float(intervals[1, 0])
+
+
+def scores_of(runs: list[Run]) -> np.ndarray:
+    """
+    :param runs: N runs of one task
+    :return: (N, 1) scores
+    """
+    return np.array([[run.score] for run in runs])
+
+
+def task_table(tasks: dict[str, Arms]) -> str:
+    """
+    :param tasks: see :func:`read_runs`
+    :return: Markdown table, a row for each task and arm
+    """
+    rows = []
+    for env_id, arms in tasks.items():
+        for arm, runs in arms.items():
+            scores = scores_of(runs)
+            shown = f"{scores.mean():,.0f}"
+            if len(runs) > 1:
+                value, low, high = estimate(scores, metrics.aggregate_iqm)
+                shown = f"{value:,.0f} ({low:,.0f} to {high:,.0f})"
+            finals = [run.final for run in runs if run.final is not None]
+            final = "" if len(finals) < len(runs) else f"{np.mean(finals):,.1f} ({len(finals[0])} episodes)"
+            hours = f"{np.mean([run.hours[-1] for run in runs]):.2f}"
+            unfinished = sum(not run.is_finished for run in runs)
+            rows.append([
+                env_id, arm, f"{runs[0].steps:,}", ", ".join(f"{score:,.0f}" for score in scores[:, 0]), shown, final,
+                hours + (f", {unfinished} unfinished" if unfinished else ""),
+            ])  # fmt: skip
+    header = [
+        *("task", "arm", "steps", "scores of the seeds", "interquartile mean (95%)"),
+        *("after training", "hours of training"),
+    ]
+    return markdown_table(header, rows)
+
+
+def comparison_table(tasks: dict[str, Arms]) -> str:
+    """
+    :param tasks: see :func:`read_runs`
+    :return: Markdown table: each arm beside the reference, in each task and over all that both have been run on
+    """
+    rows = []
+    arms = sorted({arm for task in tasks.values() if REFERENCE in task for arm in task} - {REFERENCE})
+    for arm in arms:
+        shared = {env_id: (task[arm], task[REFERENCE]) for env_id, task in tasks.items() if {arm, REFERENCE} <= {*task}}
+        for env_id, (runs, others) in shared.items():
+            pair = [scores_of(runs), scores_of(others)]
+            rows.append([env_id, arm, *_compared(pair, 1.0)])
+        smallest = [min(len(pair[i]) for pair in shared.values()) for i in (0, 1)]
+        if len(shared) > 1:
+            # Absolute, for tasks such as Pendulum whose returns are negative
+            pair = [
+                np.concatenate([scores_of(p[i][:n]) / abs(scores_of(p[1]).mean()) for p in shared.values()], axis=1)
+                for i, n in enumerate(smallest)
+            ]
+            rows.append([f"all {len(shared)}, in units of the reference", arm, *_compared(pair, 100.0)])
+    return markdown_table(["task", "arm", f"difference from {REFERENCE}", "probability of improvement"], rows)
+
+
+def _compared(pair: list[np.ndarray], factor: float) -> list[str]:
+    def difference(scores: np.ndarray, others: np.ndarray) -> float:
+        return float(metrics.aggregate_iqm(scores) - metrics.aggregate_iqm(others))
+
+    unit = "%" if factor != 1.0 else ""
+    value, low, high = (factor * number for number in estimate(pair, difference))
+    shown = f"{value:+,.0f}{unit} ({low:+,.0f} to {high:+,.0f})"
+    probability = estimate(pair, metrics.probability_of_improvement)
+    return [shown, "{:.2f} ({:.2f} to {:.2f})".format(*probability)]
+
+
+def resumption_table(tasks: dict[str, Arms]) -> str:
+    """
+    :param tasks: see :func:`read_runs`
+    :return: Markdown table of where runs were killed and continued, and whether what was evaluated again came out the
+        same
+    """
+    rows = []
+    for run in (run for arms in tasks.values() for runs in arms.values() for run in runs):
+        for start in run.resumed:
+            again = [_at(line, run) for line in start["made_again"]]
+            same = sum(bool(equal) for equal in again)
+            rows.append([
+                f"{run.env_id}, {run.arm}, seed {run.seed}", start["date"], f"{start['at_step']:,}",
+                f"{same} of {len(again)}",
+            ])  # fmt: skip
+    if not rows:
+        return "No run was interrupted."
+    return markdown_table(["run", "continued", "from the checkpoint at step", "evaluations repeated equally"], rows)
+
+
+def _at(line: str, run: Run) -> bool:
+    """Whether an evaluation that is repeated in the file has the same return."""
+    steps, mean_return, std_return = map(float, line.split(",")[:3])
+    (row,) = np.flatnonzero(run.evaluations["steps"] == steps)
+    return bool(run.evaluations["mean_return"][row] == mean_return and run.evaluations["std_return"][row] == std_return)
+
+
+def draw_curves(tasks: dict[str, Arms], path: Path) -> None:
+    """
+    Curves over steps, and below them over training time: thin lines are seeds, thick ones interquartile means with 95%
+    intervals.
+
+    :param tasks: see :func:`read_runs`
+    :param path: picture
+    """
+    figure, panels = plt.subplots(
+        2, len(tasks), figsize=(1 + 4.2 * len(tasks), 7), layout="constrained", squeeze=False, sharey="col"
+    )
+    for (env_id, arms), column in zip(tasks.items(), panels.T, strict=True):
+        column[0].set(title=env_id, xlabel="environment steps")
+        column[1].set(xlabel="hours of training")
+        column[0].xaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(_thousands))
+        for i, (arm, runs) in enumerate(arms.items()):
+            colour = COLOURS.get(arm, f"C{i + 1}")
+            length = min(len(run.evaluations["steps"]) for run in runs)
+            returns = np.stack([run.evaluations["mean_return"][:length] for run in runs])
+            xs = [run.evaluations["steps"] for run in runs], [run.hours for run in runs]
+            centre, low, high = _band(returns)
+            for axes, each in zip(column, xs, strict=True):
+                for x, run in zip(each, runs, strict=True):
+                    axes.plot(x, run.evaluations["mean_return"], color=colour, linewidth=0.6, alpha=0.6)
+                x = np.mean([one[:length] for one in each], axis=0)
+                axes.plot(x, centre, color=colour, linewidth=2, label=f"{arm}, {_count(len(runs), 'seed')}")
+                axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+        for axes in column:
+            _tidy(axes)
+        column[0].legend(fontsize="small", framealpha=0.9)
+    panels[0, 0].set_ylabel("return of an evaluation")
+    panels[1, 0].set_ylabel("return of an evaluation")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    print(f"Picture: {relative(path)}")
+
+
+def draw_diagnostics(tasks: dict[str, Arms], path: Path) -> None:
+    """
+    What was logged of the updates, a line for each seed.
+
+    :param tasks: see :func:`read_runs`
+    :param path: picture
+    """
+    names = [
+        name
+        for name in DIAGNOSTICS
+        if any(name in run.evaluations for arms in tasks.values() for runs in arms.values() for run in runs)
+    ]
+    if not names:
+        return
+    figure, panels = plt.subplots(
+        len(names), len(tasks), figsize=(1 + 3.4 * len(tasks), 2.2 * len(names)), layout="constrained", squeeze=False,
+        sharex="col",
+    )  # fmt: skip
+    for (env_id, arms), column in zip(tasks.items(), panels.T, strict=True):
+        column[0].set_title(env_id)
+        column[-1].set_xlabel("environment steps")
+        column[-1].xaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(_thousands))
+        for name, axes in zip(names, column, strict=True):
+            for i, (arm, runs) in enumerate(arms.items()):
+                for run in runs:
+                    values = run.evaluations.get(name)
+                    if values is not None and not np.isnan(values).all():
+                        axes.plot(run.evaluations["steps"], values, color=COLOURS.get(arm, f"C{i + 1}"), linewidth=0.9)
+            _tidy(axes)
+            if name in ("critic_loss", "ent_coef"):
+                axes.set_yscale("log")
+    for name, axes in zip(names, panels[:, 0], strict=True):
+        axes.set_ylabel(name.replace("_", " "))
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
+    print(f"Picture: {relative(path)}")
+
+
+def _band(returns: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Interquartile means (N,) of returns (runs, N), and their intervals."""
+    if len(returns) == 1:
+        return returns[0], returns[0], returns[0]
+
+    def means(scores: np.ndarray) -> np.ndarray:
+        return np.array([metrics.aggregate_iqm(scores[..., i]) for i in range(scores.shape[-1])])
+
+    points, intervals = bootstrap(returns[:, None], means, 500)
+    return points, intervals[0], intervals[1]
+
+
+def _thousands(value: float, _position: int) -> str:
+    return f"{value / 1000:g}k" if value else "0"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" + ("s" if number > 1 else "")
+
+
+def _tidy(axes: Axes) -> None:
+    axes.set_xlim(left=0)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def report(folder: Path) -> str:
+    """
+    Write ``report.md``, ``curves.png`` and ``diagnostics.png`` into a folder of runs.
+
+    :param folder: see :func:`read_runs`
+    :return: text of the report
+    """
+    tasks = read_runs(folder)
+    parts = [
+        "Written by `python benchmarks/learning.py report`. A run's score is the mean of its last five evaluations, of",
+        "10 deterministic episodes each.\n",
+        task_table(tasks),
+    ]
+    if any(REFERENCE in arms and len(arms) > 1 for arms in tasks.values()):
+        parts += ["", comparison_table(tasks)]
+    parts += ["", resumption_table(tasks), ""]
+    text = "\n".join(parts)
+    (folder / "report.md").write_text(text)
+    draw_curves(tasks, folder / "curves.png")
+    draw_diagnostics(tasks, folder / "diagnostics.png")
+    return text
