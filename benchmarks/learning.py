@@ -7,7 +7,7 @@ Learning curves of SoftSAC and SB3's SAC with the same hyperparameters: those of
     python benchmarks/learning.py report runs
 
 A run's folder holds ``run.json`` (how it was made, and where it was killed and resumed), ``evaluations.csv``, which
-gets one row after each evaluation, and at the end ``final.csv`` (returns of 200 more episodes) and ``model.zip``. Runs
+gets one row after each evaluation, and at the end ``final.csv`` (returns of more episodes) and ``model.zip``. Runs
 of SoftSAC can be killed at any time and resumed from their last checkpoint, also after SIGTERM, which leaves one. SB3's
 SAC cannot: its runs have to be made in one go.
 """
@@ -45,10 +45,8 @@ COLUMNS = (
     *("steps", "mean_return", "std_return", "mean_length", "seconds", "cpu_seconds", "mean_training_return"),
     *("entropy", "log_std", "saturated_actions", "ent_coef", "q_value", "critic_loss"),  # as far as the arm logs them
 )
-CHECKPOINT_FREQ = 25_000
 FIRST_EVALUATION_SEED = 10_000
 FIRST_FINAL_SEED = 20_000
-FINAL_EPISODES = 200
 
 
 def read_hyperparameters(config: Path, env_id: str, algo: str) -> dict[str, Any]:
@@ -231,36 +229,27 @@ def train(model: BaseAlgorithm, options: dict[str, Any], folder: Path) -> None:
         )
     ]
     if isinstance(model, SoftSAC):
-        callbacks.append(CheckpointCallback(CHECKPOINT_FREQ, folder / "checkpoints", keep_last=1))
+        callbacks.append(CheckpointCallback(options["checkpoint_freq"], folder / "checkpoints", keep_last=1))
     left = options["steps"] - model.num_timesteps
     model.learn(left, callback=callbacks, reset_num_timesteps=model.num_timesteps == 0)
-    final_evaluation(model, options["env"], folder)
+    final_evaluation(model, options, folder)
     model.save(folder / "model.zip", exclude=["replay_buffer"])
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     print(f"Finished: {folder}", flush=True)
 
 
-def evaluate_finished(args: argparse.Namespace) -> None:
-    """
-    :param args: arguments of the command ``evaluate``
-    """
-    for folder in args.runs:
-        header = json.loads((folder / "run.json").read_text())["run"]
-        final_evaluation(ALGORITHMS[header["algo"]].load(folder / "model.zip", device="cpu"), header["env"], folder)
-
-
-def final_evaluation(model: BaseAlgorithm, env_id: str, folder: Path) -> None:
+def final_evaluation(model: BaseAlgorithm, options: dict[str, Any], folder: Path) -> None:
     """
     Evaluate after training, over more episodes than in between, and from other first states.
 
     :param model: the trained agent
-    :param env_id: environment to evaluate on
+    :param options: what ``run.json`` says of the run
     :param folder: of the run; gets ``final.csv``
     """
-    returns, lengths = evaluate(model, gym.make(env_id), FINAL_EPISODES, FIRST_FINAL_SEED)
+    returns, lengths = evaluate(model, gym.make(options["env"]), options["final_episodes"], FIRST_FINAL_SEED)
     rows = [f"{value:.6g},{length:.0f}\n" for value, length in zip(returns, lengths, strict=True)]
     (folder / "final.csv").write_text("".join(["return,length\n", *rows]))
-    print(f"{folder}: {returns.mean():.1f} +- {returns.std():.1f} over {FINAL_EPISODES} episodes", flush=True)
+    print(f"{folder}: {returns.mean():.1f} +- {returns.std():.1f} over {len(returns)} episodes", flush=True)
 
 
 def report(args: argparse.Namespace) -> None:
@@ -295,15 +284,13 @@ def main() -> None:
     command.add_argument("--device", default="cpu", help="device of the networks")
     command.add_argument("--eval-freq", type=int, default=10_000, help="environment steps between evaluations")
     command.add_argument("--eval-episodes", type=int, default=10, help="episodes of each evaluation")
+    command.add_argument("--final-episodes", type=int, default=200, help="episodes of the evaluation after training")
+    command.add_argument("--checkpoint-freq", type=int, default=25_000, help="environment steps between checkpoints")
     command.set_defaults(do=run)
 
     command = commands.add_parser("resume", help="continue runs that were killed, one after the other")
     command.add_argument("runs", type=Path, nargs="+", metavar="DIR", help="folders of runs of SoftSAC")
     command.set_defaults(do=resume)
-
-    command = commands.add_parser("evaluate", help=f"evaluate finished runs over {FINAL_EPISODES} episodes once more")
-    command.add_argument("runs", type=Path, nargs="+", metavar="DIR", help="folders of runs")
-    command.set_defaults(do=evaluate_finished)
 
     command = commands.add_parser("report", help="tables and pictures of all runs in a folder")
     command.add_argument(

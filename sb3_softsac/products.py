@@ -53,9 +53,8 @@ class Products(CustomGraphPass):
 
     def __init__(self, use_onednn: bool, n_threads: int = 1):
         self.use_onednn = use_onednn
-        self.n_threads = n_threads
-        if n_threads > 1:
-            operator_of_products()  # code from Inductor's cache calls it too
+        # Asked for here already, since code from Inductor's cache calls it, too
+        self.n_threads = n_threads if n_threads > 1 and operator_of_products() is not None else 1
 
     def __call__(self, graph: Graph) -> None:
         for node in list(graph.nodes):

@@ -8,6 +8,7 @@ the products themselves: see ``benchmarks/results/speed``.
 
 import functools
 import operator
+import warnings
 from collections import defaultdict
 from collections.abc import Callable
 
@@ -26,19 +27,21 @@ SOURCE = r"""
 #include <ATen/ops/mm.h>
 #include <torch/library.h>
 
+namespace {
+
 using at::Tensor;
 using MaybeTensor = std::optional<Tensor>;
 using Scalars = c10::List<std::optional<at::Scalar>>;
 using Linear = Tensor(const Tensor&, const Tensor&, const MaybeTensor&, std::string_view, Scalars,
                       std::optional<std::string_view>);
 
-static Tensor onednn_product(const Tensor& a, const Tensor& b, const MaybeTensor& bias, bool relu) {
+Tensor onednn_product(const Tensor& a, const Tensor& b, const MaybeTensor& bias, bool relu) {
   static auto linear =
       c10::Dispatcher::singleton().findSchemaOrThrow("mkldnn::_linear_pointwise", "").typed<Linear>();
   return linear.call(a, b.t(), bias, relu ? "relu" : "none", Scalars(), "");
 }
 
-static Tensor product(const Tensor& a, const Tensor& b, const MaybeTensor& bias, bool relu) {
+Tensor product(const Tensor& a, const Tensor& b, const MaybeTensor& bias, bool relu) {
   Tensor out = bias ? at::addmm(*bias, a, b) : at::mm(a, b);
   return relu ? out.relu_() : out;
 }
@@ -55,6 +58,8 @@ std::vector<Tensor> products(at::TensorList a, at::TensorList b, at::TensorList 
   return out;
 }
 
+}  // namespace
+
 TORCH_LIBRARY(sb3_softsac, m) {
   m.def("products(Tensor[] a, Tensor[] b, Tensor[] bias, bool relu, bool onednn) -> Tensor[]");
 }
@@ -63,10 +68,11 @@ TORCH_LIBRARY_IMPL(sb3_softsac, CPU, m) { m.impl("products", &products); }
 
 
 @functools.cache
-def operator_of_products() -> th._ops.OpOverload:
+def operator_of_products() -> th._ops.OpOverload | None:
     """
     :return: operator that takes N matrices (R, K), N matrices (K, C), no or N biases (C,), whether relu follows and
-        whether oneDNN is to be used, and gives N products (R, C). It is there from the first call on
+        whether oneDNN is to be used, and gives N products (R, C); None where it cannot be built. It is there from the
+        first call on
     """
 
     def shapes(
@@ -74,8 +80,12 @@ def operator_of_products() -> th._ops.OpOverload:
     ) -> list[th.Tensor]:
         return [left.new_empty(left.shape[0], right.shape[1]) for left, right in zip(a, b, strict=True)]
 
-    CppCodeCache.load(SOURCE)
-    th.library.register_fake("sb3_softsac::products", shapes)
+    try:
+        CppCodeCache.load(SOURCE)
+        th.library.register_fake("sb3_softsac::products", shapes)
+    except Exception as error:  # compilers and linkers have many ways to fail
+        warnings.warn(f"Products are not computed side by side, which is slower: {error}", stacklevel=2)
+        return None
     found: th._ops.OpOverload = th.ops.sb3_softsac.products.default
     return found
 
@@ -145,8 +155,10 @@ def _join(graph: Graph, group: list[Node], use_onednn: Callable[[int], bool]) ->
     relus = [_relu_of(node) for node in group]
     (rows, inner), n_columns = a[0].meta["val"].shape, b[0].meta["val"].shape[1]
     args = (list(a), list(b), list(bias), relus[0] is not None, use_onednn(rows * inner * n_columns))
+    target = operator_of_products()
+    assert target is not None
     with graph.inserting_before(group[-1]):
-        joined = graph.call_function(operator_of_products(), args)
+        joined = graph.call_function(target, args)
         joined.meta["val"] = [node.meta["val"] for node in group]
         outs = [graph.call_function(operator.getitem, (joined, i)) for i in range(len(group))]
     for node, relu, out in zip(group, relus, outs, strict=True):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from sb3_softsac import products
+from sb3_softsac import products, side_by_side
 from sb3_softsac.products import MIN_LARGE, Products
 from sb3_softsac.side_by_side import operator_of_products
 
@@ -272,6 +272,17 @@ def test_products_of_two_critics_are_computed_side_by_side(size: int, use_onednn
     assert not left[aten.addmm.default] and not left[aten.relu.default] and not left[ONEDNN]
     names = [[node.name for node in args[2]] for args in (first, second)]
     assert names == [["arg2_1", "arg6_1"], ["arg4_1", "arg8_1"]], "a thread computes the same critic all along"
+
+
+def test_operator_that_cannot_be_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products are then computed as with one thread."""
+    with monkeypatch.context() as patch, pytest.warns(UserWarning, match="side by side"):
+        patch.setattr(side_by_side, "SOURCE", "not C++")
+        assert operator_of_products.__wrapped__() is None
+    monkeypatch.setattr(products, "operator_of_products", lambda: None)
+    _, left = passed(lambda a, b: (th.mm(a, b), th.mm(b, a)), rand(8, 8), rand(8, 8), n=2)
+    assert left[aten.mm.default] == 2
+    assert Products(False, 2).uuid() == Products(False, 1).uuid()
 
 
 @pytest.mark.parametrize("n", [2, 3])

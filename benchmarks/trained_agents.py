@@ -1,0 +1,119 @@
+"""
+The agents in ``trained_agents/``: made from finished runs of ``learning.py``, in the RL Zoo's layout, for its enjoy.
+
+    python benchmarks/trained_agents.py export runs/softsac_Ant-v5_1
+    python benchmarks/trained_agents.py table
+    python -m rl_zoo3.enjoy --algo softsac --env Ant-v5 -f trained_agents
+
+They are the policies at the end of training, not the best that were seen on the way. Files hold the networks, but no
+replay buffer and no state of the optimisers: training that goes on from them begins with a fresh Adam.
+"""
+
+import argparse
+import json
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from learning_report import read_run
+from record import ROOT, markdown_table, relative
+
+from sb3_softsac import SoftSAC
+
+FOLDER = ROOT / "trained_agents"
+LIST = FOLDER / "agents.json"
+MAX_BYTES = 5_000_000
+
+
+def read_list() -> dict[str, dict[str, Any]]:
+    """
+    :return: what is known of each agent, by environment
+    """
+    agents: dict[str, dict[str, Any]] = json.loads(LIST.read_text()) if LIST.exists() else {}
+    return agents
+
+
+def export(folder: Path) -> None:
+    """
+    :param folder: a finished run of SoftSAC
+    """
+    record = json.loads((folder / "run.json").read_text())
+    header, run = record["run"], read_run(folder)
+    if header["algo"] != "softsac" or not run.is_finished or run.final is None:
+        raise SystemExit(f"{folder} is not a finished run of SoftSAC.")
+    target = FOLDER / "softsac" / f"{run.env_id}_1"
+    params = target / run.env_id
+    params.mkdir(parents=True, exist_ok=True)
+
+    model = SoftSAC.load(folder / "model.zip", device="cpu", buffer_size=1)
+    for optimizer in (model.actor.optimizer, model.critic.optimizer, model.ent_coef_optimizer):
+        if optimizer is not None:
+            optimizer.state.clear()
+    path = target / f"{run.env_id}.zip"
+    model.save(path, exclude=["replay_buffer"])
+    assert path.stat().st_size <= MAX_BYTES, f"{path} has {path.stat().st_size:,} bytes"
+
+    config = (ROOT / header["config"]).resolve()
+    entry = yaml.safe_load(config.read_text())[run.env_id]
+    entry = OrderedDict(sorted({**entry, "n_timesteps": float(run.steps)}.items()))
+    entry.pop("callback", None)  # about training
+    (params / "config.yml").write_text(yaml.dump(entry))
+    args = {"algo": "softsac", "env": run.env_id, "seed": run.seed, "n_timesteps": run.steps, "env_kwargs": None}
+    (params / "args.yml").write_text(yaml.dump(OrderedDict(sorted(args.items()))))
+    np.savez(
+        target / "evaluations.npz",
+        timesteps=run.evaluations["steps"].astype(np.int64),
+        results=run.evaluations["mean_return"][:, None],
+        ep_lengths=run.evaluations["mean_length"][:, None],
+    )
+
+    command = (
+        f"python benchmarks/learning.py run --algo softsac --env {run.env_id} --steps {run.steps} --seed {run.seed}"
+    )
+    agents = read_list()
+    agents[run.env_id] = {
+        "mean_return": round(float(run.final.mean()), 1),
+        "std_return": round(float(run.final.std()), 1),
+        "episodes": len(run.final),
+        "steps": run.steps,
+        "hours": round(float(run.hours[-1]), 2),
+        "command": f"{command} --out runs/{run.env_id}",
+    }
+    LIST.write_text(json.dumps(dict(sorted(agents.items())), indent=2) + "\n")
+    print(f"{relative(path)}: {path.stat().st_size / 1e6:.1f} MB")
+
+
+def table() -> str:
+    """
+    :return: Markdown table of the agents
+    """
+    rows = [
+        [
+            env_id,
+            f"{agent['mean_return']:,.1f} ± {agent['std_return']:,.1f}",
+            str(agent["episodes"]),
+            f"{agent['steps']:,}",
+            f"{agent['hours']:.2f}",
+            f"`{agent['command']}`",
+        ]
+        for env_id, agent in read_list().items()
+    ]
+    return markdown_table(["environment", "return", "episodes", "steps", "hours of training", "command"], rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True, dest="command")
+    command = commands.add_parser("export", help="make agents from runs")
+    command.add_argument("runs", type=Path, nargs="+", metavar="DIR", help="folders of finished runs")
+    commands.add_parser("table", help="print what is known of them")
+    args = parser.parse_args()
+    for folder in args.runs if args.command == "export" else ():
+        export(folder)
+    print(table())
+
+
+if __name__ == "__main__":
+    main()
