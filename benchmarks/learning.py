@@ -248,7 +248,7 @@ def final_evaluation(model: BaseAlgorithm, options: dict[str, Any], folder: Path
     """
     returns, lengths = evaluate(model, gym.make(options["env"]), options["final_episodes"], FIRST_FINAL_SEED)
     rows = [f"{value:.6g},{length:.0f}\n" for value, length in zip(returns, lengths, strict=True)]
-    (folder / "final.csv").write_text("".join(["return,length\n", *rows]))
+    (folder / "final.csv").write_text("".join(["episode_return,length\n", *rows]))
     print(f"{folder}: {returns.mean():.1f} +- {returns.std():.1f} over {len(returns)} episodes", flush=True)
 
 

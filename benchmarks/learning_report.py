@@ -84,7 +84,7 @@ def read_run(folder: Path) -> Run:
         header["seed"],
         header["steps"],
         {name: data[name] for name in data.dtype.names or ()},
-        np.atleast_1d(np.genfromtxt(final, delimiter=",", names=True))["return"] if final.exists() else None,
+        np.atleast_1d(np.genfromtxt(final, delimiter=",", names=True))["episode_return"] if final.exists() else None,
         record.get("resumed", []),
     )
 

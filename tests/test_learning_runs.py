@@ -1,0 +1,97 @@
+"""``benchmarks/learning.py``: runs that are killed and resumed, and the report; and that documents say what it says."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = ROOT / "benchmarks" / "learning.py"
+RESULTS = ROOT / "benchmarks" / "results"
+RUN = [
+    *("run", "--algo", "softsac", "--env", "Pendulum-v1", "--steps", "1200", "--eval-freq", "300"),
+    *("--eval-episodes", "2", "--final-episodes", "3", "--checkpoint-freq", "400", "--seed", "1"),
+]
+
+pytest.importorskip("rliable")
+sys.path.insert(0, str(SCRIPT.parent))
+
+import learning_report  # noqa: E402
+
+
+def learning(*args: str) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [sys.executable, str(SCRIPT), *args],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finished(process: "subprocess.Popen[str]") -> str:
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, output
+    return output
+
+
+def evaluations(folder: Path) -> list[list[str]]:
+    """Without the times."""
+    lines = [line.split(",") for line in (folder / "evaluations.csv").read_text().splitlines()]
+    return [line[:4] + line[6:] for line in lines]
+
+
+def test_run_that_is_killed_and_resumed_goes_on_as_if_nothing_had_happened(tmp_path: Path) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    others = learning(*RUN, "--out", str(whole))
+    process = learning(*RUN, "--out", str(killed))
+    deadline = time.monotonic() + 200
+    # After the evaluation at step 600, the last checkpoint is that of step 400
+    while not (csv := killed / "evaluations.csv").exists() or "\n600," not in csv.read_text():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    finished(others)
+    output = finished(learning("resume", str(killed)))
+
+    assert "goes on from step 400" in output
+    assert evaluations(killed) == evaluations(whole)
+    assert len(evaluations(whole)) == 1 + 4
+    assert (killed / "final.csv").read_text() == (whole / "final.csv").read_text()
+    assert not (killed / "checkpoints").exists()
+    (resumed,) = json.loads((killed / "run.json").read_text())["resumed"]
+    assert resumed["at_step"] == 400 and [row.split(",")[0] for row in resumed["made_again"]] == ["600"]
+
+    text = finished(learning("report", str(tmp_path)))
+    assert "1 of 1" in text, "the evaluation that was made again is the same"
+    assert (tmp_path / "report.md").read_text() in text
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
+
+
+def test_a_finished_or_begun_run_is_not_written_over(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text("{}")
+    process = learning(*RUN, "--out", str(tmp_path))
+    output, _ = process.communicate(timeout=100)
+    assert process.returncode == 1 and "already holds a run" in output
+    assert (tmp_path / "run.json").read_text() == "{}"
+
+
+def test_only_softsac_is_resumed(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text(json.dumps({"run": {"algo": "sac"}}))
+    process = learning("resume", str(tmp_path))
+    output, _ = process.communicate(timeout=100)
+    assert process.returncode == 1 and "cannot be resumed" in output
+
+
+@pytest.mark.parametrize(("folder", "document"), [("learning_compiled", "README.md")])
+def test_documents_show_the_recorded_results(folder: str, document: str) -> None:
+    tasks = learning_report.read_runs(RESULTS / folder)
+    text = (ROOT / document).read_text()
+    assert learning_report.task_table(tasks) in text
+    assert learning_report.comparison_table(tasks) in text
