@@ -201,6 +201,8 @@ def resume(args: argparse.Namespace) -> None:
         options = header["run"]
         if options["algo"] != "softsac":
             sys.exit(f"{folder}: {options['algo']} cannot be resumed, remove the folder and run it again.")
+        if not (folder / "checkpoints").is_dir():
+            sys.exit(f"{folder} has no checkpoint (any more): it is finished, or has to be removed and run again.")
         th.set_num_threads(options["threads"])
         model = SoftSAC.load(
             folder / "checkpoints", Monitor(gym.make(options["env"])), device=options["device"], force_reset=False

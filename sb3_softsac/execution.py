@@ -44,6 +44,8 @@ BACKEND = "inductor"
 MAX_VARIANTS = 16  # compiled forms of one update: each has its own options and parts that are due
 MAX_COMPILATIONS = 3  # of each form
 
+Variant = tuple[Due, UpdateOptions, int]
+"""What is due, how, and with how many threads: compiled code divides its work among them."""
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
@@ -77,8 +79,8 @@ class Execution:
         self.compile_seconds = 0.0  # spent until now
         self.failed = False  # it was tried in vain
         self._say = say
-        self._compiled: dict[tuple[Due, UpdateOptions], Run] = {}
-        self._n_compilations: dict[tuple[Due, UpdateOptions], int] = defaultdict(int)
+        self._compiled: dict[Variant, Run] = {}
+        self._n_compilations: dict[Variant, int] = defaultdict(int)
         self._trained: Optimizers | None = None
         self._trained_key: Any = None
         self._states: list[Any] = []  # that are looked up, kept so that no other has their identity
@@ -113,7 +115,7 @@ class Execution:
 
     def _run(self, batch: ReplayBatch, noise: Noise, finite: th.Tensor, options: UpdateOptions, what: Due) -> Result:
         if self.compiles and self._has_state(what):
-            run = self._compiled.get((what, options))
+            run = self._compiled.get((what, options, th.get_num_threads()))
             if run is not None:
                 with suppress(th._dynamo.exc.TorchDynamoException):  # it has to be compiled anew
                     return run(self._optimizers(), batch, noise, finite)
@@ -144,11 +146,12 @@ class Execution:
         start = time.perf_counter()
         if not self._compiled:
             self._say("Compiling the update: half a minute or so, a few seconds if it has been done before ...")
+        variant = what, options, th.get_num_threads()
         try:
-            self._n_compilations[what, options] += 1
+            self._n_compilations[variant] += 1
             if len(self._compiled) >= MAX_VARIANTS:
                 raise RuntimeError(f"its options have changed {MAX_VARIANTS} times")
-            if self._n_compilations[what, options] > MAX_COMPILATIONS:
+            if self._n_compilations[variant] > MAX_COMPILATIONS:
                 raise RuntimeError(
                     "something in the networks changes with the updates, and each change would compile anew"
                 )
@@ -171,7 +174,7 @@ class Execution:
                 stacklevel=2,
             )
             return None
-        self._compiled[what, options] = run
+        self._compiled[variant] = run
         seconds = time.perf_counter() - start
         self.compile_seconds += seconds
         self._say(f"Compiled in {seconds:.1f} s")
@@ -179,11 +182,14 @@ class Execution:
 
     def _compile(self, options: UpdateOptions, what: Due) -> Run:
         check_torch()
+        n_threads = th.get_num_threads() if self.policy.device.type == "cpu" else 1
         if not all(has_pure_step(optimizer) for optimizer in self._involved(what)):
             # What the optimiser does is its own: only the gradients are compiled
-            parts = EAGER._replace(critic=compiled(critic_gradients), actor=compiled(actor_gradients))
+            parts = EAGER._replace(
+                critic=compiled(critic_gradients, n_threads), actor=compiled(actor_gradients, n_threads)
+            )
             return self._eager_run(parts, options, what)
-        run = compiled(self._eager_run(PURE, options, what))
+        run = compiled(self._eager_run(PURE, options, what), n_threads)
         if self.policy.device.type != "cuda":
             return run
         self._place_steps()
@@ -364,9 +370,10 @@ def _not_finite(outcomes: list[Outcome], n_updates: int) -> NotFinite:
     raise AssertionError("all is finite")
 
 
-def compiled(function: Function) -> Function:
+def compiled(function: Function, n_threads: int) -> Function:
     """
     :param function: works on tensors and modules
+    :param n_threads: of the CPU that it will run with
     :return: the same, compiled as one graph when it is first called, within :func:`tracing`
     """
     # Compiled forms belong to a code object, and only so many to each: the models of one process must not share it
@@ -386,7 +393,7 @@ def compiled(function: Function) -> Function:
         "fallback_random": True,  # the same random numbers as in an eager update, in layers such as dropout
         "size_asserts": False,
         "alignment_asserts": False,
-        "post_grad_custom_post_pass": Products(onednn_is_faster(), th.get_num_threads()),
+        "post_grad_custom_post_pass": Products(onednn_is_faster(), n_threads),
     }
     known = set(th._inductor.list_options())
     options = {name: value for name, value in options.items() if name in known}

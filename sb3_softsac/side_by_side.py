@@ -81,7 +81,8 @@ def operator_of_products() -> th._ops.OpOverload | None:
         return [left.new_empty(left.shape[0], right.shape[1]) for left, right in zip(a, b, strict=True)]
 
     try:
-        CppCodeCache.load(SOURCE)
+        # Code that is built against one version of torch is not for another: the text is the cache's key
+        CppCodeCache.load(f"// torch {th.__version__} {th.version.git_version}\n{SOURCE}")
         th.library.register_fake("sb3_softsac::products", shapes)
     except Exception as error:  # compilers and linkers have many ways to fail
         warnings.warn(f"Products are not computed side by side, which is slower: {error}", stacklevel=2)
@@ -99,6 +100,8 @@ def put_side_by_side(graph: Graph, products: list[Node], n: int, use_onednn: Cal
     :param n: N, number of threads
     :param use_onednn: whether oneDNN is to be used, by the multiplications of one product
     """
+    if sum(th.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) for node in graph.nodes) > 1:
+        return  # layers such as dropout would draw their random numbers in another order than in an eager update
     kinds = defaultdict(list)
     for node in products:
         operands = [(tuple(arg.meta["val"].shape), arg.meta["val"].stride()) for arg in node.args]  # type: ignore[union-attr]
@@ -106,9 +109,10 @@ def put_side_by_side(graph: Graph, products: list[Node], n: int, use_onednn: Cal
     for same in kinds.values():
         while len(same) >= n:
             group = _independent(graph, same, n)
-            same[:] = [node for node in same if node not in group and node is not same[0]]
             if len(group) == n:
                 _join(graph, group, use_onednn)
+            done = group if len(group) == n else same[:1]
+            same[:] = [node for node in same if node not in done]
 
 
 def _independent(graph: Graph, nodes: list[Node], n: int) -> list[Node]:

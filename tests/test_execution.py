@@ -218,6 +218,35 @@ def test_generated_code_of_two_threads_equals_eager(monkeypatch: pytest.MonkeyPa
     assert len(joined) >= 12 and set(joined) == {2}
 
 
+class ReluDropout(nn.Sequential):
+    """An activation that draws random numbers."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.ReLU(), nn.Dropout(0.2))
+
+
+def test_dropout_draws_the_same_with_two_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Computing products side by side must not change the order in which layers draw."""
+    monkeypatch.setattr(threads, "n_cores", lambda: 2)
+    kwargs = {"activation_fn": ReluDropout, "net_arch": [32, 32], "optimizer_kwargs": {"eps": 1e-3}}
+    eager, compiled = twins("defaults", policy_kwargs=kwargs, num_threads=2)
+    for model in (eager, compiled):
+        th.manual_seed(0)
+        model.train(gradient_steps=3, batch_size=32)
+    assert_same(state(eager), state(compiled), atol=3e-5)
+    assert has_compiled(compiled)
+
+
+@pytest.mark.usefixtures("quick_compiler")
+def test_number_of_threads_may_change_between_updates() -> None:
+    model = make("defaults", compile=True)
+    model.learn(SMALL["learning_starts"] + 2)
+    for k in range(6):
+        th.set_num_threads(1 + k % 2)
+        train(model, 1)
+        assert has_compiled(model)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("use_onednn", [False, True])
 def test_generated_code_equals_eager_whatever_the_processor(monkeypatch: pytest.MonkeyPatch, use_onednn: bool) -> None:

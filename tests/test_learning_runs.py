@@ -82,11 +82,12 @@ def test_a_finished_or_begun_run_is_not_written_over(tmp_path: Path) -> None:
     assert (tmp_path / "run.json").read_text() == "{}"
 
 
-def test_only_softsac_is_resumed(tmp_path: Path) -> None:
-    (tmp_path / "run.json").write_text(json.dumps({"run": {"algo": "sac"}}))
+@pytest.mark.parametrize(("algo", "message"), [("sac", "cannot be resumed"), ("softsac", "has no checkpoint")])
+def test_what_cannot_be_resumed(tmp_path: Path, algo: str, message: str) -> None:
+    (tmp_path / "run.json").write_text(json.dumps({"run": {"algo": algo}}))
     process = learning("resume", str(tmp_path))
     output, _ = process.communicate(timeout=100)
-    assert process.returncode == 1 and "cannot be resumed" in output
+    assert process.returncode == 1 and message in output
 
 
 @pytest.mark.parametrize(("folder", "document"), [("learning_compiled", "README.md")])

@@ -1,7 +1,9 @@
 """The pass over a compiled update's matrix products (``sb3_softsac.products``): equal numbers, and what it replaces."""
 
+import sys
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -283,6 +285,36 @@ def test_operator_that_cannot_be_built(monkeypatch: pytest.MonkeyPatch) -> None:
     _, left = passed(lambda a, b: (th.mm(a, b), th.mm(b, a)), rand(8, 8), rand(8, 8), n=2)
     assert left[aten.mm.default] == 2
     assert Products(False, 2).uuid() == Products(False, 1).uuid()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for GNU's OpenMP")
+def test_threads_compute_them() -> None:
+    """Without OpenMP, torch's parallel loops run one after the other without a word."""
+    operator_of_products()
+    libraries = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if ".so" in line}
+    ours = [path for path in libraries if b"sb3_softsac" in (content := Path(path).read_bytes())
+            and b"products(Tensor[] a" in content]  # fmt: skip
+    assert len(ours) == 1 and b"GOMP_parallel" in Path(ours[0]).read_bytes()
+
+
+def test_no_thread_keeps_a_graph_of_gradients() -> None:
+    a, b = rand(8, 8).requires_grad_(), rand(8, 8).requires_grad_()
+    th.set_num_threads(2)
+    with th.no_grad():
+        outputs = operator_of_products()([a, b], [b, a], [], True, False)
+    assert [out.requires_grad for out in outputs] == [False, False]
+    th.testing.assert_close(outputs[1], th.relu(b @ a))
+
+
+def test_what_is_left_over_by_one_group_is_joined_in_another() -> None:
+    """x depends on w, and with w no group of three is whole; with the others x makes one."""
+
+    def network(w: th.Tensor, others: th.Tensor, b: th.Tensor) -> tuple[th.Tensor, ...]:
+        first = th.mm(w, b)
+        return th.mm(first, b), th.mm(others, b), th.mm(b, others), first
+
+    module, left = passed(network, rand(8, 8), rand(8, 8), rand(8, 8), n=3)
+    assert len(joined(module)) == 1 and left[aten.mm.default] == 1
 
 
 @pytest.mark.parametrize("n", [2, 3])
