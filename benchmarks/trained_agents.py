@@ -69,9 +69,8 @@ def export(folder: Path) -> None:
         ep_lengths=run.evaluations["mean_length"][:, None],
     )
 
-    command = (
-        f"python benchmarks/learning.py run --algo softsac --env {run.env_id} --steps {run.steps} --seed {run.seed}"
-    )
+    options = {name: header[name] for name in ("algo", "env", "steps", "seed", "eval_freq")}
+    words = [f"--{name.replace('_', '-')} {value}" for name, value in options.items()]
     agents = read_list()
     agents[run.env_id] = {
         "mean_return": round(float(run.final.mean()), 1),
@@ -79,7 +78,7 @@ def export(folder: Path) -> None:
         "episodes": len(run.final),
         "steps": run.steps,
         "hours": round(float(run.hours[-1]), 2),
-        "command": f"{command} --out runs/{run.env_id}",
+        "command": " ".join(["python benchmarks/learning.py run", *words, f"--out runs/{run.env_id}"]),
     }
     LIST.write_text(json.dumps(dict(sorted(agents.items())), indent=2) + "\n")
     print(f"{relative(path)}: {path.stat().st_size / 1e6:.1f} MB")

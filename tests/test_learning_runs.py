@@ -90,7 +90,10 @@ def test_what_cannot_be_resumed(tmp_path: Path, algo: str, message: str) -> None
     assert process.returncode == 1 and message in output
 
 
-@pytest.mark.parametrize(("folder", "document"), [("learning_compiled", "README.md")])
+@pytest.mark.parametrize(
+    ("folder", "document"),
+    [("learning_compiled", "README.md"), ("learning", "README.md"), ("learning", "docs/results.md")],
+)
 def test_documents_show_the_recorded_results(folder: str, document: str) -> None:
     tasks = learning_report.read_runs(RESULTS / folder)
     text = (ROOT / document).read_text()

@@ -114,6 +114,7 @@ def check_wheel(source: Path, tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     assert wheel.name.endswith("-py3-none-any.whl")
+    assert not [name for name in names if name.startswith(("trained_agents", "benchmarks", "docs", "tests"))]
     own = {f"sb3_softsac/{path.name}" for path in (source / "sb3_softsac").glob("*.py")} | {"sb3_softsac/py.typed"}
     yml = {f"sb3_softsac/{path.relative_to(source)}" for path in (source / "hyperparams").rglob("*.yml")}
     assert {name for name in names if ".dist-info/" not in name} == STARTUP_FILES | own | yml

@@ -306,14 +306,15 @@ def test_no_thread_keeps_a_graph_of_gradients() -> None:
     th.testing.assert_close(outputs[1], th.relu(b @ a))
 
 
-def test_what_is_left_over_by_one_group_is_joined_in_another() -> None:
-    """x depends on w, and with w no group of three is whole; with the others x makes one."""
+def test_what_was_in_a_group_that_is_not_whole_is_joined_in_another() -> None:
+    """Only the second product is independent of the first, and it is of the other two."""
 
-    def network(w: th.Tensor, others: th.Tensor, b: th.Tensor) -> tuple[th.Tensor, ...]:
-        first = th.mm(w, b)
-        return th.mm(first, b), th.mm(others, b), th.mm(b, others), first
+    def network(*inputs: th.Tensor) -> tuple[th.Tensor, ...]:
+        a, b, c, d, w = inputs
+        first = th.mm(a, w)
+        return th.mm(b, w), th.mm(first + c, w), th.mm(first + d, w)
 
-    module, left = passed(network, rand(8, 8), rand(8, 8), rand(8, 8), n=3)
+    module, left = passed(network, *(rand(8, 8) for _ in range(5)), n=3)
     assert len(joined(module)) == 1 and left[aten.mm.default] == 1
 
 
