@@ -23,7 +23,7 @@ REFERENCE = "SB3 SAC"
 NAMES = {"softsac": "SoftSAC", "sac": REFERENCE}
 COLOURS = {"SoftSAC": "C0", REFERENCE: "0.45"}
 LAST = 5  # evaluations that are a run's score
-BOOTSTRAP_SAMPLES = 20_000
+BOOTSTRAP_SAMPLES = 2000
 DIAGNOSTICS = ("entropy", "log_std", "saturated_actions", "ent_coef", "q_value", "critic_loss")
 
 
@@ -191,9 +191,9 @@ def _compared(pair: list[np.ndarray], factor: float) -> list[str]:
     def difference(scores: np.ndarray, others: np.ndarray) -> float:
         return float(metrics.aggregate_iqm(scores) - metrics.aggregate_iqm(others))
 
-    unit = "%" if factor != 1.0 else ""
-    value, low, high = (factor * number for number in estimate(pair, difference))
-    shown = f"{value:+,.0f}{unit} ({low:+,.0f} to {high:+,.0f})"
+    unit, digits = ("%", 1) if factor != 1.0 else ("", 0)
+    value, low, high = (f"{factor * number:+,.{digits}f}" for number in estimate(pair, difference))
+    shown = f"{value}{unit} ({low} to {high})"
     probability = estimate(pair, metrics.probability_of_improvement)
     return [shown, "{:.2f} ({:.2f} to {:.2f})".format(*probability)]
 
