@@ -49,9 +49,9 @@ def compilations(monkeypatch: pytest.MonkeyPatch, only_traced: None) -> list[str
     names: list[str] = []
     original = execution.compiled
 
-    def spy(function: Callable[..., Any]) -> Callable[..., Any]:
+    def spy(function: Callable[..., Any], n_threads: int) -> Callable[..., Any]:
         names.append(function.__name__)
-        return original(function)
+        return original(function, n_threads)
 
     monkeypatch.setattr(execution, "compiled", spy)
     return names
@@ -692,7 +692,7 @@ def test_many_models_in_one_process_are_compiled() -> None:
 def ten_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ten updates are worth compilation; what is compiled is left as it is, which is quicker."""
     monkeypatch.setattr(softsac, "MIN_COMPILED_UPDATES", 10)
-    monkeypatch.setattr(execution, "compiled", lambda function: function)
+    monkeypatch.setattr(execution, "compiled", lambda function, n_threads: function)
 
 
 AUTO: dict[str, tuple[dict[str, Any], int, int]] = {
