@@ -110,11 +110,16 @@ def bootstrap(scores: Any, function: Callable[..., np.ndarray], reps: int) -> tu
     :param reps: samples
     :return: values (K,), and their 95% intervals (2, K) by stratified bootstrap (https://arxiv.org/abs/2108.13264)
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # arch wants another generator than rliable hands it
-        points, intervals = rly.get_interval_estimates(
-            {"it": scores}, function, reps=reps, random_state=np.random.RandomState(0)
-        )
+    state = np.random.get_state()
+    np.random.seed(0)  # rliable draws indices from NumPy's own state, whatever random_state it is given
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # arch wants another generator than rliable hands it
+            points, intervals = rly.get_interval_estimates(
+                {"it": scores}, function, reps=reps, random_state=np.random.RandomState(0)
+            )
+    finally:
+        np.random.set_state(state)
     return points["it"], intervals["it"]
 
 
