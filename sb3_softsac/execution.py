@@ -182,15 +182,13 @@ class Execution:
 
     def _compile(self, options: UpdateOptions, what: Due) -> Run:
         check_torch()
-        n_threads = th.get_num_threads() if self.policy.device.type == "cpu" else 1
+        device = self.policy.device
         if not all(has_pure_step(optimizer) for optimizer in self._involved(what)):
             # What the optimiser does is its own: only the gradients are compiled
-            parts = EAGER._replace(
-                critic=compiled(critic_gradients, n_threads), actor=compiled(actor_gradients, n_threads)
-            )
+            parts = EAGER._replace(critic=compiled(critic_gradients, device), actor=compiled(actor_gradients, device))
             return self._eager_run(parts, options, what)
-        run = compiled(self._eager_run(PURE, options, what), n_threads)
-        if self.policy.device.type != "cuda":
+        run = compiled(self._eager_run(PURE, options, what), device)
+        if device.type != "cuda":
             return run
         self._place_steps()
         return CudaGraph(run, self.tensors)
@@ -370,15 +368,15 @@ def _not_finite(outcomes: list[Outcome], n_updates: int) -> NotFinite:
     raise AssertionError("all is finite")
 
 
-def compiled(function: Function, n_threads: int) -> Function:
+def compiled(function: Function, device: th.device) -> Function:
     """
     :param function: works on tensors and modules
-    :param n_threads: of the CPU that it will run with
+    :param device: where they are
     :return: the same, compiled as one graph when it is first called, within :func:`tracing`
     """
     # Compiled forms belong to a code object, and only so many to each: the models of one process must not share it
 
-    from sb3_softsac.products import Products, onednn_is_faster
+    from sb3_softsac.graph_passes import GraphPasses
 
     own = types.FunctionType(
         function.__code__.replace(),
@@ -393,8 +391,10 @@ def compiled(function: Function, n_threads: int) -> Function:
         "fallback_random": True,  # the same random numbers as in an eager update, in layers such as dropout
         "size_asserts": False,
         "alignment_asserts": False,
-        "post_grad_custom_post_pass": Products(onednn_is_faster(), n_threads),
     }
+    if device.type == "cpu":
+        options["cpp_wrapper"] = True  # calls from Python took 5% of an update
+        options["post_grad_custom_post_pass"] = GraphPasses()
     known = set(th._inductor.list_options())
     options = {name: value for name, value in options.items() if name in known}
     return cast(Function, th.compile(own, fullgraph=True, dynamic=False, options=options))

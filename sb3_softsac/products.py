@@ -1,39 +1,34 @@
 """
 Matrix products of a compiled update, on the CPU.
 
-PyTorch's wheels take float32 products from MKL, which does not use AVX-512 on processors that are not Intel's. oneDNN,
-part of the same wheels, does: twice the rate on an AMD EPYC (``benchmarks/speed.py`` measures both). Products with a
-single row, column or term, such as a critic's last layer, are faster as part of the loops around them. And of the
-gradient of a critic's input, the actor's update needs the actions' columns only. What is independent and of the same
-shapes is computed side by side, where there are threads: see ``side_by_side.py``.
+PyTorch's wheels take float32 products from MKL, which does not use AVX-512 on processors that are not Intel's, and is
+slow for matrices with few columns: an update has more of those than of others. ``products.cpp`` has products for the
+sizes of an update, twice as fast on an AMD EPYC (``benchmarks/speed.py`` measures both). Products with a single row,
+column or term, such as a critic's last layer, are faster as part of the loops around them. And of the gradient of a
+critic's input, the actor's update needs the actions' columns only.
 """
 
+import functools
 import platform
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch as th
-from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+from torch._inductor.codecache import CppCodeCache
 from torch.fx import Graph, Node
+from torch.fx.node import map_arg
 
-from sb3_softsac import side_by_side
-from sb3_softsac.side_by_side import operator_of_products, put_side_by_side
-
-MIN_LARGE = 2_000_000  # below that many multiplications, oneDNN's longer call costs more than it saves
+SOURCE = Path(__file__).with_name("products.cpp")
 
 aten = th.ops.aten
 
 
-def onednn_is_faster() -> bool:
+def mkl_is_slow() -> bool:
     """
-    :return: whether oneDNN is faster than torch's BLAS here, for float32
+    :return: whether our own products are known to be faster here than torch's
     """
-    return (
-        th.backends.mkldnn.is_available()
-        and th.backends.mkl.is_available()
-        and th.backends.cpu.get_cpu_capability() == "AVX512"
-        and "AuthenticAMD" in _processor()
-    )
+    return th.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512") and "AuthenticAMD" in _processor()
 
 
 def _processor() -> str:
@@ -43,42 +38,45 @@ def _processor() -> str:
         return platform.processor()
 
 
-class Products(CustomGraphPass):
+@functools.cache
+def operator_of_products() -> th._ops.OpOverload | None:
     """
-    A pass of Inductor that replaces float32 ``mm`` and ``addmm`` of a graph.
-
-    :param use_onednn: large ones (and a ``relu`` behind) become oneDNN's linear layer
-    :param n_threads: that the compiled code will run with
+    :return: operator that takes matrices (R, K) and (K, C), a bias (C,) or None, and whether relu follows, and gives
+        their product (R, C), all float32 and on the CPU; None where it cannot be built. It is there from the first
+        call on
     """
 
-    def __init__(self, use_onednn: bool, n_threads: int = 1):
-        self.use_onednn = use_onednn
-        # Asked for here already, since code from Inductor's cache calls it, too
-        self.n_threads = n_threads if n_threads > 1 and operator_of_products() is not None else 1
+    def shape(a: th.Tensor, b: th.Tensor, bias: th.Tensor | None, relu: bool) -> th.Tensor:
+        return a.new_empty(a.shape[0], b.shape[1])
 
-    def __call__(self, graph: Graph) -> None:
-        for node in list(graph.nodes):
-            if node.target is aten.mm.default:
-                _drop_unused_columns(graph, node)
-        for node in _products(graph):
-            *bias, a, b = node.args
+    try:
+        # Inductor's own builder and cache: a few seconds, once. What is built against one version of torch is not for
+        # another, and the text is the cache's key
+        CppCodeCache.load(f"// torch {th.__version__} {th.version.git_version}\n{SOURCE.read_text()}")
+        th.library.register_fake("sb3_softsac::product", shape)
+    except Exception as error:  # compilers and linkers have many ways to fail
+        warnings.warn(f"Matrix products are torch's, which are slower here: {error}", stacklevel=2)
+        return None
+    found: th._ops.OpOverload = th.ops.sb3_softsac.product.default
+    return found
+
+
+def replace_products(graph: Graph, operator: th._ops.OpOverload | None) -> None:
+    """
+    :param graph: graph of ATen operators
+    :param operator: see :func:`operator_of_products`; None: products stay torch's, if they are not thin
+    """
+    for node in graph.find_nodes(op="call_function", target=aten.addmm.default):
+        _separate_sum(graph, node)
+    for node in graph.find_nodes(op="call_function", target=aten.slice.Tensor):
+        _drop_unused_columns(graph, node)
+    for node in _products(graph):
+        *bias, a, b = node.args
+        with graph.inserting_before(node):
             if 1 in (*a.meta["val"].shape, *b.meta["val"].shape):
-                with graph.inserting_before(node):
-                    _replace(node, _thin_product(graph, a, b, bias[0] if bias else None))
-        if self.n_threads > 1:
-            put_side_by_side(graph, _products(graph), self.n_threads, self._pays)
-        for node in _products(graph):
-            *bias, a, b = node.args
-            (rows, inner), columns = a.meta["val"].shape, b.meta["val"].shape[1]
-            if self._pays(rows * inner * columns):
-                with graph.inserting_before(node):
-                    _use_onednn(graph, node, a, b, bias[0] if bias else None)
-
-    def _pays(self, multiplications: int) -> bool:
-        return self.use_onednn and multiplications >= MIN_LARGE
-
-    def uuid(self) -> Any:
-        return get_hash_for_files((__file__, side_by_side.__file__), f"{self.use_onednn}, {self.n_threads}")
+                _replace(node, _thin_product(graph, a, b, bias[0] if bias else None))
+            elif operator is not None:
+                _use(operator, graph, node, a, b, bias[0] if bias else None)
 
 
 def _products(graph: Graph) -> list[Any]:
@@ -90,7 +88,7 @@ def _products(graph: Graph) -> list[Any]:
         values = [arg.meta["val"] for arg in node.args]
         if not all(map(_is_plain, values)):
             continue
-        if len(values) == 2 or values[0].shape == values[2].shape[1:]:
+        if len(values) == 2 or (values[0].shape == values[2].shape[1:] and values[0].stride() == (1,)):
             found.append(node)
     return found
 
@@ -101,9 +99,15 @@ def _is_plain(value: th.Tensor) -> bool:
     return value.dtype == th.float32 and value.device.type == "cpu" and is_static and is_dense
 
 
-def _call(graph: Graph, target: Any, *args: Any) -> Node:
+def call(graph: Graph, target: Any, *args: Any) -> Node:
+    """
+    :param graph: graph of ATen operators
+    :param target: an operator
+    :param args: its arguments: nodes and constants
+    :return: a call of it, at the place where the graph inserts
+    """
     new = graph.call_function(target, args)
-    new.meta["val"] = target(*(arg.meta["val"] if isinstance(arg, Node) else arg for arg in args))
+    new.meta["val"] = target(*map_arg(args, lambda node: node.meta["val"]))
     return new
 
 
@@ -112,46 +116,51 @@ def _replace(old: Node, new: Node) -> None:
     old.graph.erase_node(old)
 
 
-def _transposed(graph: Graph, matrix: Node) -> Node:
-    if matrix.target is aten.permute.default and list(matrix.args[1]) == [1, 0]:  # type: ignore[arg-type]
-        return matrix.args[0]  # type: ignore[return-value]
-    return _call(graph, aten.permute.default, matrix, [1, 0])
+def _separate_sum(graph: Graph, node: Node) -> None:
+    """``addmm(c, a, b)`` with a whole matrix is ``c + mm(a, b)``."""
+    c, a, b = node.args
+    assert isinstance(c, Node)
+    if not node.kwargs and c.meta["val"].shape == node.meta["val"].shape:
+        with graph.inserting_before(node):
+            _replace(node, call(graph, aten.add.Tensor, c, call(graph, aten.mm.default, a, b)))
 
 
 def _drop_unused_columns(graph: Graph, node: Node) -> None:
-    """``mm(a, b)[:, i:j]`` is ``mm(a, b[:, i:j])``."""
-    a, b = node.args
-    assert isinstance(a, Node) and isinstance(b, Node)
-    slices = list(node.users)
-    if len(slices) != 1 or slices[0].target is not aten.slice.Tensor or slices[0].args[1:2] != (1,) or slices[0].kwargs:
+    """``(mm(a, b) + mm(c, d))[:, i:j]`` is ``mm(a, b[:, i:j]) + mm(c, d[:, i:j])``."""
+    source, *where = node.args
+    if node.kwargs or where[:1] != [1] or not isinstance(source, Node):
         return
-    with graph.inserting_before(node):
-        product = _call(graph, aten.mm.default, a, _call(graph, aten.slice.Tensor, b, *slices[0].args[1:]))
-    _replace(slices[0], product)
-    graph.erase_node(node)
+    terms = list(source.args) if source.target is aten.add.Tensor and not source.kwargs else [source]
+    used_once = all(isinstance(term, Node) and len(term.users) == 1 for term in (source, *terms))
+    if not used_once or any(term.target is not aten.mm.default for term in terms):  # type: ignore[union-attr]
+        return
+    with graph.inserting_before(source):
+        products = []
+        for term in terms:
+            a, b = term.args  # type: ignore[union-attr]
+            products.append(call(graph, aten.mm.default, a, call(graph, aten.slice.Tensor, b, *where)))
+        _replace(node, products[0] if len(products) == 1 else call(graph, aten.add.Tensor, *products))
+    for unused in dict.fromkeys((source, *terms)):
+        graph.erase_node(unused)
 
 
 def _thin_product(graph: Graph, a: Node, b: Node, bias: Node | None) -> Node:
+    def transposed(matrix: Node) -> Node:
+        return call(graph, aten.permute.default, matrix, [1, 0])
+
     if a.meta["val"].shape[1] == 1:
-        product = _call(graph, aten.mul.Tensor, a, b)
+        product = call(graph, aten.mul.Tensor, a, b)
     elif b.meta["val"].shape[1] == 1:
-        terms = _call(graph, aten.mul.Tensor, a, _transposed(graph, b))
-        product = _call(graph, aten.sum.dim_IntList, terms, [1], True)
+        product = call(graph, aten.sum.dim_IntList, call(graph, aten.mul.Tensor, a, transposed(b)), [1], True)
     else:
-        terms = _call(graph, aten.mul.Tensor, _transposed(graph, a), b)
-        product = _call(graph, aten.sum.dim_IntList, terms, [0], True)
-    return product if bias is None else _call(graph, aten.add.Tensor, product, bias)
+        product = call(graph, aten.sum.dim_IntList, call(graph, aten.mul.Tensor, transposed(a), b), [0], True)
+    return product if bias is None else call(graph, aten.add.Tensor, product, bias)
 
 
-def _use_onednn(graph: Graph, node: Node, a: Node, b: Node, bias: Node | None) -> None:
+def _use(operator: th._ops.OpOverload, graph: Graph, node: Node, a: Node, b: Node, bias: Node | None) -> None:
     users = list(node.users)
     relu = users[0] if len(users) == 1 and users[0].target is aten.relu.default else None
-    args: Any = (a, _transposed(graph, b), bias, "none" if relu is None else "relu", [], "")
-    new = graph.call_function(th.ops.mkldnn._linear_pointwise.default, args)
-    new.meta.update(node.meta)
-    new.meta["should_fallback"] = True  # Inductor's own lowering is for constant weights
+    new = call(graph, operator, a, b, bias, relu is not None)
+    _replace(node if relu is None else relu, new)
     if relu is not None:
-        _replace(relu, new)
         graph.erase_node(node)
-    else:
-        _replace(node, new)

@@ -193,7 +193,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[CudaGraph]:
         made.append(CudaGraph(compile_(self, *args), self.tensors, FakeCapture(self.tensors)))
         return made[-1]
 
-    monkeypatch.setattr(execution, "compiled", lambda function, n_threads: function)
+    monkeypatch.setattr(execution, "compiled", lambda function, device: function)
     monkeypatch.setattr(Execution, "_compile", captured)
     return made
 

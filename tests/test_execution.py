@@ -22,9 +22,9 @@ from torch._functorch.aot_autograd import aot_module_simplified
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from sb3_softsac import SoftSAC, execution, products, side_by_side, softsac, threads
+from sb3_softsac import SoftSAC, execution, products, softsac, threads
 from sb3_softsac.execution import Execution
-from sb3_softsac.products import Products
+from sb3_softsac.products import replace_products
 
 SMALL: dict[str, Any] = {"learning_starts": 20, "buffer_size": 300, "batch_size": 8, "device": "cpu", "seed": 0}
 # A zero gradient's rounding must not become a whole step of Adam
@@ -49,9 +49,9 @@ def compilations(monkeypatch: pytest.MonkeyPatch, only_traced: None) -> list[str
     names: list[str] = []
     original = execution.compiled
 
-    def spy(function: Callable[..., Any], n_threads: int) -> Callable[..., Any]:
+    def spy(function: Callable[..., Any], device: th.device) -> Callable[..., Any]:
         names.append(function.__name__)
-        return original(function, n_threads)
+        return original(function, device)
 
     monkeypatch.setattr(execution, "compiled", spy)
     return names
@@ -184,13 +184,9 @@ def has_compiled(model: SoftSAC) -> bool:
 # Generated code
 
 
-def wide_twins(**options: Any) -> tuple[SoftSAC, SoftSAC]:
-    """With products that are large enough for oneDNN."""
-    return twins("defaults", batch_size=256, policy_kwargs={"optimizer_kwargs": {"eps": 1e-3}}, **options)
-
-
 def assert_generated_code_equals_eager(**options: Any) -> None:
-    eager, compiled = wide_twins(**options)
+    kwargs = {"optimizer_kwargs": {"eps": 1e-3}}
+    eager, compiled = twins("defaults", batch_size=256, policy_kwargs=kwargs, **options)
     for model in (eager, compiled):
         th.manual_seed(0)
         model.train(gradient_steps=4, batch_size=256)
@@ -198,24 +194,10 @@ def assert_generated_code_equals_eager(**options: Any) -> None:
     assert has_compiled(compiled)
 
 
-def test_generated_code_equals_eager() -> None:
-    assert_generated_code_equals_eager()
-
-
-def test_generated_code_of_two_threads_equals_eager(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Then the products of both critics are computed side by side."""
-    joined: list[int] = []
-    original = side_by_side._join
-
-    def spy(graph: th.fx.Graph, group: list[th.fx.Node], use_onednn: Any) -> None:
-        joined.append(len(group))
-        original(graph, group, use_onednn)
-
+@pytest.mark.parametrize("n_threads", [1, 2])
+def test_generated_code_equals_eager(monkeypatch: pytest.MonkeyPatch, n_threads: int) -> None:
     monkeypatch.setattr(threads, "n_cores", lambda: 2)
-    monkeypatch.setattr(side_by_side, "_join", spy)
-    with th._inductor.config.patch(force_disable_caches=True):  # else code is found that was made without the spy
-        assert_generated_code_equals_eager(num_threads=2)
-    assert len(joined) >= 12 and set(joined) == {2}
+    assert_generated_code_equals_eager(num_threads=n_threads)
 
 
 class ReluDropout(nn.Sequential):
@@ -226,7 +208,7 @@ class ReluDropout(nn.Sequential):
 
 
 def test_dropout_draws_the_same_with_two_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Computing products side by side must not change the order in which layers draw."""
+    """What is done to the graph must not change the order in which layers draw."""
     monkeypatch.setattr(threads, "n_cores", lambda: 2)
     kwargs = {"activation_fn": ReluDropout, "net_arch": [32, 32], "optimizer_kwargs": {"eps": 1e-3}}
     eager, compiled = twins("defaults", policy_kwargs=kwargs, num_threads=2)
@@ -248,22 +230,20 @@ def test_number_of_threads_may_change_between_updates() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("use_onednn", [False, True])
-def test_generated_code_equals_eager_whatever_the_processor(monkeypatch: pytest.MonkeyPatch, use_onednn: bool) -> None:
-    if use_onednn and not th.backends.mkldnn.is_available():
-        pytest.skip("this torch has no oneDNN")
+@pytest.mark.parametrize("mkl_is_slow", [False, True])
+def test_generated_code_equals_eager_whatever_the_processor(monkeypatch: pytest.MonkeyPatch, mkl_is_slow: bool) -> None:
     replaced: list[str] = []
-    original = products._use_onednn
+    original = products._use
 
     def spy(*args: Any) -> None:
-        replaced.append(args[1].name)
+        replaced.append(args[2].name)
         original(*args)
 
-    monkeypatch.setattr(products, "onednn_is_faster", lambda: use_onednn)
-    monkeypatch.setattr(products, "_use_onednn", spy)
+    monkeypatch.setattr(products, "mkl_is_slow", lambda: mkl_is_slow)
+    monkeypatch.setattr(products, "_use", spy)
     with th._inductor.config.patch(force_disable_caches=True):  # else code is found that was made without the spy
         assert_generated_code_equals_eager()
-    assert bool(replaced) == use_onednn
+    assert bool(replaced) == mkl_is_slow, replaced
 
 
 # What changes between two updates
@@ -692,7 +672,7 @@ def test_many_models_in_one_process_are_compiled() -> None:
 def ten_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ten updates are worth compilation; what is compiled is left as it is, which is quicker."""
     monkeypatch.setattr(softsac, "MIN_COMPILED_UPDATES", 10)
-    monkeypatch.setattr(execution, "compiled", lambda function, n_threads: function)
+    monkeypatch.setattr(execution, "compiled", lambda function, device: function)
 
 
 AUTO: dict[str, tuple[dict[str, Any], int, int]] = {
@@ -924,9 +904,6 @@ def test_compiled_update_is_one_graph_of_few_products(monkeypatch: pytest.Monkey
 
     products_ = (th.ops.aten.mm.default, th.ops.aten.addmm.default)
     assert sum(node.target in products_ for node in graphs[0].nodes) <= 49
-    Products(use_onednn=False)(graphs[0])
+    replace_products(graphs[0], None)
     graphs[0].eliminate_dead_code()
     assert sum(node.target in products_ for node in graphs[0].nodes) <= 37
-    # With two threads, 17 pairs and 3 alone
-    Products(use_onednn=False, n_threads=2)(graphs[0])
-    assert sum(node.target in products_ for node in graphs[0].nodes) <= 3

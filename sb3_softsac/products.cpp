@@ -1,0 +1,137 @@
+// Products of float32 matrices of the sizes that an update has, see products.py.
+//
+// The way is that of Goto and van de Geijn (2008), "Anatomy of high-performance matrix multiplication": a panel of the
+// right matrix is packed so that it stays in the first cache, and tiles of the output stay in registers. Each thread
+// computes rows of its own, the same ones in which Inductor's loops divide their work, so that what a thread reads is
+// mostly what it has written.
+
+#include <ATen/Parallel.h>
+#include <ATen/cpu/vec/vec.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <algorithm>
+
+namespace {
+
+using at::Tensor;
+using Vec = at::vec::Vectorized<float>;
+constexpr int64_t LANES = Vec::size();
+constexpr int TALLEST = LANES >= 16 ? 12 : 6;  // rows of a tile: twice as many vectors fit into the registers
+constexpr int64_t WIDTH = 2 * LANES;           // columns of a panel
+constexpr int64_t DEPTH = 512;                 // rows of a panel
+constexpr int64_t MIN_WORK = 65536;            // multiplications that are worth a thread
+
+struct Matrix {
+  const float* data;
+  int64_t rows, columns, row_stride, column_stride;  // one of the strides is 1
+
+  explicit Matrix(const Tensor& tensor)
+      : data(tensor.const_data_ptr<float>()),
+        rows(tensor.size(0)),
+        columns(tensor.size(1)),
+        row_stride(tensor.stride(0)),
+        column_stride(tensor.stride(1)) {}
+
+  const float* at(int64_t row, int64_t column) const { return data + row * row_stride + column * column_stride; }
+};
+
+// What is added to sums when they are complete
+struct Epilogue {
+  const float* bias;  // of the panel's first column, or null
+  bool relu;
+};
+
+// Copies rows [row, row + depth) and columns [column, column + width) to panel[depth][WIDTH].
+void pack(const Matrix& b, int64_t row, int64_t depth, int64_t column, int64_t width, float* panel) {
+  for (int64_t j = 0; j < width; j += LANES) {
+    const int64_t n = std::min(LANES, width - j);
+    if (b.column_stride == 1) {
+      for (int64_t k = 0; k < depth; k++) {
+        Vec::loadu(b.at(row + k, column + j), n).store(panel + k * WIDTH + j);
+      }
+      continue;
+    }
+    int64_t k = 0;
+    for (; n == LANES && k + LANES <= depth; k += LANES) {
+      at::vec::transpose_mxn<float, LANES, LANES>(
+          b.at(row + k, column + j), b.column_stride, panel + k * WIDTH + j, WIDTH);
+    }
+    for (; k < depth; k++) {
+      for (int64_t i = 0; i < n; i++) panel[k * WIDTH + j + i] = *b.at(row + k, column + j + i);
+    }
+  }
+}
+
+// c[R][width] (+)= a[R][depth] panel[depth][width]; VECTORS of LANES columns hold width.
+template <int R, int VECTORS>
+void tile(const float* a, int64_t a_row, int64_t a_column, const float* panel, int64_t depth, float* c, int64_t c_row,
+          int64_t width, bool adds, const Epilogue& epilogue) {
+  Vec sums[R][VECTORS];
+  int64_t n[VECTORS];
+  for (int v = 0; v < VECTORS; v++) {
+    n[v] = std::min(LANES, width - v * LANES);
+    for (int r = 0; r < R; r++) sums[r][v] = adds ? Vec::loadu(c + r * c_row + v * LANES, n[v]) : Vec(0.0f);
+  }
+  for (int64_t k = 0; k < depth; k++) {
+    Vec right[VECTORS];
+    for (int v = 0; v < VECTORS; v++) right[v] = Vec::loadu(panel + k * WIDTH + v * LANES);
+    for (int r = 0; r < R; r++) {
+      const Vec left(a[r * a_row + k * a_column]);
+      for (int v = 0; v < VECTORS; v++) sums[r][v] = at::vec::fmadd(left, right[v], sums[r][v]);
+    }
+  }
+  for (int v = 0; v < VECTORS; v++) {
+    const Vec bias = epilogue.bias ? Vec::loadu(epilogue.bias + v * LANES, n[v]) : Vec(0.0f);
+    for (int r = 0; r < R; r++) {
+      const Vec sum = sums[r][v] + bias;
+      (epilogue.relu ? at::vec::clamp_min(sum, Vec(0.0f)) : sum).store(c + r * c_row + v * LANES, n[v]);
+    }
+  }
+}
+
+// Rows [begin, end) of a panel's columns, in tiles that are as tall as possible.
+template <int R, int VECTORS>
+void tiles(const Matrix& a, int64_t begin, int64_t end, int64_t first, const float* panel, int64_t depth, float* c,
+           int64_t c_row, int64_t width, const Epilogue& epilogue) {
+  for (; begin + R <= end; begin += R) {
+    tile<R, VECTORS>(a.at(begin, first), a.row_stride, a.column_stride, panel, depth, c + begin * c_row, c_row, width,
+                     first > 0, epilogue);
+  }
+  if constexpr (R > 1) {
+    tiles<(R + 1) / 2, VECTORS>(a, begin, end, first, panel, depth, c, c_row, width, epilogue);
+  }
+}
+
+void rows_of_product(const Matrix& a, const Matrix& b, const float* bias, bool relu, int64_t begin, int64_t end,
+                     float* c) {
+  alignas(64) static thread_local float panel[DEPTH * WIDTH];
+  for (int64_t k = 0; k < a.columns; k += DEPTH) {
+    const int64_t depth = std::min(DEPTH, a.columns - k);
+    const bool complete = k + depth == a.columns;
+    for (int64_t j = 0; j < b.columns; j += WIDTH) {
+      const int64_t width = std::min(WIDTH, b.columns - j);
+      pack(b, k, depth, j, width, panel);
+      const Epilogue epilogue{complete && bias ? bias + j : nullptr, complete && relu};
+      const auto run = width > LANES ? tiles<TALLEST, 2> : tiles<TALLEST, 1>;
+      run(a, begin, end, k, panel, depth, c + j, b.columns, width, epilogue);
+    }
+  }
+}
+
+Tensor product(const Tensor& left, const Tensor& right, const std::optional<Tensor>& bias, bool relu) {
+  const Matrix a(left), b(right);
+  Tensor out = at::empty({a.rows, b.columns}, left.options());
+  float* c = out.mutable_data_ptr<float>();
+  const float* bias_data = bias ? bias->const_data_ptr<float>() : nullptr;
+  const int64_t grain = std::max<int64_t>(1, MIN_WORK / std::max<int64_t>(1, a.columns * b.columns));
+  at::parallel_for(0, a.rows, grain, [&](int64_t begin, int64_t end) {
+    rows_of_product(a, b, bias_data, relu, begin, end, c);
+  });
+  return out;
+}
+
+}  // namespace
+
+TORCH_LIBRARY(sb3_softsac, m) { m.def("product(Tensor a, Tensor b, Tensor? bias, bool relu) -> Tensor"); }
+TORCH_LIBRARY_IMPL(sb3_softsac, CPU, m) { m.impl("product", &product); }
