@@ -3,6 +3,7 @@ The agents in ``trained_agents/``: made from finished runs of ``learning.py``, i
 
     python benchmarks/trained_agents.py export runs/softsac_Ant-v5_1
     python benchmarks/trained_agents.py table
+    MUJOCO_GL=osmesa python benchmarks/trained_agents.py gif Ant-v5 --env-kwargs "camera_name:'track'"
     python -m rl_zoo3.enjoy --algo softsac --env Ant-v5 -f trained_agents
 
 They are the policies at the end of training, not the best that were seen on the way. Files hold the networks, but no
@@ -11,6 +12,9 @@ replay buffer and no state of the optimisers: training that goes on from them be
 
 import argparse
 import json
+import subprocess
+import sys
+import tempfile
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -102,13 +106,50 @@ def table() -> str:
     return markdown_table(["environment", "return", "episodes", "steps", "hours of training", "command"], rows)
 
 
+def gif(env_id: str, options: list[str], n_steps: int = 200) -> None:
+    """
+    Make a video with the zoo's ``record_video``, and of that a small animation.
+
+    :param env_id: environment with a shipped agent
+    :param options: more of ``record_video``'s
+    :param n_steps: length
+    """
+    from moviepy import VideoFileClip  # record_video needs it, too
+
+    with tempfile.TemporaryDirectory() as folder:
+        command = [
+            sys.executable,
+            "-m",
+            "rl_zoo3.record_video",
+            "--algo",
+            "softsac",
+            "--env",
+            env_id,
+            "-f",
+            str(FOLDER),
+        ]
+        command += ["-n", str(n_steps), "--deterministic", "-o", folder, *options]
+        subprocess.run(command, check=True)
+        (video,) = Path(folder).rglob("*.mp4")
+        path = FOLDER / f"{env_id}.gif"
+        VideoFileClip(str(video)).resized(width=240).write_gif(str(path), fps=10, logger=None)
+    print(f"{relative(path)}: {path.stat().st_size / 1e6:.1f} MB")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, dest="command")
     command = commands.add_parser("export", help="make agents from runs")
     command.add_argument("runs", type=Path, nargs="+", metavar="DIR", help="folders of finished runs")
     commands.add_parser("table", help="print what is known of them")
-    args = parser.parse_args()
+    command = commands.add_parser("gif", help="make an animation; what follows goes to the zoo's record_video")
+    command.add_argument("env")
+    args, rest = parser.parse_known_args()
+    if args.command == "gif":
+        gif(args.env, rest)
+        return
+    if rest:
+        parser.error(f"unknown: {' '.join(rest)}")
     for folder in args.runs if args.command == "export" else ():
         export(folder)
     print(table())
