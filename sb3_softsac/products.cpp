@@ -36,9 +36,10 @@ struct Matrix {
   const float* at(int64_t row, int64_t column) const { return data + row * row_stride + column * column_stride; }
 };
 
-// What is added to sums when they are complete
+// What is done to sums when they are complete: a layer's bias and relu, or the gradient of the relu that made a matrix
 struct Epilogue {
-  const float* bias;  // of the panel's first column, or null
+  const float* bias;     // of the panel's first column, or null
+  const float* relu_of;  // an element of it for each one of the output, or null
   bool relu;
 };
 
@@ -81,11 +82,17 @@ void tile(const float* a, int64_t a_row, int64_t a_column, const float* panel, i
       for (int v = 0; v < VECTORS; v++) sums[r][v] = at::vec::fmadd(left, right[v], sums[r][v]);
     }
   }
+  const Vec zero(0.0f);
   for (int v = 0; v < VECTORS; v++) {
-    const Vec bias = epilogue.bias ? Vec::loadu(epilogue.bias + v * LANES, n[v]) : Vec(0.0f);
+    const Vec bias = epilogue.bias ? Vec::loadu(epilogue.bias + v * LANES, n[v]) : zero;
     for (int r = 0; r < R; r++) {
-      const Vec sum = sums[r][v] + bias;
-      (epilogue.relu ? at::vec::clamp_min(sum, Vec(0.0f)) : sum).store(c + r * c_row + v * LANES, n[v]);
+      Vec sum = sums[r][v] + bias;
+      if (epilogue.relu) sum = at::vec::clamp_min(sum, zero);
+      if (epilogue.relu_of) {
+        const Vec made = Vec::loadu(epilogue.relu_of + r * c_row + v * LANES, n[v]);
+        sum = Vec::blendv(sum, zero, made <= zero);
+      }
+      sum.store(c + r * c_row + v * LANES, n[v]);
     }
   }
 }
@@ -93,45 +100,52 @@ void tile(const float* a, int64_t a_row, int64_t a_column, const float* panel, i
 // Rows [begin, end) of a panel's columns, in tiles that are as tall as possible.
 template <int R, int VECTORS>
 void tiles(const Matrix& a, int64_t begin, int64_t end, int64_t first, const float* panel, int64_t depth, float* c,
-           int64_t c_row, int64_t width, const Epilogue& epilogue) {
+           int64_t c_row, int64_t width, Epilogue epilogue) {
+  const float* relu_of = epilogue.relu_of;
   for (; begin + R <= end; begin += R) {
+    epilogue.relu_of = relu_of ? relu_of + begin * c_row : nullptr;
     tile<R, VECTORS>(a.at(begin, first), a.row_stride, a.column_stride, panel, depth, c + begin * c_row, c_row, width,
                      first > 0, epilogue);
   }
+  epilogue.relu_of = relu_of;
   if constexpr (R > 1) {
     tiles<(R + 1) / 2, VECTORS>(a, begin, end, first, panel, depth, c, c_row, width, epilogue);
   }
 }
 
-void rows_of_product(const Matrix& a, const Matrix& b, const float* bias, bool relu, int64_t begin, int64_t end,
-                     float* c) {
+void rows_of_product(const Matrix& a, const Matrix& b, const Epilogue& whole, int64_t begin, int64_t end, float* c) {
   alignas(64) static thread_local float panel[DEPTH * WIDTH];
   for (int64_t k = 0; k < a.columns; k += DEPTH) {
     const int64_t depth = std::min(DEPTH, a.columns - k);
-    const bool complete = k + depth == a.columns;
     for (int64_t j = 0; j < b.columns; j += WIDTH) {
       const int64_t width = std::min(WIDTH, b.columns - j);
       pack(b, k, depth, j, width, panel);
-      const Epilogue epilogue{complete && bias ? bias + j : nullptr, complete && relu};
+      Epilogue epilogue{};
+      if (k + depth == a.columns) {
+        epilogue = {whole.bias ? whole.bias + j : nullptr, whole.relu_of ? whole.relu_of + j : nullptr, whole.relu};
+      }
       const auto run = width > LANES ? tiles<TALLEST, 2> : tiles<TALLEST, 1>;
       run(a, begin, end, k, panel, depth, c + j, b.columns, width, epilogue);
     }
   }
 }
 
-Tensor product(const Tensor& left, const Tensor& right, const std::optional<Tensor>& bias, bool relu) {
+Tensor product(const Tensor& left, const Tensor& right, const std::optional<Tensor>& bias, bool relu,
+               const std::optional<Tensor>& relu_of) {
   const Matrix a(left), b(right);
   Tensor out = at::empty({a.rows, b.columns}, left.options());
   float* c = out.mutable_data_ptr<float>();
-  const float* bias_data = bias ? bias->const_data_ptr<float>() : nullptr;
+  const Epilogue epilogue{bias ? bias->const_data_ptr<float>() : nullptr,
+                          relu_of ? relu_of->const_data_ptr<float>() : nullptr, relu};
   const int64_t grain = std::max<int64_t>(1, MIN_WORK / std::max<int64_t>(1, a.columns * b.columns));
-  at::parallel_for(0, a.rows, grain, [&](int64_t begin, int64_t end) {
-    rows_of_product(a, b, bias_data, relu, begin, end, c);
-  });
+  at::parallel_for(0, a.rows, grain,
+                   [&](int64_t begin, int64_t end) { rows_of_product(a, b, epilogue, begin, end, c); });
   return out;
 }
 
 }  // namespace
 
-TORCH_LIBRARY(sb3_softsac, m) { m.def("product(Tensor a, Tensor b, Tensor? bias, bool relu) -> Tensor"); }
+TORCH_LIBRARY(sb3_softsac, m) {
+  m.def("product(Tensor a, Tensor b, Tensor? bias, bool relu, Tensor? relu_of) -> Tensor");
+}
 TORCH_LIBRARY_IMPL(sb3_softsac, CPU, m) { m.impl("product", &product); }

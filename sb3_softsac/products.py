@@ -41,12 +41,12 @@ def _processor() -> str:
 @functools.cache
 def operator_of_products() -> th._ops.OpOverload | None:
     """
-    :return: operator that takes matrices (R, K) and (K, C), a bias (C,) or None, and whether relu follows, and gives
-        their product (R, C), all float32 and on the CPU; None where it cannot be built. It is there from the first
-        call on
+    :return: operator that gives the product (R, C) of two matrices (R, K) and (K, C); None where it cannot be built. It
+        also takes a layer's bias (C,) or None and whether relu follows; and a matrix (R, C) or None that was made by a
+        relu, if the product is the gradient of that. All are float32 and on the CPU. It is there from the first call on
     """
 
-    def shape(a: th.Tensor, b: th.Tensor, bias: th.Tensor | None, relu: bool) -> th.Tensor:
+    def shape(a: th.Tensor, b: th.Tensor, bias: th.Tensor | None, relu: bool, relu_of: th.Tensor | None) -> th.Tensor:
         return a.new_empty(a.shape[0], b.shape[1])
 
     try:
@@ -159,8 +159,27 @@ def _thin_product(graph: Graph, a: Node, b: Node, bias: Node | None) -> Node:
 
 def _use(operator: th._ops.OpOverload, graph: Graph, node: Node, a: Node, b: Node, bias: Node | None) -> None:
     users = list(node.users)
-    relu = users[0] if len(users) == 1 and users[0].target is aten.relu.default else None
-    new = call(graph, operator, a, b, bias, relu is not None)
-    _replace(node if relu is None else relu, new)
-    if relu is not None:
+    user = users[0] if len(users) == 1 else node
+    relu, relu_of = user.target is aten.relu.default, _relu_of(user, node)
+    last = user if relu or relu_of is not None else node
+    with graph.inserting_before(last):
+        _replace(last, call(graph, operator, a, b, bias, relu, relu_of))
+    if last is not node:
         graph.erase_node(node)
+
+
+def _relu_of(user: Node, gradient: Node) -> Node | None:
+    """What a relu has made, if the user is its gradient: ``where(made <= 0, 0, gradient)``."""
+    if user.target is not aten.where.self or user.args[2] is not gradient:
+        return None
+    condition, zero = user.args[:2]
+    assert isinstance(condition, Node) and isinstance(zero, Node)
+    if condition.target is not aten.le.Scalar or condition.args[1] != 0:
+        return None
+    if zero.target is not aten.full.default or zero.args[1] != 0.0:
+        return None
+    made = condition.args[0]
+    assert isinstance(made, Node)
+    value, expected = made.meta["val"], gradient.meta["val"]
+    fits = value.dtype == expected.dtype and value.shape == expected.shape and value.is_contiguous()
+    return made if fits and value.device == expected.device else None

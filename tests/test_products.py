@@ -85,14 +85,24 @@ def mm_of_transposed(a: th.Tensor, b: th.Tensor) -> th.Tensor:
     right=st.booleans(),
     bias=st.booleans(),
     relu=st.booleans(),
+    gradient=st.booleans(),
     offset=st.integers(0, 3),
     n_threads=st.integers(1, 3),
 )
-@example(256, 256, 256, True, True, True, True, 0, 2)
-@example(3, 1100, 300, True, True, True, True, 0, 2)
-@example(67, 513, 40, False, False, True, True, 0, 3)
+@example(256, 256, 256, True, True, True, True, False, 0, 2)
+@example(3, 1100, 300, True, True, True, True, True, 0, 2)
+@example(67, 513, 40, False, False, False, False, True, 0, 3)
 def test_operator(
-    rows: int, inner: int, columns: int, left: bool, right: bool, bias: bool, relu: bool, offset: int, n_threads: int
+    rows: int,
+    inner: int,
+    columns: int,
+    left: bool,
+    right: bool,
+    bias: bool,
+    relu: bool,
+    gradient: bool,
+    offset: int,
+    n_threads: int,
 ) -> None:
     """Whatever lies transposed or in a larger matrix, and whatever does not fill tiles, panels and threads."""
 
@@ -106,7 +116,10 @@ def test_operator(
     expected = a.double() @ b.double() + (0.0 if c is None else c.double())
     if relu:
         expected = th.relu(expected)
-    actual = ours()(a, b, c, relu)
+    made = th.relu(rand(rows, columns)) if gradient else None
+    if made is not None:
+        expected[made == 0] = 0
+    actual = ours()(a, b, c, relu, made)
     assert actual.shape == expected.shape and actual.is_contiguous()
     th.testing.assert_close(actual.double(), expected, atol=3e-6 * inner, rtol=1e-5)
 
@@ -115,7 +128,7 @@ def test_operator(
 def test_what_is_not_finite_is_not_hidden(relu: bool) -> None:
     a, b = rand(20, 30), rand(30, 50)
     a[3, 4], a[5, 6] = th.nan, th.inf
-    actual = ours()(a, b, None, relu)
+    actual = ours()(a, b, None, relu, None)
     expected = th.relu(a @ b) if relu else a @ b
     th.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4, equal_nan=True)
     assert actual[3].isnan().all()
@@ -126,7 +139,7 @@ def test_result_does_not_depend_on_threads() -> None:
     results = []
     for n_threads in (1, 2, 5):
         th.set_num_threads(n_threads)
-        results.append(ours()(a, b, None, False))
+        results.append(ours()(a, b, None, False, None))
     assert th.equal(results[0], results[1]) and th.equal(results[0], results[2])
 
 
@@ -223,6 +236,38 @@ def test_relu_that_is_used_twice_is_part_of_the_layer() -> None:
 
     _, left = passed(layer, rand(N, N), rand(N, N))
     assert not left[aten.relu.default]
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_gradient_of_relu_is_part_of_the_product(transposed: bool) -> None:
+    """As Inductor hands it over, with ``where``. What was made by a layer lies row by row."""
+    made = th.relu(rand(N, 30))
+
+    def function(a: th.Tensor, b: th.Tensor, made: th.Tensor) -> th.Tensor:
+        made = made.permute(1, 0) if transposed else made
+        return th.where(made <= 0, th.full([], 0.0), th.mm(a, b))
+
+    _, left = passed(function, rand(N, N), rand(N, 30), made.t().contiguous() if transposed else made)
+    assert left[ours()] == 1 and left[aten.where.self] == int(transposed)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda a, b, made: th.where(made <= 0, th.full([], 1.0), th.mm(a, b)),
+        lambda a, b, made: th.where(made <= 1, th.full([], 0.0), th.mm(a, b)),
+        lambda a, b, made: th.where(made < 0, th.full([], 0.0), th.mm(a, b)),
+        lambda a, b, made: th.where(made <= 0, th.mm(a, b), th.full([], 0.0)),
+        lambda a, b, made: th.where(made[:1] <= 0, th.full([], 0.0), th.mm(a, b)),
+        lambda a, b, made: th.where(made.double() <= 0, th.full([], 0.0), th.mm(a, b)),
+        lambda a, b, made: th.where(th.mm(a, b) <= 0, th.full([], 0.0), made),
+        lambda a, b, made: (lambda out: (th.where(made <= 0, th.full([], 0.0), out), out))(th.mm(a, b)),
+        lambda a, b, made: (lambda out: th.where(out <= 0, th.full([], 0.0), out))(th.mm(a, b)),
+    ],
+)
+def test_what_is_not_the_gradient_of_relu(function: Callable[..., Any]) -> None:
+    _, left = passed(function, rand(N, N), rand(N, N), rand(N, N))
+    assert left[aten.where.self] == 1
 
 
 def test_without_the_operator_products_stay() -> None:
