@@ -375,9 +375,6 @@ def compiled(function: Function, device: th.device) -> Function:
     :return: the same, compiled as one graph when it is first called, within :func:`tracing`
     """
     # Compiled forms belong to a code object, and only so many to each: the models of one process must not share it
-
-    from sb3_softsac.graph_passes import GraphPasses
-
     own = types.FunctionType(
         function.__code__.replace(),
         function.__globals__,
@@ -393,6 +390,8 @@ def compiled(function: Function, device: th.device) -> Function:
         "alignment_asserts": False,
     }
     if device.type == "cpu":
+        from sb3_softsac.graph_passes import GraphPasses
+
         options["cpp_wrapper"] = True  # calls from Python took 5% of an update
         options["post_grad_custom_post_pass"] = GraphPasses()
     known = set(th._inductor.list_options())

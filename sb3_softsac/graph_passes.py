@@ -17,11 +17,13 @@ class GraphPasses(CustomGraphPass):
 
     def __init__(self) -> None:
         # Asked for here already, since code from Inductor's cache calls it, too
-        self._operator = products.operator_of_products() if products.mkl_is_slow() else None
+        self._operator = products.operator_of_products() if products.ours_are_faster() else None
 
     def _operator_if_exact(self) -> th._ops.OpOverload | None:
         """Lower precision, if that is wanted, is torch's matter."""
-        return self._operator if th.get_float32_matmul_precision() == "highest" else None
+        precision = th.backends.mkldnn.matmul.fp32_precision  # type: ignore[attr-defined]  # the older getter may raise
+        is_exact = precision in ("none", "ieee")
+        return self._operator if is_exact else None
 
     def __call__(self, graph: Graph) -> None:
         products.replace_products(graph, self._operator_if_exact())
@@ -56,9 +58,9 @@ def compute_scalars_once(graph: Graph) -> None:
         last = node
     rest = last.next
     with graph.inserting_before(rest):
-        # A concatenation is always written to memory, and read from there
+        # A concatenation, if of more than one, is always written to memory, and read from there
         parts = [call(graph, aten.reshape.default, node, [1]) for node in wanted]
-        vector = call(graph, aten.cat.default, parts)
+        vector = call(graph, aten.cat.default, parts if len(parts) > 1 else parts * 2)
         for i, (node, users) in enumerate(wanted.items()):
             element = call(graph, aten.select.int, vector, 0, i)
             scalar = call(graph, aten.reshape.default, element, list(node.meta["val"].shape))

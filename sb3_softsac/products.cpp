@@ -1,7 +1,7 @@
 // Products of float32 matrices of the sizes that an update has, see products.py.
 //
 // The way is that of Goto and van de Geijn (2008), "Anatomy of high-performance matrix multiplication": a panel of the
-// right matrix is packed so that it stays in the first cache, and tiles of the output stay in registers. Each thread
+// right matrix is packed so that it stays in the nearest caches, and tiles of the output stay in registers. Each thread
 // computes rows of its own, the same ones in which Inductor's loops divide their work, so that what a thread reads is
 // mostly what it has written.
 
@@ -24,7 +24,7 @@ constexpr int64_t MIN_WORK = 65536;            // multiplications that are worth
 
 struct Matrix {
   const float* data;
-  int64_t rows, columns, row_stride, column_stride;  // one of the strides is 1
+  int64_t rows, columns, row_stride, column_stride;
 
   explicit Matrix(const Tensor& tensor)
       : data(tensor.const_data_ptr<float>()),
@@ -54,7 +54,7 @@ void pack(const Matrix& b, int64_t row, int64_t depth, int64_t column, int64_t w
       continue;
     }
     int64_t k = 0;
-    for (; n == LANES && k + LANES <= depth; k += LANES) {
+    for (; b.row_stride == 1 && n == LANES && k + LANES <= depth; k += LANES) {
       at::vec::transpose_mxn<float, LANES, LANES>(
           b.at(row + k, column + j), b.column_stride, panel + k * WIDTH + j, WIDTH);
     }
@@ -115,7 +115,7 @@ void tiles(const Matrix& a, int64_t begin, int64_t end, int64_t first, const flo
 
 void rows_of_product(const Matrix& a, const Matrix& b, const Epilogue& whole, int64_t begin, int64_t end, float* c) {
   alignas(64) static thread_local float panel[DEPTH * WIDTH];
-  for (int64_t k = 0; k < a.columns; k += DEPTH) {
+  for (int64_t k = 0; k == 0 || k < a.columns; k += DEPTH) {
     const int64_t depth = std::min(DEPTH, a.columns - k);
     for (int64_t j = 0; j < b.columns; j += WIDTH) {
       const int64_t width = std::min(WIDTH, b.columns - j);
@@ -133,10 +133,13 @@ void rows_of_product(const Matrix& a, const Matrix& b, const Epilogue& whole, in
 Tensor product(const Tensor& left, const Tensor& right, const std::optional<Tensor>& bias, bool relu,
                const std::optional<Tensor>& relu_of) {
   const Matrix a(left), b(right);
+  TORCH_CHECK(a.columns == b.rows, "product of ", left.sizes(), " and ", right.sizes());
   Tensor out = at::empty({a.rows, b.columns}, left.options());
   float* c = out.mutable_data_ptr<float>();
-  const Epilogue epilogue{bias ? bias->const_data_ptr<float>() : nullptr,
-                          relu_of ? relu_of->const_data_ptr<float>() : nullptr, relu};
+  // Inductor may have chosen other strides than the graph had
+  const Tensor bias_row = bias ? bias->contiguous() : Tensor(), made = relu_of ? relu_of->contiguous() : Tensor();
+  const Epilogue epilogue{bias ? bias_row.const_data_ptr<float>() : nullptr,
+                          relu_of ? made.const_data_ptr<float>() : nullptr, relu};
   const int64_t grain = std::max<int64_t>(1, MIN_WORK / std::max<int64_t>(1, a.columns * b.columns));
   at::parallel_for(0, a.rows, grain,
                    [&](int64_t begin, int64_t end) { rows_of_product(a, b, epilogue, begin, end, c); });

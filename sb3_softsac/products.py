@@ -24,7 +24,7 @@ SOURCE = Path(__file__).with_name("products.cpp")
 aten = th.ops.aten
 
 
-def mkl_is_slow() -> bool:
+def ours_are_faster() -> bool:
     """
     :return: whether our own products are known to be faster here than torch's
     """
@@ -46,14 +46,14 @@ def operator_of_products() -> th._ops.OpOverload | None:
         relu, if the product is the gradient of that. All are float32 and on the CPU. It is there from the first call on
     """
 
-    def shape(a: th.Tensor, b: th.Tensor, bias: th.Tensor | None, relu: bool, relu_of: th.Tensor | None) -> th.Tensor:
+    def fake(a: th.Tensor, b: th.Tensor, bias: th.Tensor | None, relu: bool, relu_of: th.Tensor | None) -> th.Tensor:
         return a.new_empty(a.shape[0], b.shape[1])
 
     try:
         # Inductor's own builder and cache: a few seconds, once. What is built against one version of torch is not for
         # another, and the text is the cache's key
         CppCodeCache.load(f"// torch {th.__version__} {th.version.git_version}\n{SOURCE.read_text()}")
-        th.library.register_fake("sb3_softsac::product", shape)
+        th.library.register_fake("sb3_softsac::product", fake)
     except Exception as error:  # compilers and linkers have many ways to fail
         warnings.warn(f"Matrix products are torch's, which are slower here: {error}", stacklevel=2)
         return None
@@ -119,8 +119,7 @@ def _replace(old: Node, new: Node) -> None:
 def _separate_sum(graph: Graph, node: Node) -> None:
     """``addmm(c, a, b)`` with a whole matrix is ``c + mm(a, b)``."""
     c, a, b = node.args
-    assert isinstance(c, Node)
-    if not node.kwargs and c.meta["val"].shape == node.meta["val"].shape:
+    if not node.kwargs and c.meta["val"].shape == node.meta["val"].shape:  # type: ignore[union-attr]
         with graph.inserting_before(node):
             _replace(node, call(graph, aten.add.Tensor, c, call(graph, aten.mm.default, a, b)))
 
@@ -133,6 +132,8 @@ def _drop_unused_columns(graph: Graph, node: Node) -> None:
     terms = list(source.args) if source.target is aten.add.Tensor and not source.kwargs else [source]
     used_once = all(isinstance(term, Node) and len(term.users) == 1 for term in (source, *terms))
     if not used_once or any(term.target is not aten.mm.default for term in terms):  # type: ignore[union-attr]
+        return
+    if any(term.meta["val"].shape != source.meta["val"].shape for term in terms):  # type: ignore[union-attr]
         return
     with graph.inserting_before(source):
         products = []
@@ -173,13 +174,10 @@ def _relu_of(user: Node, gradient: Node) -> Node | None:
     if user.target is not aten.where.self or user.args[2] is not gradient:
         return None
     condition, zero = user.args[:2]
-    assert isinstance(condition, Node) and isinstance(zero, Node)
-    if condition.target is not aten.le.Scalar or condition.args[1] != 0:
+    if getattr(condition, "target", None) is not aten.le.Scalar or condition.args[1] != 0:  # type: ignore[union-attr]
         return None
-    if zero.target is not aten.full.default or zero.args[1] != 0.0:
+    if getattr(zero, "target", None) is not aten.full.default or zero.args[1] != 0.0:  # type: ignore[union-attr]
         return None
-    made = condition.args[0]
-    assert isinstance(made, Node)
-    value, expected = made.meta["val"], gradient.meta["val"]
-    fits = value.dtype == expected.dtype and value.shape == expected.shape and value.is_contiguous()
-    return made if fits and value.device == expected.device else None
+    made = condition.args[0]  # type: ignore[union-attr]
+    kinds = {(n.meta["val"].dtype, n.meta["val"].shape, n.meta["val"].device) for n in (made, gradient, user)}  # type: ignore[union-attr]
+    return made if len(kinds) == 1 and made.meta["val"].is_contiguous() else None  # type: ignore[union-attr,return-value]

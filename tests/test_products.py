@@ -39,6 +39,20 @@ def rand(*shape: int, dtype: th.dtype = th.float32) -> th.Tensor:
     return th.randn(*shape, dtype=dtype)
 
 
+def check_meta(module: GraphModule, *inputs: th.Tensor) -> None:
+    """What the graph says of its values is what they are."""
+
+    class Interpreter(th.fx.Interpreter):
+        def run_node(self, n: th.fx.Node) -> Any:
+            value = super().run_node(n)
+            if n.op == "call_function" and isinstance(value, th.Tensor):
+                said = n.meta["val"]
+                assert (said.shape, said.dtype) == (value.shape, value.dtype), n
+            return value
+
+    Interpreter(module).run(*inputs)
+
+
 def passed(function: Callable[..., Any], *inputs: th.Tensor, replaces: bool = True) -> tuple[GraphModule, Counter]:
     """Traced as Inductor hands it over, passed, and compared with the original; and how often each operator is left."""
     module = make_fx(function, tracing_mode="fake")(*inputs)
@@ -51,9 +65,7 @@ def passed(function: Callable[..., Any], *inputs: th.Tensor, replaces: bool = Tr
     for one, other in zip(*(x if isinstance(x, tuple) else (x,) for x in (expected, actual)), strict=True):
         assert one.shape == other.shape and one.dtype == other.dtype
         th.testing.assert_close(other, one, atol=5e-4, rtol=1e-4)
-    for node in module.graph.nodes:
-        if node.op == "call_function" and "val" in node.meta and isinstance(node.meta["val"], th.Tensor):
-            assert node.meta["val"].dtype in (th.float32, th.float64, th.bfloat16, th.bool), node
+    check_meta(module, *inputs)
     return module, Counter(node.target for node in module.graph.nodes if node.op == "call_function")
 
 
@@ -78,9 +90,9 @@ def mm_of_transposed(a: th.Tensor, b: th.Tensor) -> th.Tensor:
 
 @settings(max_examples=150, deadline=None)
 @given(
-    rows=st.integers(1, 70),
-    inner=st.integers(1, 70),
-    columns=st.integers(1, 100),
+    rows=st.integers(0, 70),
+    inner=st.integers(0, 70),
+    columns=st.integers(0, 100),
     left=st.booleans(),
     right=st.booleans(),
     bias=st.booleans(),
@@ -134,6 +146,19 @@ def test_what_is_not_finite_is_not_hidden(relu: bool) -> None:
     assert actual[3].isnan().all()
 
 
+def test_strides_may_be_others_than_the_graph_had() -> None:
+    """Inductor is free to choose those of what it computes itself."""
+    a, b = rand(40, 90)[::2, ::3], rand(90, 140)[::3, ::2]
+    bias, made = rand(70, 2)[:, 1], th.relu(rand(70, 20)).t()
+    expected = th.where(made <= 0, 0.0, th.relu(th.addmm(bias, a, b)))
+    th.testing.assert_close(ours()(a, b, bias, True, made), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_matrices_that_do_not_fit() -> None:
+    with pytest.raises(RuntimeError, match=r"product of \[3, 4\] and \[5, 6\]"):
+        ours()(rand(3, 4), rand(5, 6), None, False, None)
+
+
 def test_result_does_not_depend_on_threads() -> None:
     a, b = rand(130, 90), rand(90, 70)
     results = []
@@ -160,7 +185,7 @@ def test_operator_that_cannot_be_built(monkeypatch: pytest.MonkeyPatch, tmp_path
         patch.setattr(products, "SOURCE", tmp_path / "products.cpp")
         assert operator_of_products.__wrapped__() is None
     monkeypatch.setattr(products, "operator_of_products", lambda: None)
-    monkeypatch.setattr(products, "mkl_is_slow", lambda: True)
+    monkeypatch.setattr(products, "ours_are_faster", lambda: True)
     module = make_fx(mm, tracing_mode="fake")(rand(8, 8), rand(8, 8))
     GraphPasses()(module.graph)
     assert module.graph.find_nodes(op="call_function", target=aten.mm.default)
@@ -259,6 +284,8 @@ def test_gradient_of_relu_is_part_of_the_product(transposed: bool) -> None:
         lambda a, b, made: th.where(made < 0, th.full([], 0.0), th.mm(a, b)),
         lambda a, b, made: th.where(made <= 0, th.mm(a, b), th.full([], 0.0)),
         lambda a, b, made: th.where(made[:1] <= 0, th.full([], 0.0), th.mm(a, b)),
+        lambda a, b, made: th.where(made <= 0, th.full([N, N], 0.0, dtype=th.float64), th.mm(a, b)),
+        lambda a, b, made: th.where(made <= 0, th.full([3, N, N], 0.0), th.mm(a, b)),
         lambda a, b, made: th.where(made.double() <= 0, th.full([], 0.0), th.mm(a, b)),
         lambda a, b, made: th.where(th.mm(a, b) <= 0, th.full([], 0.0), made),
         lambda a, b, made: (lambda out: (th.where(made <= 0, th.full([], 0.0), out), out))(th.mm(a, b)),
@@ -347,6 +374,7 @@ def test_only_the_columns_that_are_used_of_a_sum_are_computed() -> None:
     assert columns_computed(module) == [17, 17] and left[aten.add.Tensor] == 1
     module, left = passed(lambda a, b, c, d: (th.mm(a, b) + th.mm(c, d))[:, 60:], *inputs)
     assert columns_computed(module) == [17, 17] and left[aten.add.Tensor] == 1
+    passed(lambda a, b, c, d: (th.mm(a, b) + th.mm(c, d))[:, 60:], *inputs[:3], rand(30, 1))  # one column for all
 
 
 @pytest.mark.parametrize(
@@ -407,10 +435,12 @@ def test_every_graph_stays_right(steps: list[tuple[int, int, str]]) -> None:
         ("DEFAULT", "", False),
     ],
 )
-def test_where_mkl_is_slow(monkeypatch: pytest.MonkeyPatch, capability: str, processor: str, expected: bool) -> None:
+def test_where_ours_are_faster(
+    monkeypatch: pytest.MonkeyPatch, capability: str, processor: str, expected: bool
+) -> None:
     monkeypatch.setattr(th.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(products, "_processor", lambda: processor)
-    assert products.mkl_is_slow() == expected
+    assert products.ours_are_faster() == expected
 
 
 def test_unknown_processor(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -418,4 +448,4 @@ def test_unknown_processor(monkeypatch: pytest.MonkeyPatch) -> None:
         raise PermissionError
 
     monkeypatch.setattr(products.Path, "read_text", unreadable)
-    assert isinstance(products.mkl_is_slow(), bool)
+    assert isinstance(products.ours_are_faster(), bool)
