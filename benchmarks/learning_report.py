@@ -233,7 +233,7 @@ def _at(line: str, run: Run) -> bool:
 def draw_curves(tasks: dict[str, Arms], path: Path) -> None:
     """
     Curves over steps, and below them over training time: thin lines are seeds, thick ones interquartile means with 95%
-    intervals.
+    intervals, crosses where a run was killed and continued.
 
     :param tasks: see :func:`read_runs`
     :param path: picture
@@ -254,6 +254,9 @@ def draw_curves(tasks: dict[str, Arms], path: Path) -> None:
             for axes, each in zip(column, xs, strict=True):
                 for x, run in zip(each, runs, strict=True):
                     axes.plot(x, run.evaluations["mean_return"], color=colour, linewidth=0.6, alpha=0.6)
+                    steps, stops = run.evaluations["steps"], [start["at_step"] for start in run.resumed]
+                    heights = np.interp(stops, steps, run.evaluations["mean_return"])
+                    axes.plot(np.interp(stops, steps, x), heights, "kx", markersize=6, zorder=3)
                 x = np.mean([one[:length] for one in each], axis=0)
                 axes.plot(x, centre, color=colour, linewidth=2, label=f"{arm}, {_count(len(runs), 'seed')}")
                 axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
