@@ -117,18 +117,8 @@ def gif(env_id: str, options: list[str], n_steps: int = 200) -> None:
     from moviepy import VideoFileClip  # record_video needs it, too
 
     with tempfile.TemporaryDirectory() as folder:
-        command = [
-            sys.executable,
-            "-m",
-            "rl_zoo3.record_video",
-            "--algo",
-            "softsac",
-            "--env",
-            env_id,
-            "-f",
-            str(FOLDER),
-        ]
-        command += ["-n", str(n_steps), "--deterministic", "-o", folder, *options]
+        command = [sys.executable, "-m", "rl_zoo3.record_video", "--algo", "softsac", "--env", env_id, *options]
+        command += ["-f", str(FOLDER), "-n", str(n_steps), "--deterministic", "-o", folder]
         subprocess.run(command, check=True)
         (video,) = Path(folder).rglob("*.mp4")
         path = FOLDER / f"{env_id}.gif"

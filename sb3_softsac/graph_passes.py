@@ -22,8 +22,7 @@ class GraphPasses(CustomGraphPass):
     def _operator_if_exact(self) -> th._ops.OpOverload | None:
         """Lower precision, if that is wanted, is torch's matter."""
         precision = th.backends.mkldnn.matmul.fp32_precision  # type: ignore[attr-defined]  # the older getter may raise
-        is_exact = precision in ("none", "ieee")
-        return self._operator if is_exact else None
+        return self._operator if precision in ("none", "ieee") else None
 
     def __call__(self, graph: Graph) -> None:
         products.replace_products(graph, self._operator_if_exact())
@@ -56,8 +55,7 @@ def compute_scalars_once(graph: Graph) -> None:
     for node in scalars:
         last.append(node)
         last = node
-    rest = last.next
-    with graph.inserting_before(rest):
+    with graph.inserting_before(last.next):
         # A concatenation, if of more than one, is always written to memory, and read from there
         parts = [call(graph, aten.reshape.default, node, [1]) for node in wanted]
         vector = call(graph, aten.cat.default, parts if len(parts) > 1 else parts * 2)

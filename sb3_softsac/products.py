@@ -3,9 +3,9 @@ Matrix products of a compiled update, on the CPU.
 
 PyTorch's wheels take float32 products from MKL, which does not use AVX-512 on processors that are not Intel's, and is
 slow for matrices with few columns: an update has more of those than of others. ``products.cpp`` has products for the
-sizes of an update, twice as fast on an AMD EPYC (``benchmarks/speed.py`` measures both). Products with a single row,
-column or term, such as a critic's last layer, are faster as part of the loops around them. And of the gradient of a
-critic's input, the actor's update needs the actions' columns only.
+sizes of an update, which replace them on AMD's processors. Products with a single row, column or term, such as a
+critic's last layer, are faster as part of the loops around them. And of the gradient of a critic's input, the actor's
+update needs the actions' columns only.
 """
 
 import functools
