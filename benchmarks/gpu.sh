@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Tests of what runs on an NVIDIA GPU, and then the speed there of SB3's SAC and of SoftSAC: eager, compiled without
-# CUDA graphs, and with them. From the repository's root, where the package is installed with what its tests need:
+# CUDA graphs, with them, and with them but without a copy of the replay buffer on the GPU. From the repository's root,
+# where the package is installed with what its tests need:
 #
 #     bash benchmarks/gpu.sh
 #
-# Settings: PYTHON, TESTS (0: leave them out), REPEATS, STEPS, UPDATES, OUTPUT. The results are written to
+# Settings: PYTHON, TESTS (0: leave them out), REPEATS, STEPS, UPDATES, ENV_ID, OUTPUT. The results are written to
 # benchmarks/results/gpu.json. Each measurement has a process of its own; all are made once before any is repeated.
 set -euo pipefail
 
@@ -13,6 +14,7 @@ TESTS=${TESTS:-1}
 REPEATS=${REPEATS:-3}
 STEPS=${STEPS:-2000}
 UPDATES=${UPDATES:-2000}
+ENV_ID=${ENV_ID:-HalfCheetah-v5}
 OUTPUT=${OUTPUT:-benchmarks/results/gpu.json}
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -37,15 +39,15 @@ print(f"{th.cuda.get_device_name()}, torch {th.__version__}, CUDA {th.version.cu
 END
 
 if [ "$TESTS" != 0 ]; then
-    "$PYTHON" -m pytest -m "" -rs tests/test_cuda_graph.py tests/test_execution.py
+    "$PYTHON" -m pytest -m "" -rs tests/test_cuda_graph.py tests/test_device_replay.py tests/test_execution.py
 fi
 
 runs=$(mktemp)
 trap 'rm -f "$runs"' EXIT
 for repeat in $(seq "$REPEATS"); do
-    for arm in sb3 eager compiled graph; do
+    for arm in sb3 eager compiled graph graph-without-copy; do
         echo "Repeat $repeat of $REPEATS: $arm"
-        "$PYTHON" - "$arm" "$repeat" "$STEPS" "$UPDATES" "$runs" << 'END'
+        "$PYTHON" - "$arm" "$repeat" "$STEPS" "$UPDATES" "$runs" "$ENV_ID" << 'END'
 import importlib
 import json
 import sys
@@ -53,7 +55,7 @@ import time
 
 import torch as th
 
-arm, runs = sys.argv[1], sys.argv[5]
+arm, runs, env_id = sys.argv[1], *sys.argv[5:]
 seed, steps, updates = map(int, sys.argv[2:5])
 WARM = 300  # updates before anything is timed: compilation, capture
 BATCH_SIZE = 256
@@ -61,11 +63,12 @@ BATCH_SIZE = 256
 options = {}
 if arm != "sb3":
     options["compile"] = arm != "eager"
+    options["buffer_on_device"] = False if arm == "graph-without-copy" else "auto"
 if arm == "compiled":  # each kernel launched by itself
-    importlib.import_module("sb3_softsac.execution").CudaGraph = lambda function, state: function
+    importlib.import_module("sb3_softsac.execution").CudaGraph = lambda function, addresses: function
 module, name = ("stable_baselines3", "SAC") if arm == "sb3" else ("sb3_softsac", "SoftSAC")
 algorithm = getattr(importlib.import_module(module), name)
-model = algorithm("MlpPolicy", "HalfCheetah-v5", learning_starts=1000, device="cuda", seed=seed, **options)
+model = algorithm("MlpPolicy", env_id, learning_starts=1000, device="cuda", seed=seed, **options)
 marks = {}
 
 
@@ -99,7 +102,7 @@ END
     done
 done
 
-PYTHONPATH=benchmarks${PYTHONPATH:+:$PYTHONPATH} "$PYTHON" - "$runs" "$OUTPUT" << 'END'
+PYTHONPATH=benchmarks${PYTHONPATH:+:$PYTHONPATH} "$PYTHON" - "$runs" "$OUTPUT" "$ENV_ID" << 'END'
 import json
 import statistics
 import sys
@@ -115,7 +118,8 @@ for arm in dict.fromkeys(row["arm"] for row in rows):
     own = [row for row in rows if row["arm"] == arm]
     medians[arm] = {name: statistics.median(row[name] for row in own) for name in numbers if name in own[0]}
 gpu = {"name": th.cuda.get_device_name(), "cuda": th.version.cuda, "capability": th.cuda.get_device_capability()}
-write_json(Path(sys.argv[2]).resolve(), command="bash benchmarks/gpu.sh", gpu=gpu, medians=medians, results=rows)
+results = {"env": sys.argv[3], "gpu": gpu, "medians": medians, "results": rows}
+write_json(Path(sys.argv[2]).resolve(), command="bash benchmarks/gpu.sh", **results)
 
 
 def cell(values, name, unit=1.0, form=",.0f"):
@@ -126,7 +130,7 @@ def cell(values, name, unit=1.0, form=",.0f"):
     return f"{text} ({values[name] / base[name]:.2f}x)" if name.endswith(("second", "_1", "_32")) else text
 
 
-titles = ["HalfCheetah-v5", "environment steps/s", "updates/s, one at a time", "updates/s, 32 at a time"]
+titles = [sys.argv[3], "environment steps/s", "updates/s, one at a time", "updates/s, 32 at a time"]
 table = [
     [arm, *(cell(values, name) for name in numbers[:3]), cell(values, "compile_seconds", 1, ".1f"),
      cell(values, "peak_bytes", 1e6)]

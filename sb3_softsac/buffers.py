@@ -9,7 +9,7 @@ row after it is written. So time limits bootstrap from the right observation, un
 
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch as th
@@ -53,6 +53,17 @@ def rows_of(batch: Any, rows: slice) -> Any:
 def _named(name: str, obs: Obs) -> dict[str, np.ndarray]:
     """One name for an array, one with each key for a dict of arrays."""
     return {f"{name}.{key}": value for key, value in obs.items()} if isinstance(obs, dict) else {name: obs}
+
+
+class Drawn(NamedTuple):
+    """B transitions of a replay buffer: where their observations and actions are, and what else there is of them."""
+
+    rows: np.ndarray  # of observations and actions, (B,)
+    last_rows: np.ndarray  # of next observations: others than ``rows`` with n-step returns, (B,)
+    env_indices: np.ndarray  # (B,)
+    rewards: np.ndarray  # (B,)
+    dones: np.ndarray  # 1 where the episode terminated, (B,)
+    discounts: np.ndarray | None  # gamma^k with n-step returns, (B,)
 
 
 class ReplayBuffer(SB3ReplayBuffer):
@@ -201,6 +212,20 @@ class ReplayBuffer(SB3ReplayBuffer):
         """
         self.n_added += self.buffer_size
 
+    def rows_since(self, n_added: int) -> list[tuple[int, int]]:
+        """
+        :param n_added: the buffer's ``n_added`` at an earlier time
+        :return: the rows that may have changed since: first row, one past the last
+        """
+        if self.n_added == n_added:
+            return []
+        # The newest row of then may have got a next observation on the side
+        n_changed = min(self.n_added - n_added + 1, self.size())
+        start = self.pos - n_changed
+        if start >= 0:
+            return [(start, self.pos)]
+        return [(0, self.pos), (start + self.buffer_size, self.buffer_size)]
+
     def reset(self) -> None:
         """Forget all rows."""
         super().reset()
@@ -311,18 +336,56 @@ class ReplayBuffer(SB3ReplayBuffer):
         :return: batch on the buffer's device; ``discounts`` is gamma^k with n-step returns, else None
         :raises ValueError: if the buffer is empty
         """
+        return self._get_samples(self._draw_rows(batch_size), env=env)
+
+    def draw(self, batch_size: int, env: VecNormalize | None = None) -> Drawn:
+        """
+        Draw transitions as :meth:`sample` does, and leave it to the caller to gather observations and actions.
+
+        :param batch_size: B
+        :param env: normalises rewards, if given
+        :return: what was drawn
+        :raises ValueError: if the buffer is empty
+        """
+        return self._draw(self._draw_rows(batch_size), env)
+
+    def get_next_obs(self, rows: np.ndarray, env_indices: np.ndarray) -> Any:
+        """
+        Gather next observations.
+
+        :param rows: (B,)
+        :param env_indices: (B,)
+        :return: next observations (B, ...), or a dict of them
+        """
+        slots = self._at(self._side_slot, rows, env_indices)
+        on_side = np.flatnonzero(slots)
+        newest = np.flatnonzero((rows == (self.pos - 1) % self.buffer_size) & (slots == 0))
+
+        def gather(storage: np.ndarray, side: np.ndarray, newest_next: np.ndarray) -> np.ndarray:
+            next_obs = self._at(storage, (rows + 1) % self.buffer_size, env_indices)
+            next_obs[on_side] = side[slots[on_side] - 1]
+            next_obs[newest] = newest_next[env_indices[newest]]
+            return next_obs
+
+        return map_obs(gather, self.observations, self._side_obs, self._newest_next_obs)
+
+    def _draw_rows(self, batch_size: int) -> np.ndarray:
         if self.size() == 0:
             raise ValueError("The replay buffer is empty: nothing to sample. Add transitions first.")
-        return self._get_samples(self.rng.integers(self.size(), size=batch_size), env=env)
+        return self.rng.integers(self.size(), size=batch_size)
+
+    def _draw(self, rows: np.ndarray, env: VecNormalize | None) -> Drawn:
+        env_indices = self.rng.integers(self.n_envs, size=len(rows))
+        returns, last_rows, discounts = self._returns(rows, env_indices, env)
+        dones = self._at(self.dones, last_rows, env_indices) * (1.0 - self._at(self.timeouts, last_rows, env_indices))
+        return Drawn(rows, last_rows, env_indices, returns, dones, discounts)
 
     def _get_samples(  # type: ignore[override]
         self, batch_inds: np.ndarray, env: VecNormalize | None = None
     ) -> ReplayBufferSamples | DictReplayBufferSamples:
-        env_indices = self.rng.integers(self.n_envs, size=len(batch_inds))
-        rewards, last_inds, discounts = self._returns(batch_inds, env_indices, env)
-        dones = self._at(self.dones, last_inds, env_indices) * (1.0 - self._at(self.timeouts, last_inds, env_indices))
-        obs = map_obs(lambda storage: self._at(storage, batch_inds, env_indices), self.observations)
-        next_obs = self._get_next_obs(last_inds, env_indices)
+        rows, last_rows, env_indices, rewards, dones, discounts = self._draw(batch_inds, env)
+        obs = map_obs(lambda storage: self._at(storage, rows, env_indices), self.observations)
+        next_obs = self.get_next_obs(last_rows, env_indices)
 
         def tensor(array: np.ndarray) -> th.Tensor:
             return self.to_torch(array, copy=False)  # indexing has copied
@@ -330,7 +393,7 @@ class ReplayBuffer(SB3ReplayBuffer):
         batch_class: Any = DictReplayBufferSamples if isinstance(self.observations, dict) else ReplayBufferSamples
         return batch_class(
             observations=map_obs(tensor, self._normalize_obs(obs, env)),
-            actions=tensor(self._at(self.actions, batch_inds, env_indices)),
+            actions=tensor(self._at(self.actions, rows, env_indices)),
             next_observations=map_obs(tensor, self._normalize_obs(next_obs, env)),
             dones=tensor(dones.reshape(-1, 1)),
             rewards=tensor(rewards.reshape(-1, 1)),
@@ -374,24 +437,6 @@ class ReplayBuffer(SB3ReplayBuffer):
         """``storage[rows, env_indices]``, a copy; one flat index takes half the time of two."""
         flat = storage.reshape(self.buffer_size * self.n_envs, *storage.shape[2:])
         return flat.take(rows * self.n_envs + env_indices, axis=0)
-
-    def _get_next_obs(self, rows: np.ndarray, env_indices: np.ndarray) -> Any:
-        """
-        :param rows: (B,)
-        :param env_indices: (B,)
-        :return: next observations (B, ...), or a dict of them
-        """
-        slots = self._at(self._side_slot, rows, env_indices)
-        on_side = np.flatnonzero(slots)
-        newest = np.flatnonzero((rows == (self.pos - 1) % self.buffer_size) & (slots == 0))
-
-        def gather(storage: np.ndarray, side: np.ndarray, newest_next: np.ndarray) -> np.ndarray:
-            next_obs = self._at(storage, (rows + 1) % self.buffer_size, env_indices)
-            next_obs[on_side] = side[slots[on_side] - 1]
-            next_obs[newest] = newest_next[env_indices[newest]]
-            return next_obs
-
-        return map_obs(gather, self.observations, self._side_obs, self._newest_next_obs)
 
     def _keep_where_stream_broke(self, previous: int, obs: Obs) -> None:
         """The newest row loses its kept next observation now: move it to the side unless ``obs`` equals it."""
@@ -503,7 +548,7 @@ class NextObservations(NDArrayOperatorsMixin):
         if isinstance(row_part, slice) or isinstance(env_part, slice):  # every row with every environment
             rows = rows.reshape(*rows.shape, *[1] * env_indices.ndim)
         rows, env_indices = np.broadcast_arrays(rows, env_indices)
-        next_obs = self._buffer._get_next_obs(rows.ravel(), env_indices.ravel())
+        next_obs = self._buffer.get_next_obs(rows.ravel(), env_indices.ravel())
         next_obs = next_obs if self._key is None else next_obs[self._key]
         next_obs = next_obs.reshape(*rows.shape, *self.shape[2:])
         return np.asarray(next_obs[(slice(None),) * rows.ndim + features])

@@ -32,14 +32,16 @@ class CudaGraph:
 
     :param function: takes its state, and inputs: tensors, in tuples and dicts; changes the state in place; returns
         tensors and plain values
-    :param state: all tensors that it changes
+    :param addresses: takes its state; returns where all tensors are that it reads or changes and that are not inputs
     :param capture: see :data:`Capture`
     """
 
-    def __init__(self, function: Callable[..., Any], state: Callable[[], list[th.Tensor]], capture: Capture = capture):
+    def __init__(
+        self, function: Callable[..., Any], addresses: Callable[[Any], tuple[int, ...]], capture: Capture = capture
+    ):
         self.function = function
         self.n_captures = 0
-        self._state = state
+        self._addresses = addresses
         self._capture = capture
         self._warm = False
         self._replay: Callable[[], None] | None = None
@@ -52,7 +54,7 @@ class CudaGraph:
             self._warm = True
             return self.function(held, *args)
         inputs, spec = pytree.tree_flatten(args)
-        key = spec, [(x.shape, x.dtype) for x in inputs if x is not None], [x.data_ptr() for x in self._state()]
+        key = spec, [(x.shape, x.dtype) for x in inputs if x is not None], self._addresses(held)
         if key != self._key:
             self._inputs = [None if x is None else x.clone() for x in inputs]
             own_args = pytree.tree_unflatten(self._inputs, spec)

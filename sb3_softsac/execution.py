@@ -16,8 +16,10 @@ from typing import Any, NamedTuple, TypeVar, cast
 
 import torch as th
 from torch.optim import Optimizer
+from torch.utils import _pytree as pytree
 
 from sb3_softsac.cuda_graph import CudaGraph
+from sb3_softsac.device_replay import Storage, StoredBatch, gathered
 from sb3_softsac.ent_coef import EntCoef
 from sb3_softsac.gradient_step import (
     CHECKED,
@@ -58,8 +60,27 @@ class Outcome(NamedTuple):
 
 Result = tuple[th.Tensor, tuple[str, ...], th.Tensor]
 """Whether all was finite; names and values of the metrics."""
-Run = Callable[[Optimizers, ReplayBatch, Noise, th.Tensor], Result]
+Update = Callable[[Optimizers, ReplayBatch, Noise, th.Tensor], Result]
 """Does an update; takes whether all was finite before."""
+
+
+class Held(NamedTuple):
+    """What an update reads or changes where it is."""
+
+    optimizers: Optimizers
+    storage: Storage | None  # what minibatches are gathered from
+
+
+class Inputs(NamedTuple):
+    """What an update is given anew each time."""
+
+    batch: ReplayBatch | StoredBatch
+    noise: Noise
+    finite: th.Tensor
+
+
+Run = Callable[[Held, Inputs], Result]
+"""An :data:`Update` that gathers its minibatch."""
 
 
 class Execution:
@@ -83,6 +104,7 @@ class Execution:
         self._n_compilations: dict[Variant, int] = defaultdict(int)
         self._trained: Optimizers | None = None
         self._trained_key: Any = None
+        self._addresses: tuple[int, ...] | None = None  # None: they may have changed
         self._states: list[Any] = []  # that are looked up, kept so that no other has their identity
         self._stepped: dict[int, list[bool]] = {}  # what was not frozen in an optimiser's last step of its own
         device = policy.device
@@ -92,7 +114,11 @@ class Execution:
         self._values: list[float] = [0.0] * len(rates)
 
     def __call__(
-        self, batches: Iterable[ReplayBatch], options: UpdateOptions, n_updates: int
+        self,
+        batches: Iterable[ReplayBatch | StoredBatch],
+        options: UpdateOptions,
+        n_updates: int,
+        storage: Storage | None = None,
     ) -> tuple[int, dict[str, float]]:
         """
         Do updates, one for each minibatch.
@@ -100,32 +126,36 @@ class Execution:
         :param batches: minibatches on the policy's device; each is asked for when the one before is done
         :param options: constants of the updates
         :param n_updates: updates done before
+        :param storage: what the minibatches are gathered from, if they have to be
         :return: updates done, and means of their metrics by log key
         :raises NotFinite: if a loss or gradient is not finite; that optimiser's step and all after it were not done
         """
         self._set_learning_rates()
+        self._addresses = None
         finite = self._finite
         outcomes: list[Outcome] = []
         for batch in batches:
             what = due(options, n_updates + len(outcomes))
-            noise = draw_noise(self.policy, batch, what.actor_updates)
-            finite, names, values = self._run(batch, noise, finite, options, what)
+            noise = draw_noise(self.policy, len(batch.rewards), what.actor_updates)
+            finite, names, values = self._run(storage, Inputs(batch, noise, finite), options, what)
             outcomes.append(Outcome(names, values))
         return len(outcomes), means(outcomes, n_updates)
 
-    def _run(self, batch: ReplayBatch, noise: Noise, finite: th.Tensor, options: UpdateOptions, what: Due) -> Result:
+    def _run(self, storage: Storage | None, inputs: Inputs, options: UpdateOptions, what: Due) -> Result:
         if self.compiles and self._has_state(what):
             run = self._compiled.get((what, options, th.get_num_threads()))
             if run is not None:
                 with suppress(th._dynamo.exc.TorchDynamoException):  # it has to be compiled anew
-                    return run(self._optimizers(), batch, noise, finite)
-            result = self._first_run(batch, noise, finite, options, what)
+                    return run(Held(self._optimizers(), storage), inputs)
+            result = self._first_run(storage, inputs, options, what)
             if result is not None:
                 return result
+        self._addresses = None  # optimisers make their state in their first step
         self._stepped.update((id(optimizer), _trainable(optimizer)) for optimizer in self._involved(what))
-        return self._eager_run(EAGER, options, what)(self._optimizers(), batch, noise, finite)
+        run = gathering(self._update(EAGER, options, what))
+        return run(Held(self._optimizers(), storage), inputs)
 
-    def _eager_run(self, parts: Parts, options: UpdateOptions, what: Due) -> Run:
+    def _update(self, parts: Parts, options: UpdateOptions, what: Due) -> Update:
         policy, ent_coef, learning_rates = self.policy, self.ent_coef, self._learning_rates
 
         def run(optimizers: Optimizers, batch: ReplayBatch, noise: Noise, finite: th.Tensor) -> Result:
@@ -137,9 +167,7 @@ class Execution:
 
         return run
 
-    def _first_run(
-        self, batch: ReplayBatch, noise: Noise, finite: th.Tensor, options: UpdateOptions, what: Due
-    ) -> Result | None:
+    def _first_run(self, storage: Storage | None, inputs: Inputs, options: UpdateOptions, what: Due) -> Result | None:
         """Compile, and do an update; None if that cannot be, with all as it was."""
         before = [(tensor, tensor.detach().clone()) for tensor in self.tensors()]
         random_states = _random_states(self.policy.device)
@@ -158,7 +186,7 @@ class Execution:
             run = self._compile(options, what)
             with tracing(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of torch, about its own insides
-                result = run(self._optimizers(), batch, noise, finite)
+                result = run(Held(self._optimizers(), storage), inputs)
         except Exception as error:  # whatever a compiler may raise; if it is the user's own, the eager update raises it
             self.compiles, self.failed = False, True
             self._compiled.clear()
@@ -186,12 +214,12 @@ class Execution:
         if not all(has_pure_step(optimizer) for optimizer in self._involved(what)):
             # What the optimiser does is its own: only the gradients are compiled
             parts = EAGER._replace(critic=compiled(critic_gradients, device), actor=compiled(actor_gradients, device))
-            return self._eager_run(parts, options, what)
-        run = compiled(self._eager_run(PURE, options, what), device)
+            return gathering(self._update(parts, options, what))
+        run = gathering(compiled(self._update(PURE, options, what), device))
         if device.type != "cuda":
             return run
         self._place_steps()
-        return CudaGraph(run, self.tensors)
+        return CudaGraph(run, self._addresses_of)
 
     def _involved(self, what: Due = Due(1, True)) -> list[Optimizer]:  # noqa: B008
         optimizers = [self.policy.critic.optimizer]
@@ -233,7 +261,7 @@ class Execution:
             for state in optimizer.state.values():
                 if isinstance(state.get("step"), th.Tensor):
                     state["step"] = state["step"].to(self.policy.device)
-        self._trained = None
+        self._trained = self._addresses = None
 
     def tensors(self) -> list[th.Tensor]:
         """
@@ -247,6 +275,13 @@ class Execution:
                 tensors += [value for value in state.values() if isinstance(value, th.Tensor)]
         return tensors
 
+    def _addresses_of(self, held: Held) -> tuple[int, ...]:
+        """Where a graph finds what it was not given as inputs. Looked up once for several updates: it takes a while."""
+        if self._addresses is None:
+            stored = [] if held.storage is None else pytree.tree_leaves(held.storage)
+            self._addresses = tuple(tensor.data_ptr() for tensor in (*self.tensors(), *stored))
+        return self._addresses
+
     def _set_learning_rates(self) -> None:
         optimizers = (self.policy.critic.optimizer, self.ent_coef.optimizer, self.policy.actor.optimizer)
         for i, (rate, optimizer) in enumerate(zip(self._learning_rates, optimizers, strict=True)):
@@ -254,6 +289,19 @@ class Execution:
             if value != self._values[i]:
                 self._values[i] = value
                 rate.fill_(value)
+
+
+def gathering(update: Update) -> Run:
+    """
+    :param update: takes minibatches
+    :return: the same, for what minibatches are gathered from. Gathering is not compiled with the update: a graph takes
+        it in as well
+    """
+
+    def run(held: Held, inputs: Inputs) -> Result:
+        return update(held.optimizers, gathered(inputs.batch, held.storage), inputs.noise, inputs.finite)
+
+    return run
 
 
 def _trainable(optimizer: Optimizer) -> list[bool]:

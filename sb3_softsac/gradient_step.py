@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import torch as th
+from stable_baselines3.common.preprocessing import get_action_dim
 from torch import nn
 from torch.optim import Adam, AdamW, Optimizer
 from torch.optim.adam import adam
@@ -107,12 +108,12 @@ def due(options: UpdateOptions, n_updates: int) -> Due:
     return Due(n_at_once if actor_is_due else 0, n_updates % options.target_update_interval == 0)
 
 
-def draw_noise(policy: SoftSACPolicy, batch: ReplayBatch, n_actor_updates: int) -> Noise:
+def draw_noise(policy: SoftSACPolicy, batch_size: int, n_actor_updates: int) -> Noise:
     """
     Draw from torch's random state, in the order of SB3's ``SAC.train``.
 
     :param policy: the policy
-    :param batch: minibatch, for its shape and device
+    :param batch_size: B
     :param n_actor_updates: see :class:`Due`
     :return: noise of one update
     """
@@ -127,9 +128,13 @@ def draw_noise(policy: SoftSACPolicy, batch: ReplayBatch, n_actor_updates: int) 
 
         first = matrices()
         return Noise(first[-1], tuple([first[0], *(matrices()[0] for _ in range(n_actor_updates - 1))]))
-    noise_of_pi = [th.randn_like(batch.actions) for _ in range(min(n_actor_updates, 1))]
-    next_actions = th.randn_like(batch.actions)
-    noise_of_pi += [th.randn_like(batch.actions) for _ in range(n_actor_updates - 1)]
+
+    def normal() -> th.Tensor:
+        return th.randn((batch_size, get_action_dim(policy.action_space)), dtype=th.float32, device=policy.device)
+
+    noise_of_pi = [normal() for _ in range(min(n_actor_updates, 1))]
+    next_actions = normal()
+    noise_of_pi += [normal() for _ in range(n_actor_updates - 1)]
     return Noise(next_actions, tuple(noise_of_pi))
 
 

@@ -124,17 +124,8 @@ def may_have_changed(buffer: SB3ReplayBuffer, segment: Segment, rows_before: int
     # A class of the user's may change what it likes
     if type(buffer) is not ReplayBuffer or rows_before is None:
         return True
-    n_changed = buffer.n_added - rows_before + 1  # the newest row of then may have got a next observation on the side
     first, last = segment
-    oldest_changed = buffer.pos - n_changed
-    return any(first < end and start < last for start, end in _wrapped(oldest_changed, buffer.pos, buffer.buffer_size))
-
-
-def _wrapped(start: int, end: int, size: int) -> list[Segment]:
-    """Ranges of rows from ``start`` (negative: before the wrap) to ``end``."""
-    if end - start >= size:
-        return [(0, size)]
-    return [(start, end)] if start >= 0 else [(0, end), (start + size, size)]
+    return any(first < end and start < last for start, end in buffer.rows_since(rows_before))
 
 
 def write_rows(archive: ArchiveWriter, buffer: SB3ReplayBuffer, segment: Segment, prefix: str = "") -> None:

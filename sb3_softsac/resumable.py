@@ -634,7 +634,7 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
 
     def __getstate__(self) -> dict[str, Any]:
         """For ``deepcopy`` and ``pickle``: without what belongs to this process and its files."""
-        here = ("_callback", "_late_callbacks", "run_folders", "after_step", "_execution")
+        here = ("_callback", "_late_callbacks", "run_folders", "after_step", "_execution", "_device_replay")
         return {name: value for name, value in vars(self).items() if name not in here}
 
 

@@ -26,8 +26,9 @@ from stable_baselines3.common.utils import (
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 from torch import nn
 
-from sb3_softsac import execution, threads
+from sb3_softsac import device_replay, execution, threads
 from sb3_softsac.buffers import ReplayBuffer, rows_of
+from sb3_softsac.device_replay import DeviceReplay, StoredBatch
 from sb3_softsac.distributions import log_action_scale
 from sb3_softsac.ent_coef import EntCoef, make_ent_coef
 from sb3_softsac.execution import Execution, NotFinite, matmul_precision
@@ -91,6 +92,8 @@ class SoftSAC(ResumableAlgorithm):
         True; False. The result is the same up to rounding. Where it cannot be done, a warning says why
     :param matmul_precision: of the float32 matrix products of the updates, see ``torch.set_float32_matmul_precision``:
         ``"highest"``, ``"high"`` or ``"medium"`` (bfloat16 products); None: what is set in torch (``"highest"``)
+    :param buffer_on_device: keep a copy of the replay buffer on the GPU, where the updates gather their minibatches.
+        ``"auto"``: if it takes at most half of the memory that is free there; True; False. Minibatches are the same
     :param num_threads: threads of torch on the CPU. ``"auto"``: as many as the networks keep busy and as there are free
         cores when ``learn()`` starts, unless torch or the environment (``OMP_NUM_THREADS``) was told otherwise
     :raises ValueError: for action spaces that are not bounded boxes, and for option values that are not valid
@@ -109,6 +112,7 @@ class SoftSAC(ResumableAlgorithm):
     action_space: spaces.Box
 
     _execution: Execution | None = None
+    _device_replay: DeviceReplay | None = None
     _compiles = False  # stays with the run, also when it is continued from a file
     _threads: int | None = None  # likewise
 
@@ -154,6 +158,7 @@ class SoftSAC(ResumableAlgorithm):
         max_grad_norm: float | None = None,
         compile: bool | str = "auto",
         matmul_precision: str | None = None,
+        buffer_on_device: bool | str = "auto",
         num_threads: int | str = "auto",
     ):
         if env is not None:
@@ -201,6 +206,7 @@ class SoftSAC(ResumableAlgorithm):
         self.max_grad_norm = max_grad_norm
         self.compile = compile
         self.matmul_precision = matmul_precision
+        self.buffer_on_device = buffer_on_device
         self.num_threads = num_threads
 
         if _init_setup_model:
@@ -325,6 +331,7 @@ class SoftSAC(ResumableAlgorithm):
         total_timesteps, callback = super()._setup_learn(total_timesteps, *args, **kwargs)
         if self.device.type == "cpu":
             self._set_threads()
+        self._set_device_replay()
         compiles = self.compile
         if compiles == "auto":
             compiles = (
@@ -335,6 +342,21 @@ class SoftSAC(ResumableAlgorithm):
         if compiles != self._compiles:
             self._compiles, self._execution = bool(compiles), None
         return total_timesteps, callback
+
+    def _set_device_replay(self) -> None:
+        """Decide whether minibatches are gathered on the device."""
+        wanted, buffer = self.buffer_on_device, self.replay_buffer
+        obstacle = device_replay.obstacle(buffer, self._vec_normalize_env) if wanted else None
+        if obstacle is not None and wanted is True:
+            raise ValueError(f"buffer_on_device=True is not possible: {obstacle}. Leave it out, or set it to False.")
+        if not wanted or obstacle is not None:
+            self._device_replay = None
+        elif self._device_replay is None or self._device_replay.buffer is not buffer:
+            assert isinstance(buffer, ReplayBuffer)
+            self._device_replay = None  # first give its memory back
+            if wanted is True or device_replay.fits(buffer, self.device):
+                self._device_replay = DeviceReplay(buffer, self.device)
+                self._say(f"The replay buffer has a copy on the device {self.device} (buffer_on_device)")
 
     def _n_updates_ahead(self, total_timesteps: int) -> int:
         """Updates until then; episodes are taken to be as long as their time limit, or else 1,000 steps."""
@@ -378,8 +400,12 @@ class SoftSAC(ResumableAlgorithm):
             self._execution = Execution(self.policy, self._ent_coef, compiles, self._say)
         try:
             with matmul_precision(self.matmul_precision):
-                batches = self._batches(gradient_steps, batch_size)
-                n_done, means = self._execution(batches, self._update_options(), self._n_updates)
+                replay = self._device_replay
+                if replay is not None and replay.buffer is not self.replay_buffer:
+                    replay = None  # exchanged since learn() started
+                batches = self._batches(gradient_steps, batch_size, replay)
+                storage = None if replay is None else replay.update()
+                n_done, means = self._execution(batches, self._update_options(), self._n_updates, storage)
         except NotFinite as error:
             self._n_updates += error.n_done
             raise
@@ -392,14 +418,17 @@ class SoftSAC(ResumableAlgorithm):
         if self._execution.compile_seconds > 0.0:
             self.logger.record("time/compile_seconds", self._execution.compile_seconds, exclude="tensorboard")
 
-    def _batches(self, number: int, batch_size: int) -> Iterator[ReplayBatch]:
+    def _batches(
+        self, number: int, batch_size: int, replay: DeviceReplay | None
+    ) -> Iterator[ReplayBatch | StoredBatch]:
         """Minibatches of B; several are drawn at once, which takes half the time, if the buffer is our own."""
         assert self.replay_buffer is not None
+        source = self.replay_buffer if replay is None else replay
         draws_alike = type(self.replay_buffer).sample is ReplayBuffer.sample
         at_once = max(1, ROWS_AT_ONCE // batch_size) if draws_alike else 1
         for first in range(0, number, at_once):
             n = min(at_once, number - first)
-            drawn = self.replay_buffer.sample(n * batch_size, env=self._vec_normalize_env)
+            drawn = source.sample(n * batch_size, env=self._vec_normalize_env)
             for i in range(n):
                 yield drawn if n == 1 else rows_of(drawn, slice(i * batch_size, (i + 1) * batch_size))
 
@@ -472,6 +501,7 @@ class SoftSAC(ResumableAlgorithm):
             "actor_target",
             "_ent_coef",
             "_execution",
+            "_device_replay",
         ]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:

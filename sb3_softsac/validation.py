@@ -72,7 +72,8 @@ def check_options(model: Any) -> None:
         require(optional or number or callable(rate), name, "a number >= 0 or a function of the remaining progress")
     for name in ("policy_delay_compensation", "use_actor_target"):
         require(isinstance(getattr(model, name), bool), name, "True or False")
-    require(model.compile in (True, False, "auto"), "compile", "True, False or 'auto'")
+    for name in ("compile", "buffer_on_device"):
+        require(getattr(model, name) in (True, False, "auto"), name, "True, False or 'auto'")
     precisions = (None, "highest", "high", "medium")
     require(model.matmul_precision in precisions, "matmul_precision", "'highest', 'high', 'medium' or None")
     require(model.num_threads == "auto" or is_int(model.num_threads, 1), "num_threads", "an integer >= 1, or 'auto'")

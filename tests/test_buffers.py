@@ -289,8 +289,8 @@ def test_reading_one_row_does_not_read_the_buffer() -> None:
     """Indexing asks the buffer for just the rows it names."""
     buffer = filled(n_envs=2)
     asked: list[int] = []
-    get = buffer._get_next_obs
-    buffer._get_next_obs = lambda rows, envs: asked.append(len(rows)) or get(rows, envs)  # type: ignore[method-assign,func-returns-value]
+    get = buffer.get_next_obs
+    buffer.get_next_obs = lambda rows, envs: asked.append(len(rows)) or get(rows, envs)  # type: ignore[method-assign,func-returns-value]
     _ = buffer.next_observations[3], buffer.next_observations[np.array([1, 2, 3]), 0], buffer.next_observations[4:6, 1]
     assert asked == [2, 3, 2]
 

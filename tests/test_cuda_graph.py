@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from sb3_softsac import SoftSAC, execution
 from sb3_softsac.cuda_graph import CudaGraph
-from sb3_softsac.execution import Execution
+from sb3_softsac.execution import Execution, Inputs
 from sb3_softsac.gradient_step import draw_noise, due
 
 needs_gpu = pytest.mark.skipif(not th.cuda.is_available(), reason="CUDA graphs need a GPU that torch can use")
@@ -59,7 +59,7 @@ class Counter:
         self.n_runs = 0
         self.seen: list[int] = []
         self.capture = FakeCapture(lambda: [self.total])
-        self.graph = CudaGraph(self.add, lambda: [self.total], self.capture)
+        self.graph = CudaGraph(self.add, lambda held: (self.total.data_ptr(),), self.capture)
 
     def add(
         self, total: th.Tensor, inputs: dict[str, th.Tensor], optional: th.Tensor | None
@@ -190,7 +190,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[CudaGraph]:
     compile_ = Execution._compile
 
     def captured(self: Execution, *args: Any) -> Any:
-        made.append(CudaGraph(compile_(self, *args), self.tensors, FakeCapture(self.tensors)))
+        made.append(CudaGraph(compile_(self, *args), self._addresses_of, FakeCapture(self.tensors)))
         return made[-1]
 
     monkeypatch.setattr(execution, "compiled", lambda function, device: function)
@@ -265,7 +265,7 @@ def test_nan_in_a_graph_leaves_all_as_it_was(graphs: list[CudaGraph]) -> None:
 @pytest.fixture
 def no_graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Compiled updates on the GPU, each launched kernel by kernel."""
-    monkeypatch.setattr(execution, "CudaGraph", lambda function, state: function)
+    monkeypatch.setattr(execution, "CudaGraph", lambda function, addresses: function)
     yield
 
 
@@ -309,8 +309,8 @@ def test_gpu_replay_does_not_wait() -> None:
     try:
         for i in range(n_replays):
             what = due(options, model._n_updates + i)
-            noise = draw_noise(model.policy, batch, what.actor_updates)
-            finite, _, values = model._execution._run(batch, noise, finite, options, what)
+            noise = draw_noise(model.policy, 8, what.actor_updates)
+            finite, _, values = model._execution._run(None, Inputs(batch, noise, finite), options, what)
     finally:
         th.cuda.set_sync_debug_mode("default")
     assert finite.item() and values.isfinite().all().item()

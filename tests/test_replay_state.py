@@ -132,7 +132,7 @@ def test_no_change_is_overlooked(data: st.DataObject, n_envs: int, capacity: int
     seen = {segment: raw(buffer, segment) for segment in replay_state.segments(buffer)}
     newest_then = (buffer.pos - 1) % capacity
     added = data.draw(steps(n_envs, 80), "after")
-    written = {newest_then, *((buffer.pos + i) % capacity for i in range(len(added)))}
+    written = {(newest_then + i) % capacity for i in range(len(added) + 1)} if added else set()
     for events in added:
         feed.add([buffer], events)
     for segment in replay_state.segments(buffer):

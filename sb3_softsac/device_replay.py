@@ -1,0 +1,161 @@
+"""
+A copy of the replay buffer on a GPU: minibatches are gathered there, as part of an update, instead of in the computer's
+memory and then sent over.
+
+The buffer stays what is saved and drawn from: which transitions are in a minibatch is the same with a copy or without.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch as th
+from stable_baselines3.common.buffers import ReplayBuffer as SB3ReplayBuffer
+from stable_baselines3.common.type_aliases import DictReplayBufferSamples, ReplayBufferSamples
+from stable_baselines3.common.vec_env import VecNormalize
+
+from sb3_softsac.buffers import ReplayBuffer, map_obs
+from sb3_softsac.type_aliases import ReplayBatch, TorchObs
+
+MAX_SHARE = 0.5  # of a GPU's free memory
+PIECE = 1 << 24  # bytes of observations that are copied at once
+
+
+class Storage(NamedTuple):
+    """
+    What minibatches are gathered from: R = rows x E transitions, those of one row side by side.
+    """
+
+    observations: TorchObs  # (R, ...), or a dict of them
+    next_observations: TorchObs  # likewise
+    actions: th.Tensor  # (R, A)
+
+
+class StoredBatch(NamedTuple):
+    """A minibatch before its observations and actions are gathered."""
+
+    rows: th.Tensor  # of observations and actions in the storage, (B,)
+    last_rows: th.Tensor  # of next observations: others than ``rows`` with n-step returns, (B,)
+    rewards: th.Tensor  # (B, 1)
+    dones: th.Tensor  # (B, 1)
+    discounts: th.Tensor | None  # (B, 1)
+
+
+def gathered(batch: ReplayBatch | StoredBatch, storage: Storage | None) -> ReplayBatch:
+    """
+    :param batch: minibatch
+    :param storage: what it is gathered from
+    :return: the minibatch with all its parts; asks the device nothing
+    """
+    if not isinstance(batch, StoredBatch):
+        return batch
+    assert storage is not None
+    batch_class: Any = DictReplayBufferSamples if isinstance(storage.observations, dict) else ReplayBufferSamples
+    return batch_class(
+        observations=map_obs(lambda stored: stored.index_select(0, batch.rows), storage.observations),
+        actions=storage.actions.index_select(0, batch.rows),
+        next_observations=map_obs(lambda stored: stored.index_select(0, batch.last_rows), storage.next_observations),
+        dones=batch.dones,
+        rewards=batch.rewards,
+        discounts=batch.discounts,
+    )
+
+
+class DeviceReplay:
+    """
+    Observations, next observations and actions of a replay buffer, copied to a device.
+
+    Next observations are stored in full: twice the buffer's own memory, but one index for each transition.
+
+    :param buffer: where they come from
+    :param device: where they go
+    """
+
+    def __init__(self, buffer: ReplayBuffer, device: th.device):
+        self.buffer = buffer
+        self.device = device
+        n_rows = buffer.buffer_size * buffer.n_envs
+
+        def empty(array: np.ndarray) -> th.Tensor:
+            dtype = th.from_numpy(np.empty(0, array.dtype)).dtype
+            return th.empty((n_rows, *array.shape[2:]), dtype=dtype, device=device)
+
+        self.storage = Storage(
+            map_obs(empty, buffer.observations), map_obs(empty, buffer.observations), empty(buffer.actions)
+        )
+        self._n_added = -1  # before anything was
+
+    def update(self) -> Storage:
+        """
+        Copy what is new in the buffer.
+
+        :return: what minibatches can be gathered from until the buffer changes
+        """
+        buffer = self.buffer
+        piece = max(1, PIECE // _row_bytes(buffer))
+        for start, end in buffer.rows_since(self._n_added):
+            for first in range(start, end, piece):
+                self._copy_rows(first, min(first + piece, end))
+        self._n_added = buffer.n_added
+        return self.storage
+
+    def _copy_rows(self, first: int, last: int) -> None:
+        buffer, n_envs = self.buffer, self.buffer.n_envs
+        at = slice(first * n_envs, last * n_envs)
+
+        def copy(stored: th.Tensor, new: np.ndarray) -> None:
+            stored[at].copy_(self._sendable(new.reshape(-1, *stored.shape[1:])), non_blocking=True)
+
+        obs = map_obs(lambda rows: rows[first:last], buffer.observations)
+        next_obs = buffer.get_next_obs(*np.divmod(np.arange(at.start, at.stop), n_envs))
+        map_obs(copy, self.storage.observations, obs)
+        map_obs(copy, self.storage.next_observations, next_obs)
+        copy(self.storage.actions, buffer.actions[first:last])
+
+    def sample(self, batch_size: int, env: VecNormalize | None = None) -> StoredBatch:
+        """
+        Draw what ``buffer.sample`` would draw.
+
+        :param batch_size: B
+        :param env: normalises rewards, if given
+        :return: minibatch, to be :func:`gathered`
+        """
+        drawn = self.buffer.draw(batch_size, env)
+        places = np.stack((drawn.rows, drawn.last_rows)) * self.buffer.n_envs + drawn.env_indices
+        numbers = [drawn.rewards, drawn.dones, *([] if drawn.discounts is None else [drawn.discounts])]
+        rows, last_rows = self._sendable(places).to(self.device, non_blocking=True)
+        rewards, dones, *discounts = self._sendable(np.stack(numbers)[..., None]).to(self.device, non_blocking=True)
+        return StoredBatch(rows, last_rows, rewards, dones, discounts[0] if discounts else None)
+
+    def _sendable(self, array: np.ndarray) -> th.Tensor:
+        tensor = th.from_numpy(array)
+        return tensor.pin_memory() if self.device.type == "cuda" else tensor
+
+
+def obstacle(buffer: SB3ReplayBuffer | None, env: VecNormalize | None) -> str | None:
+    """
+    :param buffer: a model's replay buffer
+    :param env: what normalises its samples, if anything
+    :return: why there can be no copy on a device, or None
+    """
+    if type(buffer) is not ReplayBuffer:  # what derives from it may draw otherwise, or change rows that were copied
+        return f"replay_buffer_class={type(buffer).__name__} is not sb3_softsac.ReplayBuffer itself"
+    if env is not None and env.norm_obs:
+        return "VecNormalize(norm_obs=True) normalises observations when they are sampled"
+    return None
+
+
+def fits(buffer: ReplayBuffer, device: th.device) -> bool:
+    """
+    :return: whether a copy takes at most half of the memory that a GPU has free; on a CPU it is of no use
+    """
+    if device.type != "cuda":
+        return False
+    n_bytes = 2 * buffer.buffer_size * _row_bytes(buffer) + buffer.actions.nbytes
+    free, _ = th.cuda.mem_get_info(device)
+    return n_bytes <= MAX_SHARE * free
+
+
+def _row_bytes(buffer: ReplayBuffer) -> int:
+    """Bytes of the observations of all environments in one row."""
+    obs = buffer.observations
+    return sum(array[0].nbytes for array in (obs.values() if isinstance(obs, dict) else [obs]))
