@@ -71,7 +71,7 @@ class ReplayBuffer(SB3ReplayBuffer):
     Default replay buffer of SoftSAC, for array and Dict observations, any number of environments and n-step returns.
 
     It has the interface and the attributes of SB3's ``ReplayBuffer``. ``next_observations`` is a read-only view that
-    gathers what is indexed.
+    gathers what is indexed. After writing to the arrays yourself, call :meth:`mark_changed`.
 
     :param buffer_size: capacity in transitions, over all environments
     :param observation_space: observation space; float64 is stored as float32, other dtypes as they are
@@ -207,8 +207,8 @@ class ReplayBuffer(SB3ReplayBuffer):
 
     def mark_changed(self) -> None:
         """
-        Say that rows were changed in place, past ``add``: the next checkpoint then looks at all of them. Incremental
-        checkpoints otherwise look only at the rows added since the one before.
+        Say that rows were changed in place, past ``add``. The next checkpoint, and a copy on a GPU, then take all
+        of them, and otherwise only those that were added.
         """
         self.n_added += self.buffer_size
 
@@ -222,9 +222,8 @@ class ReplayBuffer(SB3ReplayBuffer):
         # The newest row of then may have got a next observation on the side
         n_changed = min(self.n_added - n_added + 1, self.size())
         start = self.pos - n_changed
-        if start >= 0:
-            return [(start, self.pos)]
-        return [(0, self.pos), (start + self.buffer_size, self.buffer_size)]
+        ranges = [(max(start, 0), self.pos), (start + self.buffer_size, self.buffer_size)]
+        return [(first, last) for first, last in ranges if first < last]
 
     def reset(self) -> None:
         """Forget all rows."""

@@ -10,17 +10,19 @@ Capture = Callable[[Callable[[], Any]], tuple[Callable[[], None], Any]]
 """Takes a function without arguments; returns what replays it, and the outputs that a replay fills."""
 
 
-def capture(function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+def capture_on(device: th.device) -> Capture:
     """
-    Capture without running.
+    :param device: where the function works: torch captures what happens on the present device, whichever that is
+    :return: captures without running; the function asks the device nothing, and has been run before
+    """
 
-    :param function: asks the device nothing, and has been run before
-    :return: what replays it, and its outputs
-    """
-    graph = th.cuda.CUDAGraph()
-    with th.cuda.graph(graph):
-        outputs = function()
-    return graph.replay, outputs
+    def capture(function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+        graph = th.cuda.CUDAGraph()
+        with th.cuda.device(device), th.cuda.graph(graph, stream=th.cuda.Stream(device)):
+            outputs = function()
+        return graph.replay, outputs
+
+    return capture
 
 
 class CudaGraph:
@@ -36,9 +38,7 @@ class CudaGraph:
     :param capture: see :data:`Capture`
     """
 
-    def __init__(
-        self, function: Callable[..., Any], addresses: Callable[[Any], tuple[int, ...]], capture: Capture = capture
-    ):
+    def __init__(self, function: Callable[..., Any], addresses: Callable[[Any], tuple[Any, ...]], capture: Capture):
         self.function = function
         self.n_captures = 0
         self._addresses = addresses

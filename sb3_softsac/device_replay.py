@@ -16,6 +16,7 @@ from stable_baselines3.common.vec_env import VecNormalize
 from sb3_softsac.buffers import ReplayBuffer, map_obs
 from sb3_softsac.type_aliases import ReplayBatch, TorchObs
 
+DEVICES = ("cuda",)  # where a copy is of use
 MAX_SHARE = 0.5  # of a GPU's free memory
 PIECE = 1 << 24  # bytes of observations that are copied at once
 
@@ -33,11 +34,10 @@ class Storage(NamedTuple):
 class StoredBatch(NamedTuple):
     """A minibatch before its observations and actions are gathered."""
 
-    rows: th.Tensor  # of observations and actions in the storage, (B,)
-    last_rows: th.Tensor  # of next observations: others than ``rows`` with n-step returns, (B,)
-    rewards: th.Tensor  # (B, 1)
-    dones: th.Tensor  # (B, 1)
-    discounts: th.Tensor | None  # (B, 1)
+    rows: (
+        th.Tensor
+    )  # of observations and actions in the storage; of next observations (others with n-step returns), (B, 2)
+    numbers: th.Tensor  # reward, done and, with n-step returns, discount, (B, 2) or (B, 3)
 
 
 def gathered(batch: ReplayBatch | StoredBatch, storage: Storage | None) -> ReplayBatch:
@@ -49,14 +49,16 @@ def gathered(batch: ReplayBatch | StoredBatch, storage: Storage | None) -> Repla
     if not isinstance(batch, StoredBatch):
         return batch
     assert storage is not None
+    rows, last_rows = batch.rows.unbind(1)
+    rewards, dones, *discounts = batch.numbers.split(1, dim=1)
     batch_class: Any = DictReplayBufferSamples if isinstance(storage.observations, dict) else ReplayBufferSamples
     return batch_class(
-        observations=map_obs(lambda stored: stored.index_select(0, batch.rows), storage.observations),
-        actions=storage.actions.index_select(0, batch.rows),
-        next_observations=map_obs(lambda stored: stored.index_select(0, batch.last_rows), storage.next_observations),
-        dones=batch.dones,
-        rewards=batch.rewards,
-        discounts=batch.discounts,
+        observations=map_obs(lambda stored: stored.index_select(0, rows), storage.observations),
+        actions=storage.actions.index_select(0, rows),
+        next_observations=map_obs(lambda stored: stored.index_select(0, last_rows), storage.next_observations),
+        dones=dones,
+        rewards=rewards,
+        discounts=discounts[0] if discounts else None,
     )
 
 
@@ -82,7 +84,7 @@ class DeviceReplay:
         self.storage = Storage(
             map_obs(empty, buffer.observations), map_obs(empty, buffer.observations), empty(buffer.actions)
         )
-        self._n_added = -1  # before anything was
+        self._n_added: int | None = None  # of the buffer at the last update
 
     def update(self) -> Storage:
         """
@@ -91,8 +93,9 @@ class DeviceReplay:
         :return: what minibatches can be gathered from until the buffer changes
         """
         buffer = self.buffer
-        piece = max(1, PIECE // _row_bytes(buffer))
-        for start, end in buffer.rows_since(self._n_added):
+        piece = max(1, PIECE // max(1, _row_bytes(buffer)))
+        ranges = [(0, buffer.size())] if self._n_added is None else buffer.rows_since(self._n_added)
+        for start, end in ranges:
             for first in range(start, end, piece):
                 self._copy_rows(first, min(first + piece, end))
         self._n_added = buffer.n_added
@@ -103,7 +106,7 @@ class DeviceReplay:
         at = slice(first * n_envs, last * n_envs)
 
         def copy(stored: th.Tensor, new: np.ndarray) -> None:
-            stored[at].copy_(self._sendable(new.reshape(-1, *stored.shape[1:])), non_blocking=True)
+            stored[at].copy_(self._sendable(new.reshape(stored[at].shape)), non_blocking=True)
 
         obs = map_obs(lambda rows: rows[first:last], buffer.observations)
         next_obs = buffer.get_next_obs(*np.divmod(np.arange(at.start, at.stop), n_envs))
@@ -120,18 +123,19 @@ class DeviceReplay:
         :return: minibatch, to be :func:`gathered`
         """
         drawn = self.buffer.draw(batch_size, env)
-        places = np.stack((drawn.rows, drawn.last_rows)) * self.buffer.n_envs + drawn.env_indices
+        rows = np.stack((drawn.rows, drawn.last_rows), axis=1) * self.buffer.n_envs + drawn.env_indices[:, None]
         numbers = [drawn.rewards, drawn.dones, *([] if drawn.discounts is None else [drawn.discounts])]
-        rows, last_rows = self._sendable(places).to(self.device, non_blocking=True)
-        rewards, dones, *discounts = self._sendable(np.stack(numbers)[..., None]).to(self.device, non_blocking=True)
-        return StoredBatch(rows, last_rows, rewards, dones, discounts[0] if discounts else None)
+        return StoredBatch(
+            self._sendable(rows).to(self.device, non_blocking=True),
+            self._sendable(np.stack(numbers, axis=1, dtype=np.float32)).to(self.device, non_blocking=True),
+        )
 
     def _sendable(self, array: np.ndarray) -> th.Tensor:
         tensor = th.from_numpy(array)
         return tensor.pin_memory() if self.device.type == "cuda" else tensor
 
 
-def obstacle(buffer: SB3ReplayBuffer | None, env: VecNormalize | None) -> str | None:
+def obstacle(buffer: SB3ReplayBuffer, env: VecNormalize | None) -> str | None:
     """
     :param buffer: a model's replay buffer
     :param env: what normalises its samples, if anything
@@ -139,6 +143,8 @@ def obstacle(buffer: SB3ReplayBuffer | None, env: VecNormalize | None) -> str | 
     """
     if type(buffer) is not ReplayBuffer:  # what derives from it may draw otherwise, or change rows that were copied
         return f"replay_buffer_class={type(buffer).__name__} is not sb3_softsac.ReplayBuffer itself"
+    if "sample" in vars(buffer):
+        return "sample() of the replay buffer has been replaced"
     if env is not None and env.norm_obs:
         return "VecNormalize(norm_obs=True) normalises observations when they are sampled"
     return None
@@ -146,12 +152,11 @@ def obstacle(buffer: SB3ReplayBuffer | None, env: VecNormalize | None) -> str | 
 
 def fits(buffer: ReplayBuffer, device: th.device) -> bool:
     """
-    :return: whether a copy takes at most half of the memory that a GPU has free; on a CPU it is of no use
+    :return: whether a copy takes at most half of the memory that a GPU has free, or that torch keeps there unused
     """
-    if device.type != "cuda":
-        return False
     n_bytes = 2 * buffer.buffer_size * _row_bytes(buffer) + buffer.actions.nbytes
     free, _ = th.cuda.mem_get_info(device)
+    free += th.cuda.memory_reserved(device) - th.cuda.memory_allocated(device)
     return n_bytes <= MAX_SHARE * free
 
 

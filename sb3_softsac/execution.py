@@ -18,7 +18,7 @@ import torch as th
 from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
-from sb3_softsac.cuda_graph import CudaGraph
+from sb3_softsac.cuda_graph import CudaGraph, capture_on
 from sb3_softsac.device_replay import Storage, StoredBatch, gathered
 from sb3_softsac.ent_coef import EntCoef
 from sb3_softsac.gradient_step import (
@@ -104,7 +104,7 @@ class Execution:
         self._n_compilations: dict[Variant, int] = defaultdict(int)
         self._trained: Optimizers | None = None
         self._trained_key: Any = None
-        self._addresses: tuple[int, ...] | None = None  # None: they may have changed
+        self._addresses: list[int] | None = None  # None: they may have changed
         self._states: list[Any] = []  # that are looked up, kept so that no other has their identity
         self._stepped: dict[int, list[bool]] = {}  # what was not frozen in an optimiser's last step of its own
         device = policy.device
@@ -136,7 +136,8 @@ class Execution:
         outcomes: list[Outcome] = []
         for batch in batches:
             what = due(options, n_updates + len(outcomes))
-            noise = draw_noise(self.policy, len(batch.rewards), what.actor_updates)
+            batch_size = len(batch.numbers if isinstance(batch, StoredBatch) else batch.rewards)
+            noise = draw_noise(self.policy, batch_size, what.actor_updates)
             finite, names, values = self._run(storage, Inputs(batch, noise, finite), options, what)
             outcomes.append(Outcome(names, values))
         return len(outcomes), means(outcomes, n_updates)
@@ -152,10 +153,10 @@ class Execution:
                 return result
         self._addresses = None  # optimisers make their state in their first step
         self._stepped.update((id(optimizer), _trainable(optimizer)) for optimizer in self._involved(what))
-        run = gathering(self._update(EAGER, options, what))
+        run = with_gathering(self._make_update(EAGER, options, what))
         return run(Held(self._optimizers(), storage), inputs)
 
-    def _update(self, parts: Parts, options: UpdateOptions, what: Due) -> Update:
+    def _make_update(self, parts: Parts, options: UpdateOptions, what: Due) -> Update:
         policy, ent_coef, learning_rates = self.policy, self.ent_coef, self._learning_rates
 
         def run(optimizers: Optimizers, batch: ReplayBatch, noise: Noise, finite: th.Tensor) -> Result:
@@ -214,12 +215,12 @@ class Execution:
         if not all(has_pure_step(optimizer) for optimizer in self._involved(what)):
             # What the optimiser does is its own: only the gradients are compiled
             parts = EAGER._replace(critic=compiled(critic_gradients, device), actor=compiled(actor_gradients, device))
-            return gathering(self._update(parts, options, what))
-        run = gathering(compiled(self._update(PURE, options, what), device))
+            return with_gathering(self._make_update(parts, options, what))
+        run = with_gathering(compiled(self._make_update(PURE, options, what), device))
         if device.type != "cuda":
             return run
         self._place_steps()
-        return CudaGraph(run, self._addresses_of)
+        return CudaGraph(run, self._addresses_of, capture_on(device))
 
     def _involved(self, what: Due = Due(1, True)) -> list[Optimizer]:  # noqa: B008
         optimizers = [self.policy.critic.optimizer]
@@ -275,12 +276,13 @@ class Execution:
                 tensors += [value for value in state.values() if isinstance(value, th.Tensor)]
         return tensors
 
-    def _addresses_of(self, held: Held) -> tuple[int, ...]:
+    def _addresses_of(self, held: Held) -> tuple[Any, ...]:
         """Where a graph finds what it was not given as inputs. Looked up once for several updates: it takes a while."""
         if self._addresses is None:
-            stored = [] if held.storage is None else pytree.tree_leaves(held.storage)
-            self._addresses = tuple(tensor.data_ptr() for tensor in (*self.tensors(), *stored))
-        return self._addresses
+            fixed = [] if self.ent_coef.tensor is None else [self.ent_coef.tensor]
+            self._addresses = [tensor.data_ptr() for tensor in (*self.tensors(), *fixed)]
+        stored = [] if held.storage is None else pytree.tree_leaves(held.storage)
+        return self._addresses, [(tensor.data_ptr(), tensor.shape) for tensor in stored]
 
     def _set_learning_rates(self) -> None:
         optimizers = (self.policy.critic.optimizer, self.ent_coef.optimizer, self.policy.actor.optimizer)
@@ -291,7 +293,7 @@ class Execution:
                 rate.fill_(value)
 
 
-def gathering(update: Update) -> Run:
+def with_gathering(update: Update) -> Run:
     """
     :param update: takes minibatches
     :return: the same, for what minibatches are gathered from. Gathering is not compiled with the update: a graph takes

@@ -93,7 +93,8 @@ class SoftSAC(ResumableAlgorithm):
     :param matmul_precision: of the float32 matrix products of the updates, see ``torch.set_float32_matmul_precision``:
         ``"highest"``, ``"high"`` or ``"medium"`` (bfloat16 products); None: what is set in torch (``"highest"``)
     :param buffer_on_device: keep a copy of the replay buffer on the GPU, where the updates gather their minibatches.
-        ``"auto"``: if it takes at most half of the memory that is free there; True; False. Minibatches are the same
+        ``"auto"``: if it takes at most half of the memory that is free there; True; False. Minibatches are the same.
+        After writing to the buffer's arrays, call its ``mark_changed()``
     :param num_threads: threads of torch on the CPU. ``"auto"``: as many as the networks keep busy and as there are free
         cores when ``learn()`` starts, unless torch or the environment (``OMP_NUM_THREADS``) was told otherwise
     :raises ValueError: for action spaces that are not bounded boxes, and for option values that are not valid
@@ -328,10 +329,10 @@ class SoftSAC(ResumableAlgorithm):
             self.replay_buffer.seed(seed)
 
     def _setup_learn(self, total_timesteps: int, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
+        self._set_device_replay()  # first, since it may raise
         total_timesteps, callback = super()._setup_learn(total_timesteps, *args, **kwargs)
         if self.device.type == "cpu":
             self._set_threads()
-        self._set_device_replay()
         compiles = self.compile
         if compiles == "auto":
             compiles = (
@@ -344,19 +345,34 @@ class SoftSAC(ResumableAlgorithm):
         return total_timesteps, callback
 
     def _set_device_replay(self) -> None:
-        """Decide whether minibatches are gathered on the device."""
+        """Decide whether minibatches are gathered on the device, from now on."""
         wanted, buffer = self.buffer_on_device, self.replay_buffer
-        obstacle = device_replay.obstacle(buffer, self._vec_normalize_env) if wanted else None
+        if buffer is None or not wanted or self.device.type not in device_replay.DEVICES:
+            self._device_replay = None
+            return
+        obstacle = device_replay.obstacle(buffer, self._vec_normalize_env)
         if obstacle is not None and wanted is True:
             raise ValueError(f"buffer_on_device=True is not possible: {obstacle}. Leave it out, or set it to False.")
-        if not wanted or obstacle is not None:
-            self._device_replay = None
-        elif self._device_replay is None or self._device_replay.buffer is not buffer:
-            assert isinstance(buffer, ReplayBuffer)
-            self._device_replay = None  # first give its memory back
+        if self._present_device_replay() is not None or obstacle is not None:
+            return
+        assert isinstance(buffer, ReplayBuffer)
+        try:
             if wanted is True or device_replay.fits(buffer, self.device):
                 self._device_replay = DeviceReplay(buffer, self.device)
-                self._say(f"The replay buffer has a copy on the device {self.device} (buffer_on_device)")
+        except th.OutOfMemoryError:
+            if wanted is True:
+                raise
+        has = "has a" if self._device_replay else "is too large for a"
+        self._say(f"The replay buffer {has} copy on {self.device} (buffer_on_device)")
+
+    def _present_device_replay(self) -> DeviceReplay | None:
+        """The buffer's copy, unless the buffer has been exchanged or is sampled otherwise since it was made."""
+        replay, buffer = self._device_replay, self.replay_buffer
+        if replay is not None and (
+            replay.buffer is not buffer or device_replay.obstacle(buffer, self._vec_normalize_env) is not None
+        ):
+            self._device_replay = None
+        return self._device_replay
 
     def _n_updates_ahead(self, total_timesteps: int) -> int:
         """Updates until then; episodes are taken to be as long as their time limit, or else 1,000 steps."""
@@ -400,9 +416,7 @@ class SoftSAC(ResumableAlgorithm):
             self._execution = Execution(self.policy, self._ent_coef, compiles, self._say)
         try:
             with matmul_precision(self.matmul_precision):
-                replay = self._device_replay
-                if replay is not None and replay.buffer is not self.replay_buffer:
-                    replay = None  # exchanged since learn() started
+                replay = self._present_device_replay()
                 batches = self._batches(gradient_steps, batch_size, replay)
                 storage = None if replay is None else replay.update()
                 n_done, means = self._execution(batches, self._update_options(), self._n_updates, storage)

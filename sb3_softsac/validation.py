@@ -73,7 +73,8 @@ def check_options(model: Any) -> None:
     for name in ("policy_delay_compensation", "use_actor_target"):
         require(isinstance(getattr(model, name), bool), name, "True or False")
     for name in ("compile", "buffer_on_device"):
-        require(getattr(model, name) in (True, False, "auto"), name, "True, False or 'auto'")
+        value = getattr(model, name)
+        require(isinstance(value, bool) or value == "auto", name, "True, False or 'auto'")
     precisions = (None, "highest", "high", "medium")
     require(model.matmul_precision in precisions, "matmul_precision", "'highest', 'high', 'medium' or None")
     require(model.num_threads == "auto" or is_int(model.num_threads, 1), "num_threads", "an integer >= 1, or 'auto'")

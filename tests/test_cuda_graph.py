@@ -9,7 +9,6 @@ import gymnasium as gym
 import pytest
 import torch as th
 from stable_baselines3.common.logger import Logger
-from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from torch.utils import _pytree as pytree
 
 from sb3_softsac import SoftSAC, execution
@@ -241,6 +240,16 @@ def test_state_that_was_loaded_is_captured_again(graphs: list[CudaGraph]) -> Non
     assert graphs[-1].n_captures > 1 or len(graphs) > 1
 
 
+def test_fixed_coefficient_that_was_exchanged_is_captured_again(graphs: list[CudaGraph]) -> None:
+    model = make(compile=True, ent_coef=0.1)
+    train(model, 4)
+    captures = graphs[-1].n_captures
+    model.ent_coef_tensor = th.tensor(0.7)
+    train(model, 3)
+    assert graphs[-1].n_captures == captures + 1
+    assert model.logger.name_to_value["train/ent_coef"] == pytest.approx(0.7)
+
+
 def assert_nan_leaves_all_as_it_was(model: SoftSAC) -> None:
     train(model, 3)
     before = [tensor.clone() for tensor in tensors(model)]
@@ -265,7 +274,7 @@ def test_nan_in_a_graph_leaves_all_as_it_was(graphs: list[CudaGraph]) -> None:
 @pytest.fixture
 def no_graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Compiled updates on the GPU, each launched kernel by kernel."""
-    monkeypatch.setattr(execution, "CudaGraph", lambda function, addresses: function)
+    monkeypatch.setattr(execution, "CudaGraph", lambda function, addresses, capture: function)
     yield
 
 
@@ -295,22 +304,24 @@ def test_gpu_compiled_equals_eager() -> None:
 
 
 @needs_gpu
-def test_gpu_replay_does_not_wait() -> None:
+@pytest.mark.parametrize("on_device", [False, True])
+def test_gpu_replay_does_not_wait(on_device: bool) -> None:
     """The host asks the device nothing during an update: it can prepare the next one meanwhile."""
-    model = make("cuda", compile=True)
+    model = make("cuda", compile=True, buffer_on_device=on_device)
     train(model, 4)
-    n_replays = 3
+    replay, finite = model._device_replay, model._execution._finite
+    if replay is not None:
+        replay.buffer.n_added += 1  # as if there was something new to copy
     options = model._update_options()
-    batch = model.replay_buffer.sample(8)
-    assert isinstance(batch, ReplayBufferSamples)
-    finite = model._execution._finite
     th.cuda.synchronize()
     th.cuda.set_sync_debug_mode("error")
     try:
-        for i in range(n_replays):
+        for i in range(3):
+            storage = None if replay is None else replay.update()
+            batch = (replay or model.replay_buffer).sample(8)
             what = due(options, model._n_updates + i)
             noise = draw_noise(model.policy, 8, what.actor_updates)
-            finite, _, values = model._execution._run(None, Inputs(batch, noise, finite), options, what)
+            finite, _, values = model._execution._run(storage, Inputs(batch, noise, finite), options, what)
     finally:
         th.cuda.set_sync_debug_mode("default")
     assert finite.item() and values.isfinite().all().item()
