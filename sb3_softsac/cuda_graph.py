@@ -1,5 +1,6 @@
 """A function that works in place on a GPU, replayed as a CUDA graph: one launch instead of hundreds."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -30,7 +31,8 @@ class CudaGraph:
     Calls a function, from the second time on as a graph.
 
     A graph reads and writes the addresses of its capture. Inputs are therefore copied to places of their own, and if a
-    tensor of the state has moved (an optimiser's, after its state was loaded), it is captured again.
+    tensor of the state has moved (an optimiser's, after its state was loaded), it is captured again. What cannot be
+    captured is called without a graph, and a warning says so.
 
     :param function: takes its state, and inputs: tensors, in tuples and dicts; changes the state in place; returns
         tensors and plain values
@@ -43,14 +45,14 @@ class CudaGraph:
         self.n_captures = 0
         self._addresses = addresses
         self._capture = capture
-        self._warm = False
+        self._warm = self._failed = False
         self._replay: Callable[[], None] | None = None
         self._outputs: Any = None
         self._inputs: list[th.Tensor | None] = []
         self._key: Any = None
 
     def __call__(self, held: Any, *args: Any) -> Any:
-        if not self._warm:  # libraries set themselves up in the first run, which cannot be captured
+        if not self._warm or self._failed:  # libraries set themselves up in the first run, which cannot be captured
             self._warm = True
             return self.function(held, *args)
         inputs, spec = pytree.tree_flatten(args)
@@ -58,7 +60,15 @@ class CudaGraph:
         if key != self._key:
             self._inputs = [None if x is None else x.clone() for x in inputs]
             own_args = pytree.tree_unflatten(self._inputs, spec)
-            self._replay, self._outputs = self._capture(lambda: self.function(held, *own_args))
+            try:
+                self._replay, self._outputs = self._capture(lambda: self.function(held, *own_args))
+            except RuntimeError as error:  # CUDA's, or too little memory. Nothing has been run
+                self._failed, self._replay, self._outputs, self._inputs = True, None, None, []
+                warnings.warn(
+                    f"The update cannot be captured in a CUDA graph and runs without one, which is slower: {error}",
+                    stacklevel=2,
+                )
+                return self.function(held, *args)
             self._key = key
             self.n_captures += 1
         else:

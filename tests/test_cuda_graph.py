@@ -154,6 +154,26 @@ def test_absent_inputs() -> None:
     assert counter.graph.n_captures == 3
 
 
+@pytest.mark.parametrize("n_good", [0, 2])
+def test_what_cannot_be_captured_runs_without_a_graph(n_good: int) -> None:
+    counter = Counter()
+    good = counter.capture
+
+    def capture(function: Callable[[], Any]) -> Any:
+        if good.n_captures < n_good:
+            return good(function)
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    counter.graph._capture = capture
+    expected = 0.0
+    with pytest.warns(UserWarning, match="cannot be captured .* slower: operation not permitted") as said:
+        for i, rows in enumerate((3, 3, 5, 5, 3, 3)):
+            expected += i * rows
+            assert call(counter, float(i), rows=rows)[0].tolist() == [10 * expected] * 2
+    assert len(said) == 1
+    assert counter.graph.n_captures == n_good
+
+
 # The whole update
 
 
