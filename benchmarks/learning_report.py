@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
-from record import markdown_table, relative
+from record import RESULTS, fill_documents, markdown_table, relative
 from rliable import library as rly
 from rliable import metrics
 
@@ -198,9 +198,10 @@ def _compared(pair: list[np.ndarray], factor: float) -> list[str]:
 
     unit, digits = ("%", 1) if factor != 1.0 else ("", 0)
     value, low, high = (f"{factor * number:+,.{digits}f}" for number in estimate(pair, difference))
-    shown = f"{value}{unit} ({low} to {high})"
+    if min(map(len, pair)) == 1:  # one run tells nothing of the next
+        return [f"{value}{unit}", ""]
     probability = estimate(pair, metrics.probability_of_improvement)
-    return [shown, "{:.2f} ({:.2f} to {:.2f})".format(*probability)]
+    return [f"{value}{unit} ({low} to {high})", "{:.2f} ({:.2f} to {:.2f})".format(*probability)]
 
 
 def resumption_table(tasks: dict[str, Arms]) -> str:
@@ -336,22 +337,25 @@ def _tidy(axes: Axes) -> None:
 
 def report(folder: Path) -> str:
     """
-    Write ``report.md``, ``curves.png`` and ``diagnostics.png`` into a folder of runs.
+    Write ``report.md``, ``curves.png`` and ``diagnostics.png`` into a folder of runs; tables of runs that are committed
+    also into README.md and docs/results.md.
 
     :param folder: see :func:`read_runs`
     :return: text of the report
     """
     tasks = read_runs(folder)
+    tables = {"tasks": task_table(tasks)}
+    if any(REFERENCE in arms and len(arms) > 1 for arms in tasks.values()):
+        tables["comparison"] = comparison_table(tasks)
+    tables["resumed"] = resumption_table(tasks)
     parts = [
         "Written by `python benchmarks/learning.py report`. A run's score is the mean of its last five evaluations, of",
-        "10 deterministic episodes each.\n",
-        task_table(tasks),
+        "10 deterministic episodes each.",
     ]
-    if any(REFERENCE in arms and len(arms) > 1 for arms in tasks.values()):
-        parts += ["", comparison_table(tasks)]
-    parts += ["", resumption_table(tasks), ""]
-    text = "\n".join(parts)
+    text = "\n".join(parts) + "".join(f"\n\n{table}" for table in tables.values()) + "\n"
     (folder / "report.md").write_text(text)
+    if folder.resolve().parent == RESULTS:
+        fill_documents({f"{folder.name}: {name}": table for name, table in tables.items()})
     draw_curves(tasks, folder / "curves.png")
     draw_diagnostics(tasks, folder / "diagnostics.png")
     return text

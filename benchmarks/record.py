@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from datetime import datetime, timezone
@@ -65,6 +66,20 @@ def markdown_table(header: list[str], rows: list[list[str]]) -> str:
     """
     lines = [header, [":--", *["--:"] * (len(header) - 1)], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def fill_documents(tables: dict[str, str]) -> None:
+    """
+    Put tables where README.md and docs/results.md have room for them: between ``<!-- name -->`` and ``<!-- end -->``.
+
+    :param tables: Markdown by name
+    """
+    for path in (ROOT / "README.md", ROOT / "docs" / "results.md"):
+        text = path.read_text()
+        for name, table in tables.items():
+            room = re.compile(f"(?<=<!-- {re.escape(name)} -->\n).*?(?=<!-- end -->)", re.DOTALL)
+            text = room.sub(lambda _, table=table: f"\n{table.strip()}\n\n", text)  # type: ignore[misc]
+        path.write_text(text)
 
 
 def _commit() -> str | None:

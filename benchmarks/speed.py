@@ -116,14 +116,21 @@ def work(args: argparse.Namespace) -> None:
     :param args: arguments of the command ``worker``
     """
     settings: Settings = json.loads(args.settings)
-    cores = sorted(os.sched_getaffinity(0))
-    if len(cores) < settings["threads"]:
-        sys.exit(f"{settings['threads']} threads need as many cores, but this process may only use {len(cores)}.")
-    os.sched_setaffinity(0, cores[: settings["threads"]])  # before JAX is imported, which counts them
+    use_cores(settings["threads"])
     measure = {"products": measure_products, "buffer": measure_buffer}.get(settings["cell"], measure_training)
     installed = {found.metadata["Name"].lower().replace("_", "-"): found.version for found in distributions()}
     versions = {name: installed[name] for name in VERSIONS if name in installed}
     print(json.dumps({"numbers": measure(settings), "versions": versions}))
+
+
+def use_cores(threads: int) -> None:
+    """
+    :param threads: as many cores are used by this process; to be called before JAX is imported, which counts them
+    """
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < threads:
+        sys.exit(f"{threads} threads need as many cores, but this process may only use {len(cores)}.")
+    os.sched_setaffinity(0, cores[:threads])
 
 
 def make_model(settings: Settings) -> tuple[Any, float]:
@@ -368,6 +375,18 @@ def run(args: argparse.Namespace) -> None:
         print(f"{i}/{len(measurements)} {list(settings.values())[:4]}: {row['seconds']:.0f} s{rate}", flush=True)
 
 
+def process_of(settings: Settings, python: str, script: str) -> tuple[list[str], dict[str, str]]:
+    """
+    :param settings: of a measurement
+    :param python: interpreter
+    :param script: has a command ``worker`` that takes the settings
+    :return: command and environment of the process that measures
+    """
+    code = COMPILED_CODE / _program(settings)
+    own = {"OMP_NUM_THREADS": str(settings["threads"]), "TORCHINDUCTOR_CACHE_DIR": str(code), "JAX_PLATFORMS": "cpu"}
+    return [python, script, "worker", json.dumps(settings)], {**os.environ, **own}
+
+
 def measure(settings: Settings, python: str, first_compilation: bool) -> Row:
     """
     :param settings: of the measurement
@@ -375,14 +394,11 @@ def measure(settings: Settings, python: str, first_compilation: bool) -> Row:
     :param first_compilation: whether torch is to know nothing of earlier compilations
     :return: what a fresh process has measured
     """
-    code = COMPILED_CODE / _program(settings)
     if first_compilation:
-        shutil.rmtree(code, ignore_errors=True)
-    threads = str(settings["threads"])
-    environment = {"OMP_NUM_THREADS": threads, "TORCHINDUCTOR_CACHE_DIR": str(code), "JAX_PLATFORMS": "cpu"}
-    command = [python, __file__, "worker", json.dumps(settings)]
+        shutil.rmtree(COMPILED_CODE / _program(settings), ignore_errors=True)
+    command, environment = process_of(settings, python, __file__)
     start = time.perf_counter()
-    worker = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
+    worker = subprocess.run(command, env=environment, capture_output=True, text=True)
     seconds = round(time.perf_counter() - start, 2)
     if worker.returncode != 0:
         sys.exit(f"{worker.stderr}\nFailed: {settings}")

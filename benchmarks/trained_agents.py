@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import yaml
 from learning_report import read_run
-from record import ROOT, markdown_table, relative
+from record import ROOT, fill_documents, markdown_table, relative
 
 from sb3_softsac import SoftSAC
 
@@ -131,7 +131,7 @@ def main() -> None:
     commands = parser.add_subparsers(required=True, dest="command")
     command = commands.add_parser("export", help="make agents from runs")
     command.add_argument("runs", type=Path, nargs="+", metavar="DIR", help="folders of finished runs")
-    commands.add_parser("table", help="print what is known of them")
+    commands.add_parser("table", help="print what is known of them, and put it into the documents")
     command = commands.add_parser("gif", help="make an animation; what follows goes to the zoo's record_video")
     command.add_argument("env")
     args, rest = parser.parse_known_args()
@@ -143,6 +143,7 @@ def main() -> None:
     for folder in args.runs if args.command == "export" else ():
         export(folder)
     print(table())
+    fill_documents({"agents": table()})
 
 
 if __name__ == "__main__":
