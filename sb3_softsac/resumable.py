@@ -32,6 +32,7 @@ from stable_baselines3.common.type_aliases import (
 from stable_baselines3.common.utils import (
     check_for_correct_spaces,
     get_system_info,
+    obs_as_tensor,
     should_collect_more_steps,
 )
 from stable_baselines3.common.vec_env import VecEnv
@@ -100,7 +101,7 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
         # As SB3's predict(), without its way there and back between scaled actions and those of the environment
         assert self._last_obs is not None
         with th.no_grad():
-            actions = self.actor(self.policy.obs_to_tensor(self._last_obs)[0]).cpu().numpy()
+            actions = self.actor(obs_as_tensor(self._last_obs, self.device)).cpu().numpy()
         scaled_actions = actions.reshape(-1, *cast(Any, self.action_space).shape)
         if action_noise is not None:
             scaled_actions = np.clip(scaled_actions + action_noise(), -1, 1)
