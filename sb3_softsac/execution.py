@@ -104,7 +104,9 @@ class Execution:
         self._n_compilations: dict[Variant, int] = defaultdict(int)
         self._trained: Optimizers | None = None
         self._trained_key: Any = None
-        self._addresses: list[int] | None = None  # None: they may have changed
+        self._known_optimizers: Optimizers | None = None
+        self._known_networks: list[th.nn.Module] = []
+        self._known_tensors: list[th.Tensor] = []  # of the two
         self._states: list[Any] = []  # that are looked up, kept so that no other has their identity
         self._stepped: dict[int, list[bool]] = {}  # what was not frozen in an optimiser's last step of its own
         device = policy.device
@@ -131,7 +133,6 @@ class Execution:
         :raises NotFinite: if a loss or gradient is not finite; that optimiser's step and all after it were not done
         """
         self._set_learning_rates()
-        self._addresses = None
         finite = self._finite
         outcomes: list[Outcome] = []
         for batch in batches:
@@ -151,7 +152,6 @@ class Execution:
             result = self._first_run(storage, inputs, options, what)
             if result is not None:
                 return result
-        self._addresses = None  # optimisers make their state in their first step
         self._stepped.update((id(optimizer), _trainable(optimizer)) for optimizer in self._involved(what))
         run = with_gathering(self._make_update(EAGER, options, what))
         return run(Held(self._optimizers(), storage), inputs)
@@ -262,7 +262,7 @@ class Execution:
             for state in optimizer.state.values():
                 if isinstance(state.get("step"), th.Tensor):
                     state["step"] = state["step"].to(self.policy.device)
-        self._trained = self._addresses = None
+        self._trained = None
 
     def tensors(self) -> list[th.Tensor]:
         """
@@ -277,12 +277,16 @@ class Execution:
         return tensors
 
     def _addresses_of(self, held: Held) -> tuple[Any, ...]:
-        """Where a graph finds what it was not given as inputs. Looked up once for several updates: it takes a while."""
-        if self._addresses is None:
-            fixed = [] if self.ent_coef.tensor is None else [self.ent_coef.tensor]
-            self._addresses = [tensor.data_ptr() for tensor in (*self.tensors(), *fixed)]
+        """Where a graph finds what it was not given as inputs."""
+        networks = list(self.policy.children())
+        if held.optimizers is not self._known_optimizers or networks != self._known_networks:
+            # Looking for all tensors takes a while: not each time
+            self._known_optimizers, self._known_networks = held.optimizers, networks
+            self._known_tensors = self.tensors()
+        coefficients = (self.ent_coef.log_ent_coef, self.ent_coef.tensor)
+        fixed = [*self._known_tensors, *(tensor for tensor in coefficients if tensor is not None)]
         stored = [] if held.storage is None else pytree.tree_leaves(held.storage)
-        return self._addresses, [(tensor.data_ptr(), tensor.shape) for tensor in stored]
+        return [tensor.data_ptr() for tensor in fixed], [(tensor.data_ptr(), tensor.shape) for tensor in stored]
 
     def _set_learning_rates(self) -> None:
         optimizers = (self.policy.critic.optimizer, self.ent_coef.optimizer, self.policy.actor.optimizer)

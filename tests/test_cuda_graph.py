@@ -260,6 +260,17 @@ def test_state_that_was_loaded_is_captured_again(graphs: list[CudaGraph]) -> Non
     assert graphs[-1].n_captures > 1 or len(graphs) > 1
 
 
+def test_network_that_was_exchanged_is_captured_again(graphs: list[CudaGraph]) -> None:
+    model = make(compile=True)
+    train(model, 4)
+    captures = graphs[-1].n_captures
+    model.policy.critic_target = copy.deepcopy(model.policy.critic_target)
+    before = [p.clone() for p in model.policy.critic_target.parameters()]
+    train(model, 3)
+    assert graphs[-1].n_captures == captures + 1
+    assert all(not th.equal(p, q) for p, q in zip(before, model.policy.critic_target.parameters(), strict=True))
+
+
 def test_fixed_coefficient_that_was_exchanged_is_captured_again(graphs: list[CudaGraph]) -> None:
     model = make(compile=True, ent_coef=0.1)
     train(model, 4)
