@@ -56,11 +56,13 @@ def _named(name: str, obs: Obs) -> dict[str, np.ndarray]:
 
 
 class Drawn(NamedTuple):
-    """B transitions of a replay buffer: where their observations and actions are, and what else there is of them."""
+    """
+    B transitions of a replay buffer: where their observations and actions are, and what else there is of them. A
+    transition's place is row * E + environment.
+    """
 
-    rows: np.ndarray  # of observations and actions, (B,)
-    last_rows: np.ndarray  # of next observations: others than ``rows`` with n-step returns, (B,)
-    env_indices: np.ndarray  # (B,)
+    places: np.ndarray  # of observations and actions, (B,)
+    last_places: np.ndarray  # of next observations: others than ``places`` with n-step returns, (B,)
     rewards: np.ndarray  # (B,)
     dones: np.ndarray  # 1 where the episode terminated, (B,)
     discounts: np.ndarray | None  # gamma^k with n-step returns, (B,)
@@ -348,22 +350,22 @@ class ReplayBuffer(SB3ReplayBuffer):
         """
         return self._draw(self._draw_rows(batch_size), env)
 
-    def get_next_obs(self, rows: np.ndarray, env_indices: np.ndarray) -> Any:
+    def get_next_obs(self, places: np.ndarray) -> Any:
         """
         Gather next observations.
 
-        :param rows: (B,)
-        :param env_indices: (B,)
+        :param places: rows * E + environments, (B,)
         :return: next observations (B, ...), or a dict of them
         """
-        slots = self._at(self._side_slot, rows, env_indices)
+        slots = self._at(self._side_slot, places)
         on_side = np.flatnonzero(slots)
-        newest = np.flatnonzero((rows == (self.pos - 1) % self.buffer_size) & (slots == 0))
+        newest = np.flatnonzero((places // self.n_envs == (self.pos - 1) % self.buffer_size) & (slots == 0))
+        next_places = (places + self.n_envs) % (self.buffer_size * self.n_envs)
 
         def gather(storage: np.ndarray, side: np.ndarray, newest_next: np.ndarray) -> np.ndarray:
-            next_obs = self._at(storage, (rows + 1) % self.buffer_size, env_indices)
+            next_obs = self._at(storage, next_places)
             next_obs[on_side] = side[slots[on_side] - 1]
-            next_obs[newest] = newest_next[env_indices[newest]]
+            next_obs[newest] = newest_next[places[newest] % self.n_envs]
             return next_obs
 
         return map_obs(gather, self.observations, self._side_obs, self._newest_next_obs)
@@ -374,17 +376,17 @@ class ReplayBuffer(SB3ReplayBuffer):
         return self.rng.integers(self.size(), size=batch_size)
 
     def _draw(self, rows: np.ndarray, env: VecNormalize | None) -> Drawn:
-        env_indices = self.rng.integers(self.n_envs, size=len(rows))
-        returns, last_rows, discounts = self._returns(rows, env_indices, env)
-        dones = self._at(self.dones, last_rows, env_indices) * (1.0 - self._at(self.timeouts, last_rows, env_indices))
-        return Drawn(rows, last_rows, env_indices, returns, dones, discounts)
+        places = rows * self.n_envs + self.rng.integers(self.n_envs, size=len(rows))
+        returns, last_places, discounts = self._returns(places, env)
+        dones = self._at(self.dones, last_places) * (1.0 - self._at(self.timeouts, last_places))
+        return Drawn(places, last_places, returns, dones, discounts)
 
     def _get_samples(  # type: ignore[override]
         self, batch_inds: np.ndarray, env: VecNormalize | None = None
     ) -> ReplayBufferSamples | DictReplayBufferSamples:
-        rows, last_rows, env_indices, rewards, dones, discounts = self._draw(batch_inds, env)
-        obs = map_obs(lambda storage: self._at(storage, rows, env_indices), self.observations)
-        next_obs = self.get_next_obs(last_rows, env_indices)
+        places, last_places, rewards, dones, discounts = self._draw(batch_inds, env)
+        obs = map_obs(lambda storage: self._at(storage, places), self.observations)
+        next_obs = self.get_next_obs(last_places)
 
         def tensor(array: np.ndarray) -> th.Tensor:
             return self.to_torch(array, copy=False)  # indexing has copied
@@ -392,7 +394,7 @@ class ReplayBuffer(SB3ReplayBuffer):
         batch_class: Any = DictReplayBufferSamples if isinstance(self.observations, dict) else ReplayBufferSamples
         return batch_class(
             observations=map_obs(tensor, self._normalize_obs(obs, env)),
-            actions=tensor(self._at(self.actions, rows, env_indices)),
+            actions=tensor(self._at(self.actions, places)),
             next_observations=map_obs(tensor, self._normalize_obs(next_obs, env)),
             dones=tensor(dones.reshape(-1, 1)),
             rewards=tensor(rewards.reshape(-1, 1)),
@@ -412,30 +414,29 @@ class ReplayBuffer(SB3ReplayBuffer):
         return th.from_numpy(array).pin_memory().to(self.device, non_blocking=True)
 
     def _returns(
-        self, batch_inds: np.ndarray, env_indices: np.ndarray, env: VecNormalize | None
+        self, places: np.ndarray, env: VecNormalize | None
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
         """
         Discounted sums of up to ``n_steps`` rewards.
 
-        :return: returns (B,); rows of the last reward in each (B,); gamma^k with k its number of rewards (B,)
+        :return: returns (B,); places of the last reward in each (B,); gamma^k with k its number of rewards (B,)
         """
         if self.n_steps == 1:
-            return self._normalize_reward(self._at(self.rewards, batch_inds, env_indices), env), batch_inds, None
+            return self._normalize_reward(self._at(self.rewards, places), env), places, None
         steps = np.arange(self.n_steps)
-        rows = (batch_inds[:, None] + steps) % self.buffer_size  # (B, K)
-        envs = env_indices[:, None]
+        following = (places[:, None] + steps * self.n_envs) % (self.buffer_size * self.n_envs)  # (B, K)
         # The sequence ends with the first row that has no successor: an episode's last, or the newest
-        ends = (self._at(self._side_slot, rows, envs) != 0) | (rows == (self.pos - 1) % self.buffer_size)
+        is_newest = following // self.n_envs == (self.pos - 1) % self.buffer_size
+        ends = (self._at(self._side_slot, following) != 0) | is_newest
         last_step = np.where(ends.any(axis=1), ends.argmax(axis=1), self.n_steps - 1)
-        rewards = self._normalize_reward(self._at(self.rewards, rows, envs), env)
+        rewards = self._normalize_reward(self._at(self.rewards, following), env)
         gammas = self.gamma ** np.arange(self.n_steps + 1, dtype=np.float32)
         returns = np.where(steps <= last_step[:, None], rewards * gammas[:-1], np.float32(0.0)).sum(axis=1)
-        return returns, (batch_inds + last_step) % self.buffer_size, gammas[last_step + 1]
+        return returns, following[np.arange(len(places)), last_step], gammas[last_step + 1]
 
-    def _at(self, storage: np.ndarray, rows: np.ndarray, env_indices: np.ndarray) -> np.ndarray:
-        """``storage[rows, env_indices]``, a copy; one flat index takes half the time of two."""
-        flat = storage.reshape(self.buffer_size * self.n_envs, *storage.shape[2:])
-        return flat.take(rows * self.n_envs + env_indices, axis=0)
+    def _at(self, storage: np.ndarray, places: np.ndarray) -> np.ndarray:
+        """Rows of one environment each, a copy; one flat index takes half the time of two."""
+        return storage.reshape(self.buffer_size * self.n_envs, *storage.shape[2:]).take(places, axis=0)
 
     def _keep_where_stream_broke(self, previous: int, obs: Obs) -> None:
         """The newest row loses its kept next observation now: move it to the side unless ``obs`` equals it."""
@@ -547,7 +548,7 @@ class NextObservations(NDArrayOperatorsMixin):
         if isinstance(row_part, slice) or isinstance(env_part, slice):  # every row with every environment
             rows = rows.reshape(*rows.shape, *[1] * env_indices.ndim)
         rows, env_indices = np.broadcast_arrays(rows, env_indices)
-        next_obs = self._buffer.get_next_obs(rows.ravel(), env_indices.ravel())
+        next_obs = self._buffer.get_next_obs((rows * self.shape[1] + env_indices).ravel())
         next_obs = next_obs if self._key is None else next_obs[self._key]
         next_obs = next_obs.reshape(*rows.shape, *self.shape[2:])
         return np.asarray(next_obs[(slice(None),) * rows.ndim + features])

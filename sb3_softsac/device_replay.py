@@ -34,9 +34,7 @@ class Storage(NamedTuple):
 class StoredBatch(NamedTuple):
     """A minibatch before its observations and actions are gathered."""
 
-    rows: (
-        th.Tensor
-    )  # of observations and actions in the storage; of next observations (others with n-step returns), (B, 2)
+    places: th.Tensor  # in the storage, of observations and actions, and of next observations, (B, 2)
     numbers: th.Tensor  # reward, done and, with n-step returns, discount, (B, 2) or (B, 3)
 
 
@@ -49,13 +47,13 @@ def gathered(batch: ReplayBatch | StoredBatch, storage: Storage | None) -> Repla
     if not isinstance(batch, StoredBatch):
         return batch
     assert storage is not None
-    rows, last_rows = batch.rows.unbind(1)
+    places, last_places = batch.places.unbind(1)
     rewards, dones, *discounts = batch.numbers.split(1, dim=1)
     batch_class: Any = DictReplayBufferSamples if isinstance(storage.observations, dict) else ReplayBufferSamples
     return batch_class(
-        observations=map_obs(lambda stored: stored.index_select(0, rows), storage.observations),
-        actions=storage.actions.index_select(0, rows),
-        next_observations=map_obs(lambda stored: stored.index_select(0, last_rows), storage.next_observations),
+        observations=map_obs(lambda stored: stored.index_select(0, places), storage.observations),
+        actions=storage.actions.index_select(0, places),
+        next_observations=map_obs(lambda stored: stored.index_select(0, last_places), storage.next_observations),
         dones=dones,
         rewards=rewards,
         discounts=discounts[0] if discounts else None,
@@ -109,7 +107,7 @@ class DeviceReplay:
             stored[at].copy_(self._sendable(new.reshape(stored[at].shape)), non_blocking=True)
 
         obs = map_obs(lambda rows: rows[first:last], buffer.observations)
-        next_obs = buffer.get_next_obs(*np.divmod(np.arange(at.start, at.stop), n_envs))
+        next_obs = buffer.get_next_obs(np.arange(at.start, at.stop))
         map_obs(copy, self.storage.observations, obs)
         map_obs(copy, self.storage.next_observations, next_obs)
         copy(self.storage.actions, buffer.actions[first:last])
@@ -123,10 +121,10 @@ class DeviceReplay:
         :return: minibatch, to be :func:`gathered`
         """
         drawn = self.buffer.draw(batch_size, env)
-        rows = np.stack((drawn.rows, drawn.last_rows), axis=1) * self.buffer.n_envs + drawn.env_indices[:, None]
+        places = np.stack((drawn.places, drawn.last_places), axis=1)
         numbers = [drawn.rewards, drawn.dones, *([] if drawn.discounts is None else [drawn.discounts])]
         return StoredBatch(
-            self._sendable(rows).to(self.device, non_blocking=True),
+            self._sendable(places).to(self.device, non_blocking=True),
             self._sendable(np.stack(numbers, axis=1, dtype=np.float32)).to(self.device, non_blocking=True),
         )
 

@@ -290,7 +290,7 @@ def test_reading_one_row_does_not_read_the_buffer() -> None:
     buffer = filled(n_envs=2)
     asked: list[int] = []
     get = buffer.get_next_obs
-    buffer.get_next_obs = lambda rows, envs: asked.append(len(rows)) or get(rows, envs)  # type: ignore[method-assign,func-returns-value]
+    buffer.get_next_obs = lambda places: asked.append(len(places)) or get(places)  # type: ignore[method-assign,func-returns-value]
     _ = buffer.next_observations[3], buffer.next_observations[np.array([1, 2, 3]), 0], buffer.next_observations[4:6, 1]
     assert asked == [2, 3, 2]
 
