@@ -22,9 +22,7 @@ PIECE = 1 << 24  # bytes of observations that are copied at once
 
 
 class Storage(NamedTuple):
-    """
-    What minibatches are gathered from: R = rows x E transitions, those of one row side by side.
-    """
+    """What minibatches are gathered from: R = rows x E transitions, those of one row side by side."""
 
     observations: TorchObs  # (R, ...), or a dict of them
     next_observations: TorchObs  # likewise
