@@ -77,7 +77,8 @@ def measure(algo: str, env_id: str, size: int, folder: Path) -> dict[str, Any]:
     th.set_num_threads(1)
     env = gym.make(env_id)
     make: Any = SoftSAC if algo == "softsac" else SAC
-    model = make("MlpPolicy", env, buffer_size=size, seed=0, device="cpu")
+    options: dict[str, Any] = {"compile": True} if algo == "softsac" else {}
+    model = make("MlpPolicy", env, buffer_size=size, seed=0, device="cpu", **options)
     model.learn(200)
     start = time.perf_counter()
     model.learn(STEPS, reset_num_timesteps=False)

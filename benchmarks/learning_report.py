@@ -172,7 +172,7 @@ def task_table(tasks: dict[str, Arms]) -> str:
 def comparison_table(tasks: dict[str, Arms]) -> str:
     """
     :param tasks: see :func:`read_runs`
-    :return: Markdown table: each arm beside the reference, in each task and over all that both have been run on
+    :return: Markdown table: each arm beside the reference, in each task that both have been run on
     """
     rows = []
     arms = sorted({arm for task in tasks.values() if REFERENCE in task for arm in task} - {REFERENCE})
@@ -180,28 +180,19 @@ def comparison_table(tasks: dict[str, Arms]) -> str:
         shared = {env_id: (task[arm], task[REFERENCE]) for env_id, task in tasks.items() if {arm, REFERENCE} <= {*task}}
         for env_id, (runs, others) in shared.items():
             pair = [scores_of(runs), scores_of(others)]
-            rows.append([env_id, arm, *_compared(pair, 1.0)])
-        smallest = [min(len(pair[i]) for pair in shared.values()) for i in (0, 1)]
-        if len(shared) > 1:
-            # Absolute, for tasks such as Pendulum whose returns are negative
-            pair = [
-                np.concatenate([scores_of(p[i][:n]) / abs(scores_of(p[1]).mean()) for p in shared.values()], axis=1)
-                for i, n in enumerate(smallest)
-            ]
-            rows.append([f"all {len(shared)}, in units of the reference", arm, *_compared(pair, 100.0)])
+            rows.append([env_id, arm, *_compared(pair)])
     return markdown_table(["task", "arm", f"difference from {REFERENCE}", "probability of improvement"], rows)
 
 
-def _compared(pair: list[np.ndarray], factor: float) -> list[str]:
+def _compared(pair: list[np.ndarray]) -> list[str]:
     def difference(scores: np.ndarray, others: np.ndarray) -> float:
         return float(metrics.aggregate_iqm(scores) - metrics.aggregate_iqm(others))
 
-    unit, digits = ("%", 1) if factor != 1.0 else ("", 0)
-    value, low, high = (f"{factor * number:+,.{digits}f}" for number in estimate(pair, difference))
+    value, low, high = (f"{number:+,.0f}" for number in estimate(pair, difference))
     if min(map(len, pair)) == 1:  # one run tells nothing of the next
-        return [f"{value}{unit}", ""]
+        return [value, ""]
     probability = estimate(pair, metrics.probability_of_improvement)
-    return [f"{value}{unit} ({low} to {high})", "{:.2f} ({:.2f} to {:.2f})".format(*probability)]
+    return [f"{value} ({low} to {high})", "{:.2f} ({:.2f} to {:.2f})".format(*probability)]
 
 
 def resumption_table(tasks: dict[str, Arms]) -> str:
@@ -335,6 +326,17 @@ def _tidy(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
+def report_tables(tasks: dict[str, Arms]) -> dict[str, str]:
+    """
+    :param tasks: see :func:`read_runs`
+    :return: tables of the report by name
+    """
+    tables = {"tasks": task_table(tasks)}
+    if any(REFERENCE in arms and len(arms) > 1 for arms in tasks.values()):
+        tables["comparison"] = comparison_table(tasks)
+    return {**tables, "resumed": resumption_table(tasks)}
+
+
 def report(folder: Path) -> str:
     """
     Write ``report.md``, ``curves.png`` and ``diagnostics.png`` into a folder of runs; tables of runs that are committed
@@ -344,10 +346,7 @@ def report(folder: Path) -> str:
     :return: text of the report
     """
     tasks = read_runs(folder)
-    tables = {"tasks": task_table(tasks)}
-    if any(REFERENCE in arms and len(arms) > 1 for arms in tasks.values()):
-        tables["comparison"] = comparison_table(tasks)
-    tables["resumed"] = resumption_table(tasks)
+    tables = report_tables(tasks)
     parts = [
         "Written by `python benchmarks/learning.py report`. A run's score is the mean of its last five evaluations, of",
         "10 deterministic episodes each.",

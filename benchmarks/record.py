@@ -75,11 +75,19 @@ def fill_documents(tables: dict[str, str]) -> None:
     :param tables: Markdown by name
     """
     for path in (ROOT / "README.md", ROOT / "docs" / "results.md"):
-        text = path.read_text()
-        for name, table in tables.items():
-            room = re.compile(f"(?<=<!-- {re.escape(name)} -->\n).*?(?=<!-- end -->)", re.DOTALL)
-            text = room.sub(lambda _, table=table: f"\n{table.strip()}\n\n", text)  # type: ignore[misc]
-        path.write_text(text)
+        path.write_text(filled(path.read_text(), tables))
+
+
+def filled(text: str, tables: dict[str, str]) -> str:
+    """
+    :param text: of a document
+    :param tables: see :func:`fill_documents`
+    :return: the text with these tables
+    """
+    for name, table in tables.items():
+        room = re.compile(f"(?<=<!-- {re.escape(name)} -->\n).*?(?=<!-- end -->)", re.DOTALL)
+        text = room.sub(lambda _, table=table: f"\n{table.strip()}\n\n", text)  # type: ignore[misc]
+    return text
 
 
 def _commit() -> str | None:

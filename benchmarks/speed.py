@@ -10,7 +10,7 @@ Speed of SoftSAC beside Stable-Baselines3's SAC and SBX's (JAX), with the same h
 ``run`` measures each cell (a task, and how it is trained on) with each arm (who trains) in a process of its own. All is
 done once before anything is repeated, so that a busy spell of the machine hits all arms alike. Each result is appended
 to a file at once; a benchmark that is started again goes on where it stopped. ``report`` prints tables, and writes
-``summary.json`` and ``speed.png`` beside that file.
+``summary.json`` beside that file. For ratios that do not depend on how busy the machine is, see ``speed_ratio.py``.
 
 A process may use as many cores as it is to have threads: JAX cannot be told a number of threads. "The machine's limit"
 is the rate of float32 products of 2048 x 2048 matrices, by the faster of torch's libraries; bfloat16 may exceed it. The
@@ -43,7 +43,7 @@ from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from record import RESULTS, markdown_table, relative, write_json
+from record import RESULTS, markdown_table, write_json
 
 # Libraries are imported where they are used: SBX's environment does not have all of them, and Linux counts the memory
 # of the process that starts another one into the other's peak
@@ -518,48 +518,6 @@ def print_table(entries: list[dict[str, Any]], columns: list[Column]) -> None:
         print(markdown_table(header, rows), end="\n\n")
 
 
-def draw(entries: list[dict[str, Any]], path: Path) -> None:
-    """
-    Draw environment steps per second by cell and arm, with two threads (or one if there are no more).
-
-    :param entries: of the summary, those of training
-    :param path: picture
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")  # before pyplot is imported
-    from matplotlib import pyplot as plt
-
-    threads = min(2, max(entry["threads"] for entry in entries))
-    shown = {(entry["cell"], entry["arm"]): entry for entry in entries if entry["threads"] == threads}
-    cells = [cell for cell in CELLS if any(key[0] == cell for key in shown)]
-    arms = [arm for arm in ARMS if any(key[1] == arm for key in shown)]
-    width = 0.85 / len(arms)
-    figure, axes = plt.subplots(figsize=(max(8.0, 0.4 * len(cells) * (len(arms) + 0.6)), 4.8), layout="constrained")
-    for i, arm in enumerate(arms):
-        here = {x: shown[cell, arm] for x, cell in enumerate(cells) if (cell, arm) in shown}
-        places = [x + (i - (len(arms) - 1) / 2) * width for x in here]
-        rates = [entry["median"]["steps_per_second"] for entry in here.values()]
-        ratios = [entry["to_sb3"].get("steps_per_second") for entry in here.values()]
-        bars = axes.bar(places, rates, 0.93 * width, color=ARMS[arm].colour, label=ARMS[arm].label)
-        texts = [
-            f"{rate:,.0f}" + (f"\n{ratio:.2f}x" if ratio else "") for rate, ratio in zip(rates, ratios, strict=True)
-        ]
-        axes.bar_label(bars, texts, padding=2, fontsize=7.5)
-    axes.set_xticks(range(len(cells)), [CELLS[cell].label for cell in cells])
-    axes.tick_params(axis="x", length=0)
-    axes.set_yticks([])
-    axes.margins(x=0.01, y=0.12)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.legend(
-        loc="lower left", bbox_to_anchor=(0, 1), ncols=len(arms), frameon=False, borderaxespad=0, fontsize=9,
-        handlelength=1.2, columnspacing=1.4,
-    )  # fmt: skip
-    figure.suptitle(f"Environment steps per second, and ratio to SB3 (CPU, threads: {threads})", x=0.01, ha="left")
-    figure.savefig(path, dpi=150)
-    print(f"Picture: {relative(path)}")
-
-
 def report(args: argparse.Namespace) -> None:
     """
     :param args: arguments of the command ``report``
@@ -574,8 +532,6 @@ def report(args: argparse.Namespace) -> None:
     print_table([entry for entry in entries if entry["cell"] == "buffer"], BUFFER)
     versions = {row["settings"]["arm"]: row["versions"] for row in rows}
     write_json(args.runs.parent / "summary.json", versions_by_arm=versions, results=entries)
-    if training:
-        draw(training, args.runs.parent / "speed.png")
 
 
 def main() -> None:
@@ -597,7 +553,7 @@ def main() -> None:
     command.add_argument("--dry-run", action="store_true", help="only say how long it will take")
     command.set_defaults(do=run)
 
-    command = commands.add_parser("report", help="tables, summary and picture")
+    command = commands.add_parser("report", help="tables and summary")
     command.add_argument("--runs", type=Path, default=runs, help="file of results")
     command.set_defaults(do=report)
 

@@ -8,7 +8,7 @@ All arms of a cell (see ``speed.py``, also for SBX's environment) train at the s
 moment: each in a process of its own, warmed up, does the steps of one slice (half a second or so) while the others
 wait. A round is a slice of each. What slows the machine down for longer than a round slows all arms, and the ratios
 within a round do not know of it. The rates of all rounds are written to a file; ``report`` prints the medians of
-the ratios, with 95% intervals by bootstrap over the rounds, and puts the table into README.md.
+the ratios, with 95% intervals by bootstrap over the rounds, puts the table into README.md, and draws ``speed.png``.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from record import RESULTS, circumstances, fill_documents, markdown_table
+from record import RESULTS, circumstances, fill_documents, markdown_table, relative
 from speed import ARMS, CELLS, Settings, make_model, process_of, use_cores
 
 WARMUP_UPDATES = 300
@@ -139,12 +139,55 @@ def ratio(rates: list[float], others: list[float]) -> tuple[float, float, float]
     return float(np.median(ratios)), float(low), float(high)
 
 
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """
+    Draw environment steps per second by cell and arm, with two threads (or one if there are no more), and medians of
+    their ratios to SB3's.
+
+    :param rows: of the file of results
+    :param path: picture
+    """
+    import matplotlib  # not in SBX's environment
+
+    matplotlib.use("Agg")  # before pyplot is imported
+    from matplotlib import pyplot as plt
+
+    threads = min(2, max(row["threads"] for row in rows))
+    shown = {row["cell"]: row["rates"] for row in rows if row["threads"] == threads}
+    cells = [cell for cell in CELLS if cell in shown]
+    arms = [arm for arm in ARMS if any(arm in rates for rates in shown.values())]
+    width = 0.85 / len(arms)
+    figure, axes = plt.subplots(figsize=(max(8.0, 0.4 * len(cells) * (len(arms) + 0.6)), 4.8), layout="constrained")
+    for i, arm in enumerate(arms):
+        here = {x: shown[cell] for x, cell in enumerate(cells) if arm in shown[cell]}
+        places = [x + (i - (len(arms) - 1) / 2) * width for x in here]
+        medians = [np.median(rates[arm]) for rates in here.values()]
+        texts = [
+            f"{median:,.0f}" + (f"\n{ratio(rates[arm], rates['sb3'])[0]:.2f}x" if "sb3" in rates else "")
+            for median, rates in zip(medians, here.values(), strict=True)
+        ]
+        bars = axes.bar(places, medians, 0.93 * width, color=ARMS[arm].colour, label=ARMS[arm].label)
+        axes.bar_label(bars, texts, padding=2, fontsize=7.5)
+    axes.set_xticks(range(len(cells)), [CELLS[cell].label for cell in cells])
+    axes.tick_params(axis="x", length=0)
+    axes.set_yticks([])
+    axes.margins(x=0.01, y=0.12)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.legend(
+        loc="lower left", bbox_to_anchor=(0, 1), ncols=len(arms), frameon=False, borderaxespad=0, fontsize=9,
+        handlelength=1.2, columnspacing=1.4,
+    )  # fmt: skip
+    figure.suptitle(f"Environment steps per second, and ratio to SB3 (CPU, threads: {threads})", x=0.01, ha="left")
+    figure.savefig(path, dpi=150)
+    print(f"Picture: {relative(path)}")
+
+
 def report(args: argparse.Namespace) -> None:
     """
     :param args: arguments of the command ``report``
     """
     rows = [json.loads(line) for line in args.runs.read_text().splitlines()]
-    arms = list(dict.fromkeys(arm for row in rows for arm in row["rates"]))
+    arms = [arm for arm in ARMS if any(arm in row["rates"] for row in rows)]
     table = []
     for row in rows:
         rates = row["rates"]
@@ -157,6 +200,7 @@ def report(args: argparse.Namespace) -> None:
     names = [ARMS[arm].label for arm in arms]
     text = markdown_table(["task", "threads", "rounds", *names, "to SB3 (95%)", "to SBX (95%)"], table)
     print(text)
+    draw(rows, args.runs.parent / "speed.png")
     if args.runs.resolve() == RUNS:
         fill_documents({"speed": text})
 
@@ -173,7 +217,7 @@ def main() -> None:
     command.add_argument("--output", type=Path, default=RUNS, help="file that results are appended to")
     command.set_defaults(do=run)
 
-    command = commands.add_parser("report", help="table of ratios")
+    command = commands.add_parser("report", help="table and picture")
     command.add_argument("--runs", type=Path, default=RUNS, help="file of results")
     command.set_defaults(do=report)
 

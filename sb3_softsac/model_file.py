@@ -1,9 +1,10 @@
 """
 Model files: everything that a run consists of, in one archive.
 
-The members that SB3 writes have its names and can be read by it; ``data`` holds the attributes of the model, those that
-JSON does not know in the form of ``state_codec``. New are ``softsac.json`` (random states, environments, callbacks,
-the replay buffer's layout) and ``replay/<first row>/<array>.npy``.
+The members that SB3 writes have its names: its ``set_parameters`` reads networks and optimisers. ``data`` holds the
+attributes of the model, those that JSON does not know in the form of ``state_codec`` and not pickled. New are
+``softsac.json`` (random states, environments, callbacks, the replay buffer's layout) and
+``replay/<first row>/<array>.npy``.
 """
 
 import base64

@@ -505,10 +505,11 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
                 model._unread = file.name if reads_replay else None
                 return model
             if wants_replay and file.replay is None and file.index.get("replay") is not None:
+                complete = [str(path) for path in RunFolder(Path(file.name).parent).model_files()]
                 raise CheckpointError(
                     f"{file.name} is part of a checkpoint that was never completed, or lies in another folder: the "
-                    "rows of its replay buffer are missing. Load the folder, or another step-*.zip, or go on without: "
-                    "custom_objects={'replay_buffer': None}."
+                    f"rows of its replay buffer are missing. Load {' or '.join(complete) or 'another file'} instead, "
+                    "or go on without them: custom_objects={'replay_buffer': None}."
                 )
 
             with naming(f"the state of the run in {file.name}"):

@@ -19,6 +19,7 @@ import re
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -124,6 +125,16 @@ class RunFolder:
             f"{self.path} has no checkpoint that can be loaded"
             + (": " + "; ".join(problems) if problems else " (no ckpt-*.json in it).")
         )
+
+    def model_files(self) -> list[Path]:
+        """
+        :return: model files of the checkpoints that have a readable manifest, the newest first
+        """
+        paths = []
+        for number in reversed(self.numbers()):
+            with suppress(CheckpointError, OSError):
+                paths.append(self.path / self.manifest(number)["state"]["file"])
+        return paths
 
     def open_state(self, manifest: Manifest) -> BinaryIO:
         """
