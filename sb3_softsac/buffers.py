@@ -578,3 +578,11 @@ def _positions(part: Any, n: int) -> np.ndarray:
     if positions.size and not -n <= positions.min() <= positions.max() < n:
         raise IndexError(f"index {part} is out of bounds for an axis of length {n}")
     return positions % n
+
+
+def samples_itself(buffer: SB3ReplayBuffer) -> bool:
+    """
+    :param buffer: a model's replay buffer
+    :return: whether its samples are drawn by :class:`ReplayBuffer`, and by no class or function of the user's
+    """
+    return type(buffer) is ReplayBuffer and not {"sample", "_get_samples"} & vars(buffer).keys()

@@ -8,10 +8,18 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
-from stable_baselines3.common.callbacks import BaseCallback, CallbackList, EvalCallback, EventCallback
+from stable_baselines3.common.callbacks import (
+    BaseCallback,
+    CallbackList,
+    EvalCallback,
+    EventCallback,
+    StopTrainingOnMaxEpisodes,
+    StopTrainingOnNoModelImprovement,
+)
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_softsac import env_state
+from sb3_softsac.object_state import describe_error, offers_state
 from sb3_softsac.state_codec import NotEncodable, decode, encode
 
 # Attributes that change during training. What a user passes to a callback is not among them.
@@ -30,7 +38,7 @@ def capture(callback: BaseCallback | None) -> list[Any]:
     states = []
     for each, sees_all_steps in _walk(callback):
         state = {name: value for name, value in vars(each).items() if name in STATE}
-        own = each.get_state() if hasattr(each, "get_state") else None
+        own = _own_state(each)
         eval_env = getattr(each, "eval_env", None)
         env = env_state.capture(eval_env) if isinstance(eval_env, VecEnv) else None
         # A callback that saves the model is called before those that come after it in the list
@@ -57,8 +65,9 @@ def restore(callback: BaseCallback | None, states: list[Any]) -> list[BaseCallba
             del left[i]
             state, own = decode(tree)
             vars(each).update({k: v for k, v in state.items() if k in STATE and k in vars(each)})
-            if hasattr(each, "set_state"):
-                each.set_state(own)
+            if own is not None and offers_state(each):
+                each.set_state(own)  # type: ignore[attr-defined]
+            _count_anew(each)
             if isinstance(each, EvalCallback):
                 # It may have saved its best model before it noted how good that is
                 each.best_mean_reward = max(each.best_mean_reward, each.last_mean_reward)
@@ -74,6 +83,29 @@ def restore(callback: BaseCallback | None, states: list[Any]) -> list[BaseCallba
                 env_state.restore(eval_env, env, mid_episode=True)  # where it cannot, evaluations begin as in a new run
             break
     return late
+
+
+def _own_state(callback: BaseCallback) -> Any:
+    if not offers_state(callback):
+        return None
+    try:
+        return callback.get_state()  # type: ignore[attr-defined]
+    except Exception as error:  # of the user's; a run need not end for it
+        warnings.warn(f"{_name(callback)}.get_state() is not saved: {describe_error(error)}", stacklevel=3)
+        return None
+
+
+def _count_anew(callback: BaseCallback) -> None:
+    """What ended the run would end the next one at once: who trains on wants more than one step."""
+    if isinstance(callback, StopTrainingOnMaxEpisodes) and callback.n_episodes >= callback._total_max_episodes:
+        callback.n_episodes = 0
+    elif isinstance(callback, StopTrainingOnNoModelImprovement) and (
+        callback.no_improvement_evals > callback.max_no_improvement_evals
+    ):
+        callback.no_improvement_evals = 0
+    else:
+        return
+    warnings.warn(f"{type(callback).__name__} had ended the run; for what is trained now it counts anew.", stacklevel=4)
 
 
 def walk(callback: BaseCallback | None) -> Iterator[BaseCallback]:

@@ -99,8 +99,10 @@ class CheckpointCallback(BaseCallback):
             queue.append(self._save_and_exit)
 
     def _save_and_exit(self) -> None:
-        self.save()
-        number, self._signal = self._signal, None
+        try:
+            self.save()
+        finally:
+            number, self._signal = self._signal, None
         if number is not None:
             name, step = signal.Signals(number).name, self.model.num_timesteps
             text = f"{name}: saved a checkpoint at step {step} in {self.save_path}, exiting."
@@ -137,9 +139,11 @@ class _Handler:
         self.callback: CheckpointCallback | None = None
 
     def handle(self, number: int, frame: FrameType | None) -> None:
-        if self.callback is not None and self.callback.model.is_learning and self.callback._signal is None:
-            self.callback._signal = number
-            self.callback._save_after_step()
+        if self.callback is not None and self.callback.model.is_learning:
+            # Further signals would otherwise end the process before the checkpoint is there
+            if self.callback._signal is None:
+                self.callback._signal = number
+                self.callback._save_after_step()
         elif callable(self.before):
             self.before(number, frame)
         elif self.before == signal.SIG_DFL:

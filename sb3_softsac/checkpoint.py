@@ -11,7 +11,7 @@ import warnings
 from pathlib import Path
 from typing import TextIO
 
-from sb3_softsac import files
+from sb3_softsac import env_state, files
 from sb3_softsac.archive import INDEX, ArchiveReader, ArchiveWriter, CheckpointError
 from sb3_softsac.model_file import ModelFile, open_model_file
 from sb3_softsac.run_folder import RunFolder
@@ -101,7 +101,8 @@ def verify(path: Path) -> bool:
 
 def export(path: Path, output: Path) -> None:
     """
-    Write a light model file, enough to predict and to fine-tune: networks, optimisers and settings.
+    Write a light model file, enough to predict and to fine-tune: networks, optimisers, settings and VecNormalize's
+    statistics.
 
     :param path: model file or folder of checkpoints
     :param output: file to write
@@ -112,7 +113,8 @@ def export(path: Path, output: Path) -> None:
                 continue
             with file.archive.open(name) as source, archive.member(name) as member:
                 shutil.copyfileobj(source, member)
-        archive.close({"num_timesteps": file.index.get("num_timesteps"), "n_envs": file.index.get("n_envs")})
+        index = {name: file.index.get(name) for name in ("num_timesteps", "n_envs")}
+        archive.close({**index, "env": env_state.statistics(file.index.get("env"))})
     _print(f"Wrote {output} ({output.stat().st_size:,} bytes)")
 
 

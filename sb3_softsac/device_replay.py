@@ -13,7 +13,7 @@ from stable_baselines3.common.buffers import ReplayBuffer as SB3ReplayBuffer
 from stable_baselines3.common.type_aliases import DictReplayBufferSamples, ReplayBufferSamples
 from stable_baselines3.common.vec_env import VecNormalize
 
-from sb3_softsac.buffers import ReplayBuffer, map_obs
+from sb3_softsac.buffers import ReplayBuffer, map_obs, samples_itself
 from sb3_softsac.type_aliases import ReplayBatch, TorchObs
 
 DEVICES = ("cuda",)  # where a copy is of use
@@ -139,7 +139,7 @@ def obstacle(buffer: SB3ReplayBuffer, env: VecNormalize | None) -> str | None:
     """
     if type(buffer) is not ReplayBuffer:  # what derives from it may draw otherwise, or change rows that were copied
         return f"replay_buffer_class={type(buffer).__name__} is not sb3_softsac.ReplayBuffer itself"
-    if "sample" in vars(buffer):
+    if not samples_itself(buffer):
         return "sample() of the replay buffer has been replaced"
     if env is not None and env.norm_obs:
         return "VecNormalize(norm_obs=True) normalises observations when they are sampled"

@@ -30,6 +30,7 @@ from sb3_softsac.object_state import (
     global_random_states,
     is_constant,
     module_of,
+    note_settings,
     offers_state,
     restore_attributes,
     set_global_random_states,
@@ -141,7 +142,9 @@ class Recorder(Bookkeeping):
 
 def prepare_env(env: gym.Env) -> None:
     with contextlib.suppress(Exception):  # capture() will say what the matter is
-        inner = chain_of(env)[-1]
+        chain = chain_of(env)
+        note_settings(chain)
+        inner = chain[-1]
         if RECORDER in vars(inner) or offers_state(inner):
             return
         # Others may get unreadable attributes in their first reset or step; the recorder leaves if they do not

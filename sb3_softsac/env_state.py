@@ -52,15 +52,18 @@ from sb3_softsac.object_state import (
     global_random_states,
     is_constant,
     link_shared,
+    note_settings,
     restore_attributes,
     restore_own,
     restore_spaces,
     set_global_random_states,
+    settings_of,
     short_name,
 )
 from sb3_softsac.state_codec import NotEncodable, decode, encode
 
 CALL = "_sb3_softsac_call"
+VEC_NORMALIZE = f"{VecNormalize.__module__}.{VecNormalize.__qualname__}"
 CLOSE_SECONDS = 5.0
 _GUARDED: "weakref.WeakSet[SubprocVecEnv]" = weakref.WeakSet()
 
@@ -73,7 +76,9 @@ def prepare(env: VecEnv) -> None:
 
     :param env: with all its wrappers
     """
-    _call(chain_of(env)[-1], "prepare")
+    chain = chain_of(env)
+    note_settings(chain)
+    _call(chain[-1], "prepare")
 
 
 def capture(env: VecEnv) -> dict[str, Any]:
@@ -108,15 +113,29 @@ def restore(env: VecEnv, state: dict[str, Any], mid_episode: bool) -> list[str]:
     :return: reasons why the continuation is not exact; empty if it is
     """
     chain = chain_of(env)
+    note_settings(chain)
     try:
         if "missing" in state:
             return [str(state["missing"])]
         if state["n_envs"] != env.num_envs:
             _restore_statistics(chain, state)
+            if state["n_envs"] == 0:
+                return ["the state is of VecNormalize only"] if mid_episode else []
             return [f"the state is of {state['n_envs']} environments, here are {env.num_envs}"]
         return _restore_vec_env(chain, state, mid_episode)
     except Exception as error:
         return [f"the state of the environments is damaged: {describe_error(error)}"]
+
+
+def statistics(state: dict[str, Any] | None) -> dict[str, Any] | None:
+    """
+    :param state: result of :func:`capture`
+    :return: what it says of ``VecNormalize``, for other environments than those it is of; None if nothing
+    """
+    if state is None or not is_normalized(state):
+        return None
+    wrappers = [layer for layer in state["wrappers"] if layer["class"] == VEC_NORMALIZE]
+    return {"n_envs": 0, "wrappers": wrappers, "envs": []}
 
 
 def is_normalized(state: dict[str, Any]) -> bool:
@@ -124,8 +143,7 @@ def is_normalized(state: dict[str, Any]) -> bool:
     :param state: result of :func:`capture`
     :return: whether there was a ``VecNormalize``
     """
-    name = f"{VecNormalize.__module__}.{VecNormalize.__qualname__}"
-    return any(layer["class"] == name for layer in state.get("wrappers", ()))
+    return any(layer["class"] == VEC_NORMALIZE for layer in state.get("wrappers", ()))
 
 
 def ignore_signals(env: VecEnv, signals: Iterable[int]) -> None:
@@ -292,6 +310,7 @@ def _restore_env(env: gym.Env, tree: dict[str, Any], mid_episode: bool) -> tuple
     reasons: list[str] = []
     try:
         chain, layers = chain_of(env), tree.get("layers", [])
+        note_settings(chain)
         try:
             if "missing" in tree and (mid_episode or not layers):
                 raise ValueError(str(tree["missing"]))
@@ -322,10 +341,11 @@ def _restore_exactly(chain: list[Any], layers: list[dict[str, Any]], replay: dic
         is_replayed = replay is not None and obj is chain[-1]
         for reason in () if is_replayed else layer["unreadable"].values():
             raise ValueError(f"{reason}; {OFFER}")
-        now = arguments_of(obj)
-        names = layer["made"].keys() | now.keys()
-        if others := sorted(name for name in names if not are_same(layer["made"].get(name), now.get(name))):
-            raise ValueError(f"{short_name(obj)} was made with other arguments than here: {', '.join(others)}")
+        for then, now in ((layer["made"], arguments_of(obj)), (layer["settings"], settings_of(obj))):
+            if then is None or now is None:  # not known: environments for evaluation are not prepared
+                continue
+            if others := sorted(n for n in then.keys() | now.keys() if not are_same(then.get(n), now.get(n))):
+                raise ValueError(f"{short_name(obj)} was made with other arguments than here: {', '.join(others)}")
     if replay is not None:
         replay_episode(chain, replay)
     for obj, layer in zip(chain, layers, strict=True):

@@ -16,6 +16,7 @@ import re
 import sys
 import warnings
 import zipfile
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -67,6 +68,25 @@ def write_data(archive: ArchiveWriter, attributes: dict[str, Any]) -> None:
             stacklevel=3,
         )
     archive.add_json("data", trees)
+
+
+def plain_infos(infos: "deque[Any] | None") -> "deque[Any] | None":
+    """
+    :param infos: SB3's ``ep_info_buffer`` (a dict for each episode) or ``ep_success_buffer``
+    :return: the same, without what a ``Monitor`` has added by its ``info_keywords`` that is not plain data
+    """
+    if infos is None or _is_plain(list(infos)):
+        return infos
+    kept = [{k: v for k, v in info.items() if _is_plain(v)} if isinstance(info, dict) else info for info in infos]
+    return deque(kept, maxlen=infos.maxlen)
+
+
+def _is_plain(value: Any) -> bool:
+    try:
+        encode(value)
+        return True
+    except NotEncodable:
+        return False
 
 
 def read_data(
@@ -349,14 +369,16 @@ def restore_random_states(tree: dict[str, Any], device: th.device) -> None:
         th.cuda.set_rng_state(states["cuda"], device)
 
 
-def machine(model: BaseAlgorithm) -> dict[str, Any]:
+def machine(device: th.device, n_threads: int | None) -> dict[str, Any]:
     """
+    :param device: of the model
+    :param n_threads: threads of torch, if they are known
     :return: what has to be the same for a continuation to be the same bit for bit
     """
     return {
-        "device": model.device.type,
+        "device": device.type,
         "torch": th.__version__,
-        "threads of torch": th.get_num_threads(),
+        "threads of torch": n_threads,
         "vector instructions": th.backends.cpu.get_cpu_capability(),
         "architecture": platform.machine(),
         "numpy": np.__version__,

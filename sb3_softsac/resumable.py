@@ -73,6 +73,7 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
     _random_states: dict[str, Any] | None = None
     _loaded = False
     _unread: str | None = None  # file of which only the policy was read, for want of an environment
+    _unread_envs: dict[str, Any] | None = None  # what that file says of its environments, for the next one
     _tensorboard_run: str | None = None  # folder of the run within tensorboard_log
     _warmed_up = False  # no more random actions, whatever num_timesteps is
     # Steps and episodes of the rollout in progress, and whether its last step still has to be logged
@@ -82,6 +83,10 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
     def _setup_replay_buffer(self) -> None:
         """Make the replay buffer, unless there is one, or no environment."""
         raise NotImplementedError
+
+    def _known_threads(self) -> int | None:
+        """Threads of torch that the run keeps to; None: to be chosen at the next ``learn()``."""
+        return th.get_num_threads()
 
     def _exploration_state(self) -> Any:
         """What the policy's exploration has drawn, apart from its parameters; :func:`encode` can write it."""
@@ -100,6 +105,8 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
             return super()._sample_action(random_steps, action_noise, n_envs)
         # As SB3's predict(), without its way there and back between scaled actions and those of the environment
         assert self._last_obs is not None
+        if self.actor.training:  # a callback has called train()
+            self.policy.set_training_mode(False)
         with th.no_grad():
             actions = self.actor(obs_as_tensor(self._last_obs, self.device)).cpu().numpy()
         scaled_actions = actions.reshape(-1, *cast(Any, self.action_space).shape)
@@ -272,6 +279,7 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
             self._last_obs, self._mid_step = None, False
         if reset_num_timesteps or self._last_obs is None:
             self._rollout = None
+            self._end_stored_episodes()
         assert self.env is not None, "You must set the environment before calling learn()"
         if self._unread is not None:
             warnings.warn(
@@ -395,6 +403,10 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
             )
         with ArchiveWriter(file) as archive:
             attributes = {name: value for name, value in vars(self).items() if name not in skipped}
+            attributes |= {name: value for name, value in self._replay_arguments().items() if name in attributes}
+            for name in ("ep_info_buffer", "ep_success_buffer"):
+                if name in attributes:
+                    attributes[name] = model_file.plain_infos(attributes[name])
             model_file.write_data(archive, attributes)
             model_file.write_parameters(archive, self)
             if replay is not None and not rows_elsewhere:
@@ -403,16 +415,28 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
                 {
                     "num_timesteps": self.num_timesteps,
                     "n_envs": self.n_envs,
-                    "machine": model_file.machine(self),
+                    "machine": model_file.machine(self.device, self._known_threads()),
                     "random": self._random_states or model_file.random_states(self.device),
                     "exploration": encode(self._exploration_state()),
-                    "env": None if self.env is None else env_state.capture(self.env),
+                    "env": self._unread_envs if self.env is None else env_state.capture(self.env),
                     "mid_step": self._mid_step,
                     "callbacks": self._callback_states or callback_state.capture(self._callback),
                     "log": self._log_state(),
                     "replay": replay,
                 }
             )
+
+    def _replay_arguments(self) -> dict[str, Any]:
+        """Arguments that make a buffer like the one there is, which the user may have exchanged."""
+        buffer = self.replay_buffer
+        if buffer is None:
+            return {}
+        arguments: dict[str, Any] = {}
+        if type(buffer) is not self.replay_buffer_class:
+            arguments = {"replay_buffer_class": type(buffer), "replay_buffer_kwargs": {}}
+        if buffer.buffer_size != max(self.buffer_size // buffer.n_envs, 1):
+            arguments["buffer_size"] = buffer.buffer_size * buffer.n_envs
+        return arguments
 
     def savable_replay_buffer(self) -> SB3ReplayBuffer | None:
         """
@@ -503,6 +527,7 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
             reads_replay = wants_replay and file.replay is not None
             if env is None:
                 model._unread = file.name if reads_replay else None
+                model._unread_envs = file.index.get("env")
                 return model
             if wants_replay and file.replay is None and file.index.get("replay") is not None:
                 complete = [str(path) for path in RunFolder(Path(file.name).parent).model_files()]
@@ -556,7 +581,7 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
                     stacklevel=3,
                 )
         if goes_on:
-            there, here = file.index.get("machine", {}), model_file.machine(self)
+            there, here = file.index.get("machine", {}), model_file.machine(self.device, self._known_threads())
             differences = [
                 f"{name}: {there.get(name)} then, {here[name]} now"
                 for name in here
@@ -571,8 +596,13 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
                 stacklevel=3,
             )
             self._last_obs, self._rollout = None, None
+        if self._last_obs is None:
+            self._end_stored_episodes()
+
+    def _end_stored_episodes(self) -> None:
+        """A new episode begins, and hindsight goals of the old one must not come from it."""
         buffer = self.replay_buffer
-        if self._last_obs is None and isinstance(buffer, HerReplayBuffer) and buffer.size() > 0:
+        if isinstance(buffer, HerReplayBuffer) and buffer.size() > 0:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # SB3 warns that it does what it is asked for
                 buffer.truncate_last_trajectory()
@@ -630,7 +660,8 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
         self.replay_buffer.device = self.device
 
     def _excluded_save_params(self) -> list[str]:
-        excluded = ["lr_schedule", "save_exclude", "run_folders", "is_learning", "after_step", "_loaded", "_unread"]
+        excluded = ["lr_schedule", "save_exclude", "run_folders", "is_learning", "after_step", "_loaded"]
+        excluded += ["_unread", "_unread_envs"]
         excluded += ["_mid_step", "_callback", "_callback_states", "_late_callbacks", "_pending_log", "_random_states"]
         return [*super()._excluded_save_params(), *excluded]
 

@@ -27,7 +27,7 @@ from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 from torch import nn
 
 from sb3_softsac import device_replay, execution, threads
-from sb3_softsac.buffers import ReplayBuffer, rows_of
+from sb3_softsac.buffers import ReplayBuffer, rows_of, samples_itself
 from sb3_softsac.device_replay import DeviceReplay, StoredBatch
 from sb3_softsac.distributions import log_action_scale
 from sb3_softsac.ent_coef import EntCoef, make_ent_coef
@@ -387,15 +387,21 @@ class SoftSAC(ResumableAlgorithm):
         return int(steps // between * self.gradient_steps)
 
     def _set_threads(self) -> None:
-        if self._threads is None or self._threads > threads.n_cores() or self.num_threads != "auto":
-            widest = max(
-                (layer.weight.numel() for layer in self.policy.modules() if isinstance(layer, nn.Linear)), default=0
-            )
-            self._threads = (
-                threads.choose(self.batch_size * widest) if self.num_threads == "auto" else int(self.num_threads)
-            )
+        self._threads = self._known_threads()
+        if self._threads is None:
+            layers = [layer for layer in self.policy.modules() if isinstance(layer, nn.Linear)]
+            widest = max((layer.weight.numel() for layer in layers), default=0)
+            self._threads = threads.choose(self.batch_size * widest)
         threads.use(self._threads)
         self._say(f"Using {self._threads} of {threads.n_cores()} CPU cores (num_threads)")
+
+    def _known_threads(self) -> int | None:
+        """Threads that this run keeps to; None: to be chosen."""
+        if self.device.type != "cpu" or (self.num_threads == "auto" and threads.are_chosen()):
+            return th.get_num_threads()
+        if self.num_threads != "auto":
+            return int(self.num_threads)
+        return None if self._threads is None or self._threads > threads.n_cores() else self._threads
 
     def _say(self, text: str) -> None:
         if self.verbose >= 1:
@@ -411,9 +417,7 @@ class SoftSAC(ResumableAlgorithm):
         """
         self.policy.set_training_mode(True)
         self._update_learning_rates()
-        if self._execution is None:
-            compiles = self._compiles and self.compile is not False
-            self._execution = Execution(self.policy, self._ent_coef, compiles, self._say)
+        self._execution = self._present_execution()
         try:
             with matmul_precision(self.matmul_precision):
                 replay = self._present_device_replay()
@@ -432,14 +436,22 @@ class SoftSAC(ResumableAlgorithm):
         if self._execution.compile_seconds > 0.0:
             self.logger.record("time/compile_seconds", self._execution.compile_seconds, exclude="tensorboard")
 
+    def _present_execution(self) -> Execution:
+        """A new one if networks have been exchanged since it was made."""
+        execution = self._execution
+        if execution is None or execution.policy is not self.policy or execution.ent_coef is not self._ent_coef:
+            compiles = self._compiles and self.compile is not False
+            return Execution(self.policy, self._ent_coef, compiles, self._say)
+        return execution
+
     def _batches(
         self, number: int, batch_size: int, replay: DeviceReplay | None
     ) -> Iterator[ReplayBatch | StoredBatch]:
         """Minibatches of B; several are drawn at once, which takes half the time, if the buffer is our own."""
         assert self.replay_buffer is not None
         source = self.replay_buffer if replay is None else replay
-        draws_alike = type(self.replay_buffer).sample is ReplayBuffer.sample
-        at_once = max(1, ROWS_AT_ONCE // batch_size) if draws_alike else 1
+        # Not if a user's class or function does it: it is asked as SB3 asks it
+        at_once = max(1, ROWS_AT_ONCE // batch_size) if samples_itself(self.replay_buffer) else 1
         for first in range(0, number, at_once):
             n = min(at_once, number - first)
             drawn = source.sample(n * batch_size, env=self._vec_normalize_env)
@@ -473,7 +485,8 @@ class SoftSAC(ResumableAlgorithm):
             ("qf_learning_rate", self.qf_learning_rate, self.critic.optimizer),
             ("ent_coef_learning_rate", self.ent_coef_learning_rate, self.ent_coef_optimizer),
         ):
-            value = self._schedule(learning_rate)(self._current_progress_remaining)
+            schedule = self.lr_schedule if learning_rate is None else self._schedule(learning_rate)
+            value = schedule(self._current_progress_remaining)
             if optimizer is not None:
                 update_learning_rate(optimizer, value)
             if learning_rate is not None:

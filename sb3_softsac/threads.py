@@ -15,14 +15,20 @@ _AT_IMPORT = th.get_num_threads()
 _used = _AT_IMPORT
 
 
+def are_chosen() -> bool:
+    """
+    :return: whether the user has set the number, with ``torch.set_num_threads`` or in the environment
+    """
+    return th.get_num_threads() not in (_AT_IMPORT, _used) or any(name in os.environ for name in CHOSEN_BY_USER)
+
+
 def choose(work: int) -> int:
     """
     :param work: multiplications in the largest matrix product of an update
-    :return: number of threads; what the user has set with ``torch.set_num_threads`` or in the environment stays
+    :return: number of threads; what the user has set stays
     """
-    now = th.get_num_threads()
-    if now not in (_AT_IMPORT, _used) or any(name in os.environ for name in CHOSEN_BY_USER):
-        return now
+    if are_chosen():
+        return th.get_num_threads()
     return max(1, min(_AT_IMPORT, round(work / WORK_PER_THREAD), n_cores() - n_busy()))
 
 

@@ -864,6 +864,66 @@ def test_other_arguments_wrappers_and_models() -> None:
     assert "MuJoCo model" in reasons_of(cheetah, dummy(heavier))
 
 
+class Scaled(gym.Wrapper[Any, Any, Any, Any]):
+    """Says nowhere what it was made with, but in its attributes; one of them changes."""
+
+    def __init__(self, env: gym.Env[Any, Any], scale: float = 1.0, bonus: float = 0.0):
+        super().__init__(env)
+        self.scale, self._bonus = scale, bonus
+
+    def step(self, action: Any) -> Any:
+        obs, reward, *rest = super().step(action)
+        self._bonus += 1.0
+        return obs, self.scale * float(reward) + self._bonus, *rest
+
+
+def test_other_settings_in_attributes() -> None:
+    """The user has changed them in the script: they must not silently become the old ones again."""
+    original = dummy(lambda: Scaled(Walk(), 1.0, 2.0))
+    assert_goes_on(original)
+    assert "Scaled was made with other arguments than here: scale" in reasons_of(
+        original, dummy(lambda: Scaled(Walk(), 3.0, 2.0))
+    )
+    assert "than here: bonus" in reasons_of(original, dummy(lambda: Scaled(Walk(), 1.0, 0.0)))
+    env = play(seeded(original()), 10)
+    changed = dummy(lambda: Scaled(Walk(), 3.0, 2.0))()
+    env_state.restore(changed, through_file(env_state.capture(env)), mid_episode=True)
+    assert envs_of(changed)[0].get_wrapper_attr("scale") == 3.0
+
+
+def test_settings_of_a_run_that_was_continued_twice() -> None:
+    original = dummy(lambda: Scaled(Walk(), 1.0, 2.0))
+    state = env_state.capture(play(seeded(original()), 10))
+    for _ in range(2):
+        env = original()
+        assert env_state.restore(env, through_file(state), mid_episode=True) == []
+        env_state.prepare(env)
+        state = env_state.capture(play(env, 5))
+
+
+class WithPrices(Walk):
+    """Data that it was made with, too much to be in every checkpoint."""
+
+    def __init__(self, seed: int = 0, n: int = 3_000_000):
+        super().__init__()
+        self.prices = {"close": np.random.default_rng(seed).normal(size=n), "names": ["a", "b"]}
+
+    def noise(self) -> np.ndarray:
+        return self.prices["close"][self.left : self.left + 2]  # type: ignore[return-value]
+
+
+def test_large_data_is_not_written_but_compared() -> None:
+    assert_goes_on(dummy(WithPrices))
+    env = play(seeded(DummyVecEnv([WithPrices] * 2)), 10)
+    assert len(json.dumps(env_state.capture(env))) < 100_000
+    reason = reasons_of(dummy(WithPrices), dummy(partial(WithPrices, 1)))
+    assert "WithPrices.prices is too large for a file, and is not here what it was" in reason
+    assert "is not here what it was" in reasons_of(dummy(WithPrices), dummy(partial(WithPrices, 0, 2_999_999)))
+    assert_goes_on(dummy(partial(WithPrices, 0, 1000)))  # written
+    state = env_state.capture(play(seeded(DummyVecEnv([partial(WithPrices, 0, 1000)])), 3))
+    assert env_state.restore(DummyVecEnv([partial(WithPrices, 1, 1000)]), state, mid_episode=True) == []
+
+
 def test_settings_of_a_window_do_not_matter() -> None:
     env = play(seeded(DummyVecEnv([short("HalfCheetah-v5")])), 10)
     other = DummyVecEnv([short("HalfCheetah-v5", width=900, height=700, render_mode="rgb_array")])

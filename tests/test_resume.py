@@ -22,8 +22,10 @@ import torch as th
 from resume_script import CASES, EPISODE, Records, differences, in_new_process, learn, pendulum, plain, snapshot
 from stable_baselines3 import SAC, HerReplayBuffer
 from stable_baselines3.common import callbacks as sb3_callbacks
+from stable_baselines3.common.buffers import ReplayBuffer as SB3ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
 from stable_baselines3.common.logger import Logger
+from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.noise import NormalActionNoise, OrnsteinUhlenbeckActionNoise
 from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.utils import LinearSchedule
@@ -405,6 +407,16 @@ def test_her_in_a_new_episode(tmp_path: Path) -> None:
     assert (fresh.ep_length[50 - n : 50, 0] == n).all()
 
 
+def test_her_between_two_calls_of_learn() -> None:
+    """The second one begins with a reset, and SB3 would make one long episode of two."""
+    model = CASES["her"].make()
+    model.learn(50)
+    model.learn(30, reset_num_timesteps=True)
+    buffer = model.replay_buffer
+    assert isinstance(buffer, HerReplayBuffer) and buffer.timeouts[49, 0] == 1.0
+    assert buffer.ep_length.max() <= EPISODE
+
+
 @pytest.mark.parametrize("name", ["her", "sb3_memory"])
 def test_other_buffers_are_not_laid_out_anew(name: str, tmp_path: Path) -> None:
     case = CASES[name]
@@ -546,7 +558,7 @@ def test_classes_of_the_users(field: str, tmp_path: Path) -> None:
 def test_another_machine(field: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved_model(tmp_path / "model.zip")
     here = model_file.machine
-    monkeypatch.setattr(model_file, "machine", lambda model: {**here(model), field: "another"})
+    monkeypatch.setattr(model_file, "machine", lambda *args: {**here(*args), field: "another"})
     load(tmp_path / "model.zip")  # nothing to warn of: a new episode is not the old one anyway
     with pytest.warns(UserWarning, match=f"may differ in rounding: {field}: .* then, another now"):
         load(tmp_path / "model.zip", force_reset=False)
@@ -556,9 +568,9 @@ def test_mujoco_that_one_side_did_not_use(tmp_path: Path, monkeypatch: pytest.Mo
     saved_model(tmp_path / "model.zip")
     here = model_file.machine
     for version in (None, "0.0"):
-        monkeypatch.setattr(model_file, "machine", lambda model, version=version: {**here(model), "mujoco": version})
+        monkeypatch.setattr(model_file, "machine", lambda *args, version=version: {**here(*args), "mujoco": version})
         saved_model(tmp_path / "model.zip")
-        monkeypatch.setattr(model_file, "machine", lambda model: {**here(model), "mujoco": "9.9"})
+        monkeypatch.setattr(model_file, "machine", lambda *args: {**here(*args), "mujoco": "9.9"})
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             load(tmp_path / "model.zip", force_reset=False)
@@ -916,11 +928,15 @@ def test_two_folders(frequencies: tuple[int, int], tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="no such signal on this system")
-def test_signal_when_the_callback_is_seldom_called(tmp_path: Path) -> None:
+@pytest.mark.parametrize("names", [["SIGUSR1"], ["SIGUSR1", "SIGTERM", "SIGTERM"]])
+def test_signal_when_the_callback_is_seldom_called(names: list[str], tmp_path: Path) -> None:
+    """The scheduler's warning, and then it says it again: the checkpoint has to be there before the process ends."""
+
     class Kill(BaseCallback):
         def _on_step(self) -> bool:
             if self.num_timesteps == 20:
-                os.kill(os.getpid(), signal.SIGUSR1)
+                for name in names:
+                    os.kill(os.getpid(), getattr(signal, name))
             return True
 
     seldom = sb3_callbacks.EveryNTimesteps(1000, CheckpointCallback(1, tmp_path / "run"))
@@ -1017,3 +1033,103 @@ def test_continued_run_logs_to_its_own_folder(tmp_path: Path) -> None:
         assert model.logger.dir == {"first": first, "second": second}[name].logger.dir
         model.learn(20, reset_num_timesteps=True)
         assert model.logger.dir not in (first.logger.dir, second.logger.dir)
+
+
+@pytest.mark.parametrize("size", [500, 300])
+def test_exchanged_replay_buffer(size: int, tmp_path: Path) -> None:
+    """The file says what there is, not what the model was made with."""
+    model = make_model()
+    model.learn(40)
+    model.replay_buffer = SB3ReplayBuffer(size, model.observation_space, model.action_space, device="cpu")
+    model.learn(60, reset_num_timesteps=False)
+    model.save(tmp_path / "model.zip")
+    loaded = load(tmp_path / "model.zip")
+    assert type(loaded.replay_buffer) is SB3ReplayBuffer and loaded.replay_buffer.buffer_size == size
+    assert_same(*(resume_script.buffer_contents(each.replay_buffer) for each in (model, loaded)))
+    model.replay_buffer = ReplayBuffer(3000, model.observation_space, model.action_space, device="cpu")
+    model.learn(60, reset_num_timesteps=False)
+    model.save(tmp_path / "model.zip")
+    loaded = load(tmp_path / "model.zip")
+    assert type(loaded.replay_buffer) is ReplayBuffer and loaded.replay_buffer.buffer_size == 3000
+
+
+class ForItself(BaseCallback):
+    """Its ``get_state`` has nothing to do with ours."""
+
+    def get_state(self, env: Any) -> Any:
+        return env
+
+    def _on_step(self) -> bool:
+        return True
+
+
+class Failing(ForItself):
+    def get_state(self) -> Any:  # type: ignore[override]
+        raise RuntimeError("not now")
+
+    def set_state(self, state: Any) -> None:
+        raise AssertionError("there is none")
+
+
+def test_get_state_that_is_not_ours(tmp_path: Path) -> None:
+    model = make_model()
+    model.learn(30, callback=[ForItself()])
+    model.save(tmp_path / "model.zip")
+    load(tmp_path / "model.zip").learn(10, callback=[ForItself()])
+    model.learn(30, callback=[Failing()])
+    with pytest.warns(UserWarning, match="Failing.get_state.* is not saved: RuntimeError: not now"):
+        model.save(tmp_path / "model.zip")
+    load(tmp_path / "model.zip").learn(10, callback=[Failing()])
+
+
+def test_training_on_after_a_callback_has_ended_the_run(tmp_path: Path) -> None:
+    model = make_model()
+    model.learn(1000, callback=sb3_callbacks.StopTrainingOnMaxEpisodes(2))
+    assert model.num_timesteps == 2 * EPISODE
+    model.save(tmp_path / "model.zip")
+    loaded = load(tmp_path / "model.zip")
+    with pytest.warns(UserWarning, match="StopTrainingOnMaxEpisodes had ended the run"):
+        loaded.learn(1000, callback=sb3_callbacks.StopTrainingOnMaxEpisodes(2))
+    assert loaded.num_timesteps == 4 * EPISODE
+    # A run that was not at its end yet goes on counting
+    saved = tmp_path / "middle.zip"
+    model = make_model()
+    model.learn(EPISODE + 5, callback=sb3_callbacks.StopTrainingOnMaxEpisodes(2))
+    model.save(saved)
+    loaded = load(saved, force_reset=False)
+    loaded.learn(1000, callback=sb3_callbacks.StopTrainingOnMaxEpisodes(2))
+    assert loaded.num_timesteps == 2 * EPISODE
+
+
+def test_training_on_without_improvement(tmp_path: Path) -> None:
+    def callback() -> EvalCallback:
+        stop = sb3_callbacks.StopTrainingOnNoModelImprovement(1, min_evals=0)
+        return EvalCallback(pendulum(), callback_after_eval=stop, eval_freq=10, n_eval_episodes=1, verbose=0)
+
+    model = make_model(learning_starts=10_000)  # the policy stays as it is, and so do ...
+    first = callback()
+    first.eval_env.env_method("reset", seed=0)
+    model.learn(1000, callback=first)
+    ended = model.num_timesteps
+    assert ended < 1000
+    model.save(tmp_path / "model.zip")
+    loaded = load(tmp_path / "model.zip")
+    with pytest.warns(UserWarning, match="StopTrainingOnNoModelImprovement had ended the run"):
+        loaded.learn(1000, callback=callback())
+    assert loaded.num_timesteps - ended >= 20  # more than the first evaluation
+
+
+def test_infos_of_a_monitor_that_are_not_plain(tmp_path: Path) -> None:
+    class Odd(gym.Wrapper):
+        def step(self, action: Any) -> Any:
+            *rest, info = super().step(action)
+            return *rest, {**info, "odd": object(), "even": 2}
+
+    env = Monitor(Odd(gym.make("Pendulum-v1", max_episode_steps=EPISODE)), info_keywords=("odd", "even"))
+    model = make_model(env)
+    model.learn(2 * EPISODE)
+    model.save(tmp_path / "model.zip")  # without a warning
+    loaded = load(tmp_path / "model.zip")
+    assert loaded.ep_info_buffer is not None and len(loaded.ep_info_buffer) == 2
+    assert [set(info) for info in loaded.ep_info_buffer] == [{"r", "l", "t", "even"}] * 2
+    assert "odd" in model.ep_info_buffer[0]  # type: ignore[index]

@@ -44,7 +44,7 @@ from crash_tools import (
     save_on,
     without_sync,
 )
-from stable_baselines3.common.vec_env import DummyVecEnv
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from test_files import Faults
 
 from sb3_softsac import SoftSAC, checkpoint, files, replay_state
@@ -648,6 +648,23 @@ def test_export(real_run: tuple[SoftSAC, pathlib.Path], capsys: pytest.CaptureFi
             assert not [member for member in archive.namelist() if member.startswith("replay/")]
         shutil.rmtree(path / "new")
     assert RunFolder(path / "run").numbers() == [0, 1]
+
+
+def test_export_keeps_normalisation(tmp_path: pathlib.Path) -> None:
+    """Without it the policy would see other numbers than those it has learned from."""
+    env = VecNormalize(DummyVecEnv([lambda: gym.make("Pendulum-v1")] * 2))
+    model = SoftSAC("MlpPolicy", env, learning_starts=100, buffer_size=100, device="cpu", seed=0)
+    model.learn(60)
+    model.save(tmp_path / "model.zip")
+    assert command_line("export", tmp_path / "model.zip", "-o", tmp_path / "light.zip") == 0
+    SoftSAC.load(tmp_path / "model.zip", device="cpu").save(tmp_path / "again.zip", exclude=["replay_buffer"])
+    for name, n_envs in (("light.zip", 1), ("light.zip", 2), ("again.zip", 2)):
+        other = VecNormalize(DummyVecEnv([lambda: gym.make("Pendulum-v1")] * n_envs), training=False)
+        SoftSAC.load(tmp_path / name, other, device="cpu")  # without a warning
+        np.testing.assert_array_equal(other.obs_rms.mean, env.obs_rms.mean)
+        assert other.ret_rms.count == env.ret_rms.count and not other.training
+    with pytest.warns(UserWarning, match="trained with VecNormalize, but the environment is not wrapped"):
+        SoftSAC.load(tmp_path / "light.zip", make_env(), device="cpu")
 
 
 def test_export_falls_back_and_says_so(

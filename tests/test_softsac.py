@@ -1,7 +1,7 @@
 """SoftSAC's own options, schedules, errors and log."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import gymnasium as gym
 import numpy as np
@@ -9,6 +9,7 @@ import pytest
 import torch as th
 from gymnasium import spaces
 from stable_baselines3 import SAC
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.logger import KVWriter, Logger
@@ -18,7 +19,7 @@ from stable_baselines3.common.vec_env import SubprocVecEnv
 from torch import nn
 
 import sb3_softsac.softsac
-from sb3_softsac import SoftSAC
+from sb3_softsac import ReplayBuffer, SoftSAC
 from sb3_softsac.distributions import log_action_scale
 from sb3_softsac.gradient_step import actor_gradients, update
 
@@ -588,3 +589,76 @@ def test_learns_pendulum_a_little() -> None:
     model.learn(4000)
     mean_return, _ = evaluate_policy(model, make_vec_env("Pendulum-v1", seed=0), n_eval_episodes=10)
     assert mean_return > -500.0
+
+
+# What a review has found
+
+
+@pytest.mark.parametrize("how", ["policy", "setup"])
+@pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_exchanged_networks_are_trained(how: str, compile: bool) -> None:
+    """Networks are reset in a run, to learn from the same buffer again (https://arxiv.org/abs/2205.07802)."""
+    model = pendulum(compile=compile)
+    model.train(3, 8)
+    if how == "policy":
+        policy_class: Any = model.policy_class
+        model.policy = policy_class(
+            model.observation_space, model.action_space, model.lr_schedule, **model.policy_kwargs
+        )
+        model._create_aliases()
+    else:
+        model._setup_model()
+    before = snapshot(model)
+    model.train(3, 8)
+    after = snapshot(model)
+    changed = {name for name in before if not th.equal(before[name], after[name])}
+    assert {name.split(".")[0] for name in changed} == {"actor", "critic", "critic_target", "log_ent_coef"}
+    assert model.critic.optimizer.state and model.actor.optimizer.state
+
+
+def test_changed_schedule_reaches_all_optimizers() -> None:
+    """As in SB3, where ``learning_rate`` is only read when the model is made."""
+    model = pendulum(qf_learning_rate=0.01)
+    model.lr_schedule = lambda progress: 1e-6
+    model.learning_rate = 0.5
+    model.train(1, 8)
+    assert model.ent_coef_optimizer is not None
+    optimizers = model.actor.optimizer, model.ent_coef_optimizer, model.critic.optimizer
+    assert [optimizer.param_groups[0]["lr"] for optimizer in optimizers] == [1e-6, 1e-6, 0.01]
+
+
+class NewestFirst(ReplayBuffer):
+    """Draws in a way of its own, at SB3's point of extension."""
+
+    asked: ClassVar[list[int]] = []
+
+    def _get_samples(self, batch_inds: np.ndarray, env: Any = None) -> Any:
+        self.asked.append(len(batch_inds))
+        return super()._get_samples(np.full(len(batch_inds), self.pos - 1), env)
+
+
+def test_own_sampling_is_asked_for_one_minibatch_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    NewestFirst.asked.clear()
+    pendulum(replay_buffer_class=NewestFirst).train(4, 8)
+    assert NewestFirst.asked == [8] * 4
+    model = pendulum()
+    assert model.replay_buffer is not None
+    batch = model.replay_buffer.sample(8)
+    monkeypatch.setattr(model.replay_buffer, "sample", lambda batch_size, env=None: batch)
+    model.train(4, 8)
+    assert model._n_updates == 4
+
+
+def test_exploration_after_a_callback_has_trained() -> None:
+    """Batch norm and dropout belong to the updates, as with SB3's ``predict``."""
+    modes = []
+
+    class Train(BaseCallback):
+        def _on_step(self) -> bool:
+            modes.append(model.actor.training)
+            model.train(1, 8)
+            return True
+
+    model = pendulum(train_freq=10, random_steps=0)
+    model.learn(4, callback=Train())
+    assert modes == [False] * 10

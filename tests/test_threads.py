@@ -188,3 +188,30 @@ def test_second_model_of_a_process_is_not_bound_to_the_firsts_number() -> None:
     assert th.get_num_threads() == 1
     make((256, 256)).learn(3)
     assert th.get_num_threads() == 4
+
+
+@pytest.mark.usefixtures("machine")
+def test_what_the_user_says_later_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A job is given one core, and continues a run that had four."""
+    model = make((256, 256))
+    model.learn(3)
+    assert th.get_num_threads() == 4
+    model.save(tmp_path / "model")
+    th.set_num_threads(3)
+    model.learn(3)
+    assert th.get_num_threads() == 3
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    th.set_num_threads(1)
+    with pytest.warns(UserWarning, match="threads of torch: 4 then, 1 now"):
+        loaded = SoftSAC.load(tmp_path / "model", gym.make("Pendulum-v1"), device="cpu", force_reset=False)
+    loaded.learn(3)
+    assert th.get_num_threads() == 1
+
+
+@pytest.mark.usefixtures("machine")
+def test_number_that_is_kept_is_no_difference(tmp_path: Path) -> None:
+    model = make((256, 256))
+    model.learn(3)
+    model.save(tmp_path / "model")
+    th.set_num_threads(8)  # a new process
+    SoftSAC.load(tmp_path / "model", gym.make("Pendulum-v1"), device="cpu", force_reset=False)
