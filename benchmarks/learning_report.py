@@ -75,7 +75,9 @@ def read_run(folder: Path) -> Run:
     """
     record = json.loads((folder / "run.json").read_text())
     header = record["run"]
-    data = np.atleast_1d(np.genfromtxt(folder / "evaluations.csv", delimiter=",", names=True))
+    header_line, *lines = (folder / "evaluations.csv").read_text().splitlines(keepends=True)
+    whole = [line for line in lines if line.endswith("\n")]  # not one that a kill has cut off
+    data = np.atleast_1d(np.genfromtxt([header_line, *whole], delimiter=",", names=True))
     final = folder / "final.csv"
     return Run(
         folder,
@@ -94,9 +96,15 @@ def read_runs(folder: Path) -> dict[str, Arms]:
     :param folder: runs are in it, or in folders below
     :return: runs by environment and arm, the reference last
     """
-    runs = [read_run(path.parent) for path in sorted(folder.rglob("run.json"))]
+    runs = []
+    for path in sorted(folder.rglob("run.json")):
+        evaluations = path.with_name("evaluations.csv")
+        if evaluations.exists() and evaluations.read_text().count("\n") > 1:
+            runs.append(read_run(path.parent))
+        else:
+            print(f"{relative(path.parent)} has no evaluation yet, and is left out.")
     if not runs:
-        raise FileNotFoundError(f"There are no runs in {folder}.")
+        raise FileNotFoundError(f"There are no runs with evaluations in {folder}.")
     tasks: dict[str, Arms] = {}
     for run in sorted(runs, key=lambda run: (run.env_id, run.arm == REFERENCE, run.arm, run.seed)):
         tasks.setdefault(run.env_id, {}).setdefault(run.arm, []).append(run)

@@ -47,11 +47,13 @@ def export(folder: Path) -> None:
     header, run = record["run"], read_run(folder)
     if header["algo"] != "softsac" or not run.is_finished or run.final is None:
         raise SystemExit(f"{folder} is not a finished run of SoftSAC.")
+    if header.get("option"):
+        raise SystemExit(f"{folder} was run with {header['option']}: agents are those of the plain hyperparameters.")
     target = FOLDER / "softsac" / f"{run.env_id}_1"
     params = target / run.env_id
     params.mkdir(parents=True, exist_ok=True)
 
-    model = SoftSAC.load(folder / "model.zip", device="cpu", buffer_size=1)
+    model = SoftSAC.load(folder / "model.zip", device="cpu")
     for optimizer in (model.actor.optimizer, model.critic.optimizer, model.ent_coef_optimizer):
         if optimizer is not None:
             optimizer.state.clear()
@@ -73,7 +75,9 @@ def export(folder: Path) -> None:
         ep_lengths=run.evaluations["mean_length"][:, None],
     )
 
-    options = {name: header[name] for name in ("algo", "env", "steps", "seed", "eval_freq")}
+    options = {name: header[name] for name in ("algo", "env", "config", "steps", "seed", "eval_freq")}
+    if Path(header["config"]).name == "softsac.yml":
+        del options["config"]
     words = [f"--{name.replace('_', '-')} {value}" for name, value in options.items()]
     agents = read_list()
     agents[run.env_id] = {

@@ -176,7 +176,8 @@ def _init(original: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -
     if self.algo == ALGO:
         arguments = inspect.signature(original).bind(self, *args, **kwargs).arguments
         self.config = own_config(arguments.get("config"))
-        self._asks_for_n_timesteps = arguments.get("n_timesteps", 0) > 0
+        given = arguments.get("hyperparams") or {}
+        self._asks_for_n_timesteps = arguments.get("n_timesteps", 0) > 0 or "n_timesteps" in given
 
 
 def _create_callbacks(original: Callable[..., None], self: Any) -> None:

@@ -50,10 +50,11 @@ def capture(callback: BaseCallback | None) -> list[Any]:
     return states
 
 
-def restore(callback: BaseCallback | None, states: list[Any]) -> list[BaseCallback]:
+def restore(callback: BaseCallback | None, states: list[Any], counts_anew: bool) -> list[BaseCallback]:
     """
     :param callback: the callback of ``learn()``; each takes the first state that is left of its class
     :param states: what :func:`capture` has returned
+    :param counts_anew: what has ended the run may not end what is trained now at once; False: it is the same run
     :return: evaluations that have not seen the last step, as a callback before them in the list had saved the model
     """
     late: list[BaseCallback] = []
@@ -67,7 +68,8 @@ def restore(callback: BaseCallback | None, states: list[Any]) -> list[BaseCallba
             vars(each).update({k: v for k, v in state.items() if k in STATE and k in vars(each)})
             if own is not None and offers_state(each):
                 each.set_state(own)  # type: ignore[attr-defined]
-            _count_anew(each)
+            if counts_anew:
+                _count_anew(each)
             if isinstance(each, EvalCallback):
                 # It may have saved its best model before it noted how good that is
                 each.best_mean_reward = max(each.best_mean_reward, each.last_mean_reward)

@@ -71,6 +71,7 @@ class CheckpointCallback(BaseCallback):
         folders[path] = self._folder
 
     def _on_training_start(self) -> None:
+        self._signal = None  # of a run that has ended before it was saved
         if not self.on_signal:
             return
         if threading.current_thread() is not threading.main_thread():
@@ -140,10 +141,9 @@ class _Handler:
 
     def handle(self, number: int, frame: FrameType | None) -> None:
         if self.callback is not None and self.callback.model.is_learning:
-            # Further signals would otherwise end the process before the checkpoint is there
-            if self.callback._signal is None:
-                self.callback._signal = number
-                self.callback._save_after_step()
+            # A further signal must not end the process before the checkpoint is there
+            self.callback._signal = self.callback._signal or number
+            self.callback._save_after_step()
         elif callable(self.before):
             self.before(number, frame)
         elif self.before == signal.SIG_DFL:

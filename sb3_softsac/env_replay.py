@@ -30,7 +30,7 @@ from sb3_softsac.object_state import (
     global_random_states,
     is_constant,
     module_of,
-    note_settings,
+    note_large_data,
     offers_state,
     restore_attributes,
     set_global_random_states,
@@ -143,7 +143,7 @@ class Recorder(Bookkeeping):
 def prepare_env(env: gym.Env) -> None:
     with contextlib.suppress(Exception):  # capture() will say what the matter is
         chain = chain_of(env)
-        note_settings(chain)
+        note_large_data(chain)
         inner = chain[-1]
         if RECORDER in vars(inner) or offers_state(inner):
             return

@@ -52,12 +52,11 @@ from sb3_softsac.object_state import (
     global_random_states,
     is_constant,
     link_shared,
-    note_settings,
+    note_large_data,
     restore_attributes,
     restore_own,
     restore_spaces,
     set_global_random_states,
-    settings_of,
     short_name,
 )
 from sb3_softsac.state_codec import NotEncodable, decode, encode
@@ -76,9 +75,7 @@ def prepare(env: VecEnv) -> None:
 
     :param env: with all its wrappers
     """
-    chain = chain_of(env)
-    note_settings(chain)
-    _call(chain[-1], "prepare")
+    _call(chain_of(env)[-1], "prepare")
 
 
 def capture(env: VecEnv) -> dict[str, Any]:
@@ -113,7 +110,6 @@ def restore(env: VecEnv, state: dict[str, Any], mid_episode: bool) -> list[str]:
     :return: reasons why the continuation is not exact; empty if it is
     """
     chain = chain_of(env)
-    note_settings(chain)
     try:
         if "missing" in state:
             return [str(state["missing"])]
@@ -310,7 +306,7 @@ def _restore_env(env: gym.Env, tree: dict[str, Any], mid_episode: bool) -> tuple
     reasons: list[str] = []
     try:
         chain, layers = chain_of(env), tree.get("layers", [])
-        note_settings(chain)
+        note_large_data(chain)
         try:
             if "missing" in tree and (mid_episode or not layers):
                 raise ValueError(str(tree["missing"]))
@@ -341,11 +337,10 @@ def _restore_exactly(chain: list[Any], layers: list[dict[str, Any]], replay: dic
         is_replayed = replay is not None and obj is chain[-1]
         for reason in () if is_replayed else layer["unreadable"].values():
             raise ValueError(f"{reason}; {OFFER}")
-        for then, now in ((layer["made"], arguments_of(obj)), (layer["settings"], settings_of(obj))):
-            if then is None or now is None:  # not known: environments for evaluation are not prepared
-                continue
-            if others := sorted(n for n in then.keys() | now.keys() if not are_same(then.get(n), now.get(n))):
-                raise ValueError(f"{short_name(obj)} was made with other arguments than here: {', '.join(others)}")
+        now = arguments_of(obj)
+        names = layer["made"].keys() | now.keys()
+        if others := sorted(name for name in names if not are_same(layer["made"].get(name), now.get(name))):
+            raise ValueError(f"{short_name(obj)} was made with other arguments than here: {', '.join(others)}")
     if replay is not None:
         replay_episode(chain, replay)
     for obj, layer in zip(chain, layers, strict=True):

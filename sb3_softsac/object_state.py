@@ -105,47 +105,36 @@ RENDER_ARGUMENTS |= {"visual_options"}
 # Objects that are their attributes; they are written in place
 NESTED = (RunningMeanStd, GymRunningMeanStd, StackedObservations)
 RANDOM_TYPES = (np.random.Generator, np.random.RandomState, random.Random)
-# An attribute of more bytes is not written, but has to be there already: data that an environment was made with
+# An attribute of more bytes that does not change is not written, but has to be there already
 LARGE = 2**23
-SETTINGS = "_sb3_softsac_settings"
+LARGE_DATA = "_sb3_softsac_large_data"
 OFFER = "give its class get_state() and set_state(state), see sb3_softsac.env_state"
 
 
-class Settings(Bookkeeping):
+class LargeData(Bookkeeping):
     """
-    What an object was made with, as far as it shows in attributes that are called as arguments of its constructor.
+    Digests of an object's large attributes: what stays as it is until the end need not be written.
 
-    :param obj: the object, before its first episode
+    :param obj: the object, as it was made
     """
 
     def __init__(self, obj: Any):
-        self.attributes: dict[str, Any] = {}
-        with contextlib.suppress(TypeError, ValueError):
-            for name in inspect.signature(type(obj).__init__).parameters:
-                value = vars(obj).get(name, vars(obj).get(f"_{name}"))
-                if value is not None and name not in RENDER_ARGUMENTS:
-                    with contextlib.suppress(NotEncodable):
-                        self.attributes[name] = _encode_plain(value, name)
+        self.digests: dict[str, str] = {}
+        for name, value in vars(obj).items():
+            if _n_bytes(value) > LARGE:
+                with contextlib.suppress(NotEncodable):
+                    self.digests[name] = _digest(value, name)
 
 
-def note_settings(chain: list[Any]) -> None:
+def note_large_data(chain: list[Any]) -> None:
     """
-    To be called before the attributes of the objects are restored, or changed by a first episode.
+    To be called before the attributes of the objects are restored, or changed by an episode.
 
     :param chain: all objects from the outermost wrapper to the environment
     """
     for obj in chain:
-        says_it_itself = "_saved_kwargs" in vars(obj) or "_ezpickle_kwargs" in vars(obj) or offers_state(obj)
-        if not (says_it_itself or type(obj) in STATE or SETTINGS in vars(obj)):
-            vars(obj)[SETTINGS] = Settings(obj)
-
-
-def settings_of(obj: Any) -> dict[str, Any] | None:
-    """
-    :return: what :func:`note_settings` has noted; None if nothing
-    """
-    settings = vars(obj).get(SETTINGS)
-    return settings.attributes if isinstance(settings, Settings) else None
+        if type(obj) not in STATE and LARGE_DATA not in vars(obj) and (data := LargeData(obj)).digests:
+            vars(obj)[LARGE_DATA] = data
 
 
 def chain_of(env: Any) -> list[Any]:
@@ -161,9 +150,8 @@ def capture_object(chain: list[Any], index: int, seen: dict[int, tuple[Any, ...]
     :param chain: all objects from the outermost wrapper to the environment
     :param index: of the object
     :param seen: id of each mutable value met so far, and where; kept by the caller for the whole chain
-    :return: ``class``; ``made``: constructor arguments; ``settings``: see :class:`Settings`; ``lasting``, ``episode``:
-        attributes; ``spaces``: their random states; ``constant``: names left out; ``unreadable``: reasons by name;
-        ``own``: of ``get_state``, if it has that
+    :return: ``class``; ``made``: constructor arguments; ``lasting``, ``episode``: attributes; ``spaces``: their random
+        states; ``constant``: names left out; ``unreadable``: reasons by name; ``own``: of ``get_state``, if it has that
     """
     obj = chain[index]
     lasting: dict[str, Any] = {}
@@ -175,7 +163,7 @@ def capture_object(chain: list[Any], index: int, seen: dict[int, tuple[Any, ...]
         "lasting": lasting,
         "episode": episode,
     }
-    layer |= {"settings": settings_of(obj), "spaces": {}, "constant": [], "unreadable": unreadable}
+    layer |= {"spaces": {}, "constant": [], "unreadable": unreadable}
     has_own = offers_state(obj)
     if has_own:
         try:
@@ -209,7 +197,7 @@ def capture_object(chain: list[Any], index: int, seen: dict[int, tuple[Any, ...]
                     part[name] = {"same": list(same)}
                 else:
                     _note(value, (index, name), where, seen, is_deep=is_env)
-                    part[name] = encode_attribute(obj, name, value, where)
+                    part[name] = _unchanged(obj, name, value) or encode_attribute(obj, name, value, where)
         except Exception as error:
             unreadable[name] = describe_error(error)
     return layer
@@ -312,43 +300,44 @@ def encode_attribute(obj: Any, name: str, value: Any, where: str) -> dict[str, A
         return encode_random(value, where)
     if _is_mujoco_data(value):
         return {"mujoco": _encode_mujoco(value)}
-    return _encode_plain(value, where)
-
-
-def _encode_plain(value: Any, where: str) -> dict[str, Any]:
-    if _n_bytes(value) > LARGE:
-        digest = hashlib.sha256()
-        _digest(value, where, digest)
-        return {"digest": digest.hexdigest()}
     return {"value": encode(value, where)}
+
+
+def _unchanged(obj: Any, name: str, value: Any) -> dict[str, Any] | None:
+    """What is written of large data that is still what it was."""
+    data = vars(obj).get(LARGE_DATA)
+    noted = data.digests.get(name) if isinstance(data, LargeData) else None
+    return {"digest": noted} if noted is not None and _digest(value, name) == noted else None
 
 
 def _n_bytes(value: Any) -> int:
     if isinstance(value, np.ndarray | str | bytes):
         return value.nbytes if isinstance(value, np.ndarray) else len(value)
-    if isinstance(value, dict):
+    if type(value) is dict:
         return sum(map(_n_bytes, value.values()))
-    if isinstance(value, list | tuple | deque):
+    if type(value) in (list, tuple):
         return 8 * len(value) + sum(_n_bytes(item) for item in value if not isinstance(item, int | float))
     return 0
 
 
-def _digest(value: Any, where: str, digest: Any) -> None:
+def _digest(value: Any, where: str) -> str:
     """:raises NotEncodable: if ``value`` is not plain data"""
-    kind = type(value)
-    if kind is np.ndarray and value.dtype.kind in "biufcSU":
-        digest.update(f"{value.dtype.str}{value.shape}".encode())
-        digest.update(np.ascontiguousarray(value))
-    elif kind is dict or (
-        kind in (list, tuple) and any(isinstance(v, np.ndarray | dict | list | tuple) for v in value)
-    ):
-        items = value.items() if kind is dict else enumerate(value)
-        digest.update(f"{kind.__name__}{len(value)}".encode())
-        for key, item in items:
-            digest.update(f"{key!r}:".encode())
-            _digest(item, f"{where}[{key!r}]", digest)
-    else:
-        digest.update(json.dumps(encode(value, where)).encode())
+    digest = hashlib.sha256()
+
+    def add(part: Any) -> None:
+        if type(part) is np.ndarray and part.dtype.kind in "biufcSU":
+            digest.update(f"{part.dtype.str}{part.shape}".encode())
+            digest.update(np.ascontiguousarray(part))  # type: ignore[arg-type]
+        elif type(part) is dict or (type(part) in (list, tuple) and any(map(_n_bytes, part))):
+            digest.update(f"{type(part).__name__}{len(part)}".encode())
+            for key, item in part.items() if type(part) is dict else enumerate(part):
+                digest.update(f"{key!r}:".encode())
+                add(item)
+        else:
+            digest.update(json.dumps(encode(part, where)).encode())
+
+    add(value)
+    return digest.hexdigest()
 
 
 def _decode(tree: dict[str, Any], current: Any, where: str) -> Any:
@@ -389,8 +378,8 @@ def _decode(tree: dict[str, Any], current: Any, where: str) -> Any:
             return current
         return new
     if kind == "digest":
-        if _encode_plain(current, where) != tree:
-            raise ValueError(f"{where} is too large for a file, and is not here what it was")
+        if _digest(current, where) != content:
+            raise ValueError(f"{where} was too large to be written, and is not here what it was")
         return current
     if kind != "value":
         raise ValueError(f"{where} is {kind!r} in the state, and a {type(current).__name__} here")

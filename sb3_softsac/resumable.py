@@ -73,7 +73,10 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
     _random_states: dict[str, Any] | None = None
     _loaded = False
     _unread: str | None = None  # file of which only the policy was read, for want of an environment
-    _unread_envs: dict[str, Any] | None = None  # what that file says of its environments, for the next one
+    # What it says of VecNormalize, for the next file, and after how many updates
+    _unread_statistics: tuple[dict[str, Any] | None, int] = None, 0
+    _counts_anew = False  # what has ended the run may not end the next learn() at once
+    _made_replay_buffer: SB3ReplayBuffer | None = None  # by _setup_replay_buffer; the user may exchange it
     _tensorboard_run: str | None = None  # folder of the run within tensorboard_log
     _warmed_up = False  # no more random actions, whatever num_timesteps is
     # Steps and episodes of the rollout in progress, and whether its last step still has to be logged
@@ -310,7 +313,7 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
         if self.tensorboard_log is not None and self.logger.dir is not None:
             self._tensorboard_run = os.path.basename(self.logger.dir)
         if self._callback_states is not None and not reset_num_timesteps:
-            self._late_callbacks = callback_state.restore(self._callback, self._callback_states)
+            self._late_callbacks = callback_state.restore(self._callback, self._callback_states, self._counts_anew)
         if self._pending_log is not None and not reset_num_timesteps:
             for name in LOGGER_STATE:
                 getattr(self.logger, name).update(self._pending_log.get(name, {}))
@@ -418,7 +421,7 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
                     "machine": model_file.machine(self.device, self._known_threads()),
                     "random": self._random_states or model_file.random_states(self.device),
                     "exploration": encode(self._exploration_state()),
-                    "env": self._unread_envs if self.env is None else env_state.capture(self.env),
+                    "env": self._env_state(),
                     "mid_step": self._mid_step,
                     "callbacks": self._callback_states or callback_state.capture(self._callback),
                     "log": self._log_state(),
@@ -426,16 +429,21 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
                 }
             )
 
+    def _env_state(self) -> dict[str, Any] | None:
+        if self.env is not None:
+            return env_state.capture(self.env)
+        statistics, n_updates = self._unread_statistics
+        # Not if it has been trained without an environment, as by the zoo's ParallelTrainCallback
+        return statistics if self.replay_buffer is None and self._n_updates == n_updates else None
+
     def _replay_arguments(self) -> dict[str, Any]:
-        """Arguments that make a buffer like the one there is, which the user may have exchanged."""
+        """Arguments that make a buffer like the one there is, if the user has exchanged it."""
         buffer = self.replay_buffer
-        if buffer is None:
+        if buffer is None or buffer is self._made_replay_buffer:
             return {}
-        arguments: dict[str, Any] = {}
+        arguments: dict[str, Any] = {"buffer_size": buffer.buffer_size * buffer.n_envs}
         if type(buffer) is not self.replay_buffer_class:
-            arguments = {"replay_buffer_class": type(buffer), "replay_buffer_kwargs": {}}
-        if buffer.buffer_size != max(self.buffer_size // buffer.n_envs, 1):
-            arguments["buffer_size"] = buffer.buffer_size * buffer.n_envs
+            arguments |= {"replay_buffer_class": type(buffer), "replay_buffer_kwargs": {}}
         return arguments
 
     def savable_replay_buffer(self) -> SB3ReplayBuffer | None:
@@ -527,7 +535,7 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
             reads_replay = wants_replay and file.replay is not None
             if env is None:
                 model._unread = file.name if reads_replay else None
-                model._unread_envs = file.index.get("env")
+                model._unread_statistics = env_state.statistics(file.index.get("env")), model._n_updates
                 return model
             if wants_replay and file.replay is None and file.index.get("replay") is not None:
                 complete = [str(path) for path in RunFolder(Path(file.name).parent).model_files()]
@@ -554,7 +562,7 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
                 model._restore_envs(file, goes_on, force_reset)
                 if kwargs.get("seed") is not None:
                     model.set_random_seed(model.seed)
-                model._callback_states = file.index.get("callbacks")
+                model._callback_states, model._counts_anew = file.index.get("callbacks"), force_reset
                 model._pending_log = decode(file.index.get("log"))
                 model._set_exploration_state(decode(file.index.get("exploration", [])))
                 if restores_random_states:
@@ -661,7 +669,7 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
 
     def _excluded_save_params(self) -> list[str]:
         excluded = ["lr_schedule", "save_exclude", "run_folders", "is_learning", "after_step", "_loaded"]
-        excluded += ["_unread", "_unread_envs"]
+        excluded += ["_unread", "_unread_statistics", "_made_replay_buffer", "_counts_anew"]
         excluded += ["_mid_step", "_callback", "_callback_states", "_late_callbacks", "_pending_log", "_random_states"]
         return [*super()._excluded_save_params(), *excluded]
 

@@ -270,7 +270,7 @@ class SoftSAC(ResumableAlgorithm):
             if issubclass(self.replay_buffer_class, HerReplayBuffer):
                 own["env"] = self.env
         if self.replay_buffer is None and self.env is not None:
-            self.replay_buffer = self.replay_buffer_class(
+            self.replay_buffer = self._made_replay_buffer = self.replay_buffer_class(
                 self.buffer_size,
                 self.observation_space,
                 self.action_space,
@@ -401,7 +401,7 @@ class SoftSAC(ResumableAlgorithm):
             return th.get_num_threads()
         if self.num_threads != "auto":
             return int(self.num_threads)
-        return None if self._threads is None or self._threads > threads.n_cores() else self._threads
+        return None if self._threads is None else min(self._threads, threads.n_cores())
 
     def _say(self, text: str) -> None:
         if self.verbose >= 1:

@@ -2,12 +2,14 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -73,6 +75,21 @@ def test_run_that_is_killed_and_resumed_goes_on_as_if_nothing_had_happened(tmp_p
     assert "1 of 1" in text, "the evaluation that was made again is the same"
     assert (tmp_path / "report.md").read_text() in text
     assert (tmp_path / "curves.png").stat().st_size > 10_000
+
+
+def test_report_while_runs_are_going_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One has no evaluation yet, one is writing a line, or was killed when it did."""
+    shutil.copytree(RESULTS / "learning_compiled", tmp_path / "runs")
+    folders = sorted(path.parent for path in (tmp_path / "runs").rglob("run.json"))
+    header, *rows = (folders[0] / "evaluations.csv").read_text().splitlines(keepends=True)
+    (folders[0] / "evaluations.csv").write_text("".join([header, *rows[:3], rows[3][:9]]))
+    (folders[1] / "evaluations.csv").write_text(header)
+    (folders[2] / "evaluations.csv").unlink()
+    runs = [run for arms in learning_report.read_runs(tmp_path).values() for arm in arms.values() for run in arm]
+    assert len(runs) == len(folders) - 2
+    (cut,) = [run for run in runs if run.folder == folders[0]]
+    assert len(cut.evaluations["steps"]) == 3 and not np.isnan(cut.evaluations["mean_return"]).any()
+    assert capsys.readouterr().out.count("has no evaluation yet") == 2
 
 
 def test_a_finished_or_begun_run_is_not_written_over(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.noise import NormalActionNoise, OrnsteinUhlenbeckActionNoise
 from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.utils import LinearSchedule
-from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
 from sb3_softsac import CheckpointCallback, CheckpointError, ReplayBuffer, SoftSAC, SoftSACPolicy, model_file
 from sb3_softsac.run_folder import RunFolder
@@ -1083,22 +1083,26 @@ def test_get_state_that_is_not_ours(tmp_path: Path) -> None:
 
 
 def test_training_on_after_a_callback_has_ended_the_run(tmp_path: Path) -> None:
+    """A new callback of one who trains on counts anew. A run that is continued as it was, has ended."""
+    stop = sb3_callbacks.StopTrainingOnMaxEpisodes
     model = make_model()
-    model.learn(1000, callback=sb3_callbacks.StopTrainingOnMaxEpisodes(2))
+    model.learn(1000, callback=stop(2))
     assert model.num_timesteps == 2 * EPISODE
     model.save(tmp_path / "model.zip")
     loaded = load(tmp_path / "model.zip")
     with pytest.warns(UserWarning, match="StopTrainingOnMaxEpisodes had ended the run"):
-        loaded.learn(1000, callback=sb3_callbacks.StopTrainingOnMaxEpisodes(2))
+        loaded.learn(1000, callback=stop(2))
     assert loaded.num_timesteps == 4 * EPISODE
-    # A run that was not at its end yet goes on counting
-    saved = tmp_path / "middle.zip"
-    model = make_model()
-    model.learn(EPISODE + 5, callback=sb3_callbacks.StopTrainingOnMaxEpisodes(2))
-    model.save(saved)
-    loaded = load(saved, force_reset=False)
-    loaded.learn(1000, callback=sb3_callbacks.StopTrainingOnMaxEpisodes(2))
-    assert loaded.num_timesteps == 2 * EPISODE
+    loaded = load(tmp_path / "model.zip", force_reset=False)
+    loaded.learn(1000, callback=stop(2))
+    assert loaded.num_timesteps == 2 * EPISODE + 1
+    for force_reset in (False, True):  # one that was not at its end yet
+        model = make_model()
+        model.learn(EPISODE + 5, callback=stop(2))
+        model.save(tmp_path / "model.zip")
+        loaded = load(tmp_path / "model.zip", force_reset=force_reset)
+        loaded.learn(1000, callback=stop(2))
+        assert loaded.num_timesteps == (2 * EPISODE + 5 if force_reset else 2 * EPISODE)
 
 
 def test_training_on_without_improvement(tmp_path: Path) -> None:
@@ -1133,3 +1137,67 @@ def test_infos_of_a_monitor_that_are_not_plain(tmp_path: Path) -> None:
     assert loaded.ep_info_buffer is not None and len(loaded.ep_info_buffer) == 2
     assert [set(info) for info in loaded.ep_info_buffer] == [{"r", "l", "t", "even"}] * 2
     assert "odd" in model.ep_info_buffer[0]  # type: ignore[index]
+
+
+class TwiceAsLarge(ReplayBuffer):
+    def __init__(self, buffer_size: int, *args: Any, **kwargs: Any):
+        super().__init__(2 * buffer_size, *args, **kwargs)
+
+
+def test_buffer_class_with_a_size_of_its_own(tmp_path: Path) -> None:
+    model = make_model(replay_buffer_class=TwiceAsLarge)
+    for _ in range(2):
+        model.learn(40)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*Written with pickle.*")
+            model.save(tmp_path / "model.zip")
+        model = load(tmp_path / "model.zip", allow_pickle=True)
+        assert model.replay_buffer is not None and model.replay_buffer.buffer_size == 1000
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="no such signal on this system")
+def test_signal_that_was_not_answered(tmp_path: Path) -> None:
+    """An exception has come before the checkpoint; the callback is used again."""
+
+    class Kill(BaseCallback):
+        def _on_step(self) -> bool:
+            os.kill(os.getpid(), signal.SIGUSR1)
+            if self.num_timesteps == 20:
+                raise KeyError("the environment has broken")
+            return True
+
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGUSR1)
+    callbacks = [CheckpointCallback(0, tmp_path / "run"), Kill()]
+    model = make_model()
+    try:
+        model.num_timesteps = 19
+        with pytest.raises(KeyError):
+            model.learn(100, callback=callbacks, reset_num_timesteps=False)
+        with pytest.raises(SystemExit):
+            model.learn(100, callback=callbacks, reset_num_timesteps=False)
+    finally:
+        signal.signal(signal.SIGTERM, before[0])
+        signal.signal(signal.SIGUSR1, before[1])
+    assert load(tmp_path / "run").num_timesteps == 21
+
+
+def test_model_that_was_trained_without_its_environment_has_no_statistics(tmp_path: Path) -> None:
+    """The zoo's ParallelTrainCallback does so, with statistics of the run's first step."""
+    env = VecNormalize(pendulum())
+    model = saved_model(tmp_path / "first.zip", 30, env)
+    other = SoftSAC.load(tmp_path / "first.zip", device="cpu")
+    other.replay_buffer = model.replay_buffer
+    other.set_logger(Logger(folder=None, output_formats=[]))
+    other.train(1, 8)
+    other.save(tmp_path / "other.zip", exclude=["replay_buffer"])
+    right = VecNormalize(pendulum())
+    right.obs_rms.mean[:] = 7.0  # type: ignore[union-attr]
+    load(tmp_path / "other.zip", right)
+    assert (right.obs_rms.mean == 7.0).all()  # type: ignore[union-attr]
+
+
+def test_new_episode_of_a_model_that_was_loaded_without_an_environment(tmp_path: Path) -> None:
+    saved_model(tmp_path / "model.zip")
+    SoftSAC.load(tmp_path / "model.zip", device="cpu").save(tmp_path / "again.zip", exclude=["replay_buffer"])
+    with pytest.warns(UserWarning, match="continues with a new episode"):
+        load(tmp_path / "again.zip", force_reset=False)

@@ -132,6 +132,14 @@ def test_checkpoints_continue_to_the_same_end(tmp_path: Path) -> None:
         np.testing.assert_equal(dict(np.load(resumed / "evaluations.npz")), dict(np.load(run / "evaluations.npz")))
 
 
+def test_number_of_steps_is_that_of_the_command(tmp_path: Path) -> None:
+    command = ["rl_zoo3.train", *SHORT, "--eval-freq", "-1", "-params", *ONE_STEP, *SMALL]
+    run_module(*command, "-n", "300", "--save-freq", "200", "--save-replay-buffer", cwd=tmp_path)
+    (path,) = (tmp_path / RUN).glob("checkpoints/step-200-*.zip")
+    output = run_module(*command, "n_timesteps:40", "-i", str(path), cwd=tmp_path)
+    assert "Continuing at step 200, for 40 steps" in output
+
+
 @pytest.mark.parametrize("with_buffer", [False, True])
 def test_sigterm_leaves_a_checkpoint(with_buffer: bool, tmp_path: Path) -> None:
     options = [*SHORT, "-n", "100000", *(["--save-replay-buffer"] if with_buffer else []), "-params", *ONE_STEP, *SMALL]

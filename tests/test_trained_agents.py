@@ -1,5 +1,6 @@
 """The agents that are shipped in ``trained_agents/``: they load, do what their table says, and the zoo finds them."""
 
+import inspect
 import json
 import subprocess
 import sys
@@ -57,6 +58,11 @@ def test_configuration_is_that_of_the_run(env_id: str) -> None:
     folder = path_of(env_id).with_suffix("")
     config = yaml.load((folder / "config.yml").read_text(), Loader=yaml.UnsafeLoader)
     assert config["n_timesteps"] == AGENTS[env_id]["steps"] and config["policy"] == "MlpPolicy"
+    model = SoftSAC.load(path_of(env_id), device="cpu")
+    for name in ("buffer_size", "learning_starts", "batch_size", "train_freq"):  # to be trained on
+        default = inspect.signature(SoftSAC).parameters[name].default
+        value = getattr(model, name)
+        assert (value if isinstance(value, int) else value.frequency) == config.get(name, default)
     args = yaml.load((folder / "args.yml").read_text(), Loader=yaml.UnsafeLoader)
     assert (args["algo"], args["env"]) == ("softsac", env_id)
     evaluations = np.load(path_of(env_id).with_name("evaluations.npz"))
