@@ -121,8 +121,8 @@ class LargeData(Bookkeeping):
     def __init__(self, obj: Any):
         self.digests: dict[str, str] = {}
         for name, value in vars(obj).items():
-            if _n_bytes(value) > LARGE:
-                with contextlib.suppress(NotEncodable):
+            with contextlib.suppress(NotEncodable, RecursionError):
+                if _n_bytes(value) > LARGE:
                     self.digests[name] = _digest(value, name)
 
 

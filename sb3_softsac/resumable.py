@@ -7,6 +7,7 @@ callbacks, the rollout in progress); how that is written is said in ``model_file
 
 import os
 import warnings
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -76,7 +77,8 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
     # What it says of VecNormalize, for the next file, and after how many updates
     _unread_statistics: tuple[dict[str, Any] | None, int] = None, 0
     _counts_anew = False  # what has ended the run may not end the next learn() at once
-    _made_replay_buffer: SB3ReplayBuffer | None = None  # by _setup_replay_buffer; the user may exchange it
+    # By _setup_replay_buffer; the user may exchange it
+    _made_replay_buffer: "weakref.ref[SB3ReplayBuffer] | None" = None
     _tensorboard_run: str | None = None  # folder of the run within tensorboard_log
     _warmed_up = False  # no more random actions, whatever num_timesteps is
     # Steps and episodes of the rollout in progress, and whether its last step still has to be logged
@@ -439,7 +441,7 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
     def _replay_arguments(self) -> dict[str, Any]:
         """Arguments that make a buffer like the one there is, if the user has exchanged it."""
         buffer = self.replay_buffer
-        if buffer is None or buffer is self._made_replay_buffer:
+        if buffer is None or (self._made_replay_buffer is not None and buffer is self._made_replay_buffer()):
             return {}
         arguments: dict[str, Any] = {"buffer_size": buffer.buffer_size * buffer.n_envs}
         if type(buffer) is not self.replay_buffer_class:
@@ -675,8 +677,8 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
 
     def __getstate__(self) -> dict[str, Any]:
         """For ``deepcopy`` and ``pickle``: without what belongs to this process and its files."""
-        here = ("_callback", "_late_callbacks", "run_folders", "after_step", "_execution", "_device_replay")
-        return {name: value for name, value in vars(self).items() if name not in here}
+        here = {"_callback", "_late_callbacks", "run_folders", "after_step", "_execution", "_device_replay"}
+        return {name: value for name, value in vars(self).items() if name not in here | {"_made_replay_buffer"}}
 
 
 def _check_policy_kwargs(data: dict[str, Any], kwargs: dict[str, Any]) -> None:

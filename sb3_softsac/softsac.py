@@ -1,5 +1,6 @@
 """``SoftSAC``: the algorithm's arguments, its parts and their wiring."""
 
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, cast
 
@@ -270,7 +271,7 @@ class SoftSAC(ResumableAlgorithm):
             if issubclass(self.replay_buffer_class, HerReplayBuffer):
                 own["env"] = self.env
         if self.replay_buffer is None and self.env is not None:
-            self.replay_buffer = self._made_replay_buffer = self.replay_buffer_class(
+            self.replay_buffer = self.replay_buffer_class(
                 self.buffer_size,
                 self.observation_space,
                 self.action_space,
@@ -278,6 +279,7 @@ class SoftSAC(ResumableAlgorithm):
                 n_envs=self.n_envs,
                 **{**own, **self.replay_buffer_kwargs},
             )
+            self._made_replay_buffer = weakref.ref(self.replay_buffer)
 
     def _create_aliases(self) -> None:
         self.actor = self.policy.actor
