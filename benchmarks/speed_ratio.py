@@ -7,12 +7,14 @@ How many times as fast SoftSAC trains as Stable-Baselines3's SAC and SBX's, on a
 All arms of a cell (see ``speed.py``, also for SBX's environment) train at the same time, but only one of them at any
 moment: each in a process of its own, warmed up, does the steps of one slice (half a second or so) while the others
 wait. A round is a slice of each. What slows the machine down for longer than a round slows all arms, and the ratios
-within a round do not know of it. The rates of all rounds are written to a file; ``report`` prints the medians of
-the ratios, with 95% intervals by bootstrap over the rounds, puts the table into README.md, and draws ``speed.png``.
+within a round do not know of it. The rates of all rounds are added to a file; ``report`` pools what was measured in
+several sittings, prints the medians of the ratios, with 95% intervals by bootstrap over the rounds, puts the table into
+README.md, and draws ``speed.png``.
 """
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 import time
@@ -127,13 +129,31 @@ def run(args: argparse.Namespace) -> None:
         print(name, {arm: round(float(np.median(of_arm))) for arm, of_arm in rates.items()}, flush=True)
 
 
+def pooled(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """
+    :param rows: of the file of results
+    :return: a row for each cell and number of threads, with the rounds of all sittings
+    """
+    groups: dict[tuple[str, int], list[dict[str, list[float]]]] = {}
+    for row in rows:
+        groups.setdefault((row["cell"], row["threads"]), []).append(row["rates"])
+    result = []
+    for (cell, threads), sittings in groups.items():
+        rates: dict[str, list[float]] = {}
+        for arm in (arm for arm in ARMS if any(arm in sitting for sitting in sittings)):
+            rates[arm] = [r for each in sittings for r in each.get(arm, [math.nan] * len(each["compiled"]))]
+        result.append({"cell": cell, "threads": threads, "sittings": len(sittings), "rates": rates})
+    return sorted(result, key=lambda row: (-row["threads"], list(CELLS).index(row["cell"])))
+
+
 def ratio(rates: list[float], others: list[float]) -> tuple[float, float, float]:
     """
-    :param rates: of R rounds
+    :param rates: of R rounds; NaN where the arm did not take part
     :param others: of another arm in the same rounds
     :return: median of the ratios, and its 95% interval by bootstrap
     """
     ratios = np.divide(rates, others)
+    ratios = ratios[~np.isnan(ratios)]
     samples = np.random.default_rng(0).choice(ratios, (2000, len(ratios)))
     low, high = np.percentile(np.median(samples, axis=1), [2.5, 97.5])
     return float(np.median(ratios)), float(low), float(high)
@@ -141,10 +161,9 @@ def ratio(rates: list[float], others: list[float]) -> tuple[float, float, float]
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """
-    Draw environment steps per second by cell and arm, with two threads (or one if there are no more), and medians of
-    their ratios to SB3's.
+    Draw medians of the ratios to SB3's environment steps per second, with two threads (or one if there are no more).
 
-    :param rows: of the file of results
+    :param rows: see :func:`pooled`
     :param path: picture
     """
     import matplotlib  # not in SBX's environment
@@ -161,13 +180,9 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     for i, arm in enumerate(arms):
         here = {x: shown[cell] for x, cell in enumerate(cells) if arm in shown[cell]}
         places = [x + (i - (len(arms) - 1) / 2) * width for x in here]
-        medians = [np.median(rates[arm]) for rates in here.values()]
-        texts = [
-            f"{median:,.0f}" + (f"\n{ratio(rates[arm], rates['sb3'])[0]:.2f}x" if "sb3" in rates else "")
-            for median, rates in zip(medians, here.values(), strict=True)
-        ]
-        bars = axes.bar(places, medians, 0.93 * width, color=ARMS[arm].colour, label=ARMS[arm].label)
-        axes.bar_label(bars, texts, padding=2, fontsize=7.5)
+        ratios = [ratio(rates[arm], rates["sb3"])[0] for rates in here.values()]
+        bars = axes.bar(places, ratios, 0.93 * width, color=ARMS[arm].colour, label=ARMS[arm].label)
+        axes.bar_label(bars, [f"{number:.2f}" for number in ratios], padding=2, fontsize=8)
     axes.set_xticks(range(len(cells)), [CELLS[cell].label for cell in cells])
     axes.tick_params(axis="x", length=0)
     axes.set_yticks([])
@@ -177,7 +192,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         loc="lower left", bbox_to_anchor=(0, 1), ncols=len(arms), frameon=False, borderaxespad=0, fontsize=9,
         handlelength=1.2, columnspacing=1.4,
     )  # fmt: skip
-    figure.suptitle(f"Environment steps per second, and ratio to SB3 (CPU, threads: {threads})", x=0.01, ha="left")
+    figure.suptitle(f"Environment steps per second, in units of SB3's (CPU, threads: {threads})", x=0.01, ha="left")
     figure.savefig(path, dpi=150)
     print(f"Picture: {relative(path)}")
 
@@ -186,21 +201,23 @@ def report(args: argparse.Namespace) -> None:
     """
     :param args: arguments of the command ``report``
     """
-    rows = [json.loads(line) for line in args.runs.read_text().splitlines()]
-    arms = [arm for arm in ARMS if any(arm in row["rates"] for row in rows)]
+    rows = pooled([json.loads(line) for line in args.runs.read_text().splitlines()])
+    arms = [arm for arm in COMPARED if any(arm in row["rates"] for row in rows)]
     table = []
     for row in rows:
         rates = row["rates"]
-        cells = [f"{np.median(rates[arm]):,.0f}" if arm in rates else "" for arm in arms]
+        cells = [f"{np.nanmedian(rates[arm]):,.0f}" if arm in rates else "" for arm in arms]
         for other in ("sb3", "sbx"):
             compared = ratio(rates["compiled"], rates[other]) if other in rates else None
             cells.append("{:.2f} ({:.2f} to {:.2f})".format(*compared) if compared else "")
         label = CELLS[row["cell"]].label.replace("\n", " ")
-        table.append([label, str(row["threads"]), str(len(rates["compiled"])), *cells])
+        n_rounds = f"{len(rates['compiled'])} in {row['sittings']}"
+        table.append([label, str(row["threads"]), n_rounds, *cells])
     names = [ARMS[arm].label for arm in arms]
-    text = markdown_table(["task", "threads", "rounds", *names, "to SB3 (95%)", "to SBX (95%)"], table)
+    text = markdown_table(["task", "threads", "rounds in sittings", *names, "to SB3 (95%)", "to SBX (95%)"], table)
     print(text)
-    draw(rows, args.runs.parent / "speed.png")
+    if all("sb3" in row["rates"] for row in rows):
+        draw(rows, args.runs.parent / "speed.png")
     if args.runs.resolve() == RUNS:
         fill_documents({"speed": text})
 
