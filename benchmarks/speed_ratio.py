@@ -141,7 +141,7 @@ def pooled(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for (cell, threads), sittings in groups.items():
         rates: dict[str, list[float]] = {}
         for arm in (arm for arm in ARMS if any(arm in sitting for sitting in sittings)):
-            rates[arm] = [r for each in sittings for r in each.get(arm, [math.nan] * len(each["compiled"]))]
+            rates[arm] = [r for each in sittings for r in each.get(arm, [math.nan] * len(next(iter(each.values()))))]
         result.append({"cell": cell, "threads": threads, "sittings": len(sittings), "rates": rates})
     return sorted(result, key=lambda row: (-row["threads"], list(CELLS).index(row["cell"])))
 
@@ -150,7 +150,7 @@ def ratio(rates: list[float], others: list[float]) -> tuple[float, float, float]
     """
     :param rates: of R rounds; NaN where the arm did not take part
     :param others: of another arm in the same rounds
-    :return: median of the ratios, and its 95% interval by bootstrap
+    :return: median of the ratios, and its 95% interval by bootstrap; there must be a round of both
     """
     ratios = np.divide(rates, others)
     ratios = ratios[~np.isnan(ratios)]
@@ -161,7 +161,7 @@ def ratio(rates: list[float], others: list[float]) -> tuple[float, float, float]
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """
-    Draw medians of the ratios to SB3's environment steps per second, with two threads (or one if there are no more).
+    Draw medians of the ratios to SB3's environment steps per second, with two threads or about as many.
 
     :param rows: see :func:`pooled`
     :param path: picture
@@ -171,7 +171,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")  # before pyplot is imported
     from matplotlib import pyplot as plt
 
-    threads = min(2, max(row["threads"] for row in rows))
+    threads = min((row["threads"] for row in rows), key=lambda n: abs(n - 2))
     shown = {row["cell"]: row["rates"] for row in rows if row["threads"] == threads}
     cells = [cell for cell in CELLS if cell in shown]
     arms = [arm for arm in ARMS if any(arm in rates for rates in shown.values())]
@@ -179,6 +179,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(max(8.0, 0.4 * len(cells) * (len(arms) + 0.6)), 4.8), layout="constrained")
     for i, arm in enumerate(arms):
         here = {x: shown[cell] for x, cell in enumerate(cells) if arm in shown[cell]}
+        here = {x: rates for x, rates in here.items() if not np.isnan(np.divide(rates[arm], rates["sb3"])).all()}
         places = [x + (i - (len(arms) - 1) / 2) * width for x in here]
         ratios = [ratio(rates[arm], rates["sb3"])[0] for rates in here.values()]
         bars = axes.bar(places, ratios, 0.93 * width, color=ARMS[arm].colour, label=ARMS[arm].label)
@@ -208,10 +209,13 @@ def report(args: argparse.Namespace) -> None:
         rates = row["rates"]
         cells = [f"{np.nanmedian(rates[arm]):,.0f}" if arm in rates else "" for arm in arms]
         for other in ("sb3", "sbx"):
-            compared = ratio(rates["compiled"], rates[other]) if other in rates else None
+            both = {"compiled", other} <= rates.keys() and not np.isnan(
+                np.divide(rates["compiled"], rates[other])
+            ).all()
+            compared = ratio(rates["compiled"], rates[other]) if both else None
             cells.append("{:.2f} ({:.2f} to {:.2f})".format(*compared) if compared else "")
         label = CELLS[row["cell"]].label.replace("\n", " ")
-        n_rounds = f"{len(rates['compiled'])} in {row['sittings']}"
+        n_rounds = f"{len(next(iter(rates.values())))} in {row['sittings']}"
         table.append([label, str(row["threads"]), n_rounds, *cells])
     names = [ARMS[arm].label for arm in arms]
     text = markdown_table(["task", "threads", "rounds in sittings", *names, "to SB3 (95%)", "to SBX (95%)"], table)

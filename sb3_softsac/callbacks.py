@@ -71,7 +71,8 @@ class CheckpointCallback(BaseCallback):
         folders[path] = self._folder
 
     def _on_training_start(self) -> None:
-        self._signal = None  # of a run that has ended before it was saved
+        if self._save_and_exit not in (self.model.after_step or ()):
+            self._signal = None  # of a run that has ended before it was saved
         if not self.on_signal:
             return
         if threading.current_thread() is not threading.main_thread():

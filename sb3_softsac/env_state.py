@@ -128,10 +128,11 @@ def statistics(state: dict[str, Any] | None) -> dict[str, Any] | None:
     :param state: result of :func:`capture`
     :return: what it says of ``VecNormalize``, for other environments than those it is of; None if nothing
     """
-    if state is None or not is_normalized(state):
+    try:
+        wrappers = [layer for layer in state["wrappers"] if layer["class"] == VEC_NORMALIZE]  # type: ignore[index]
+    except (TypeError, KeyError):  # there is none, or it is damaged
         return None
-    wrappers = [layer for layer in state["wrappers"] if layer["class"] == VEC_NORMALIZE]
-    return {"n_envs": 0, "wrappers": wrappers, "envs": []}
+    return {"n_envs": 0, "wrappers": wrappers, "envs": []} if wrappers else None
 
 
 def is_normalized(state: dict[str, Any]) -> bool:

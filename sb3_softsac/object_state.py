@@ -115,12 +115,12 @@ class LargeData(Bookkeeping):
     """
     Digests of an object's large attributes: what stays as it is until the end need not be written.
 
-    :param obj: the object, as it was made
+    :param obj: the object, as it was made; None: none are known
     """
 
     def __init__(self, obj: Any):
         self.digests: dict[str, str] = {}
-        for name, value in vars(obj).items():
+        for name, value in () if obj is None else vars(obj).items():
             with contextlib.suppress(NotEncodable, RecursionError):
                 if _n_bytes(value) > LARGE:
                     self.digests[name] = _digest(value, name)
@@ -128,13 +128,17 @@ class LargeData(Bookkeeping):
 
 def note_large_data(chain: list[Any]) -> None:
     """
-    To be called before the attributes of the objects are restored, or changed by an episode.
+    To be called before the attributes of the objects are restored, or changed by an episode: only what a new object
+    has too is known to be there again.
 
     :param chain: all objects from the outermost wrapper to the environment
     """
+    is_new = vars(chain[-1]).get("_np_random") is None and not any(
+        vars(obj).get("_has_reset") or (isinstance(obj, Monitor) and not obj.needs_reset) for obj in chain
+    )
     for obj in chain:
-        if type(obj) not in STATE and LARGE_DATA not in vars(obj) and (data := LargeData(obj)).digests:
-            vars(obj)[LARGE_DATA] = data
+        if not (LARGE_DATA in vars(obj) or type(obj) in STATE or offers_state(obj)):
+            vars(obj)[LARGE_DATA] = LargeData(obj if is_new else None)
 
 
 def chain_of(env: Any) -> list[Any]:

@@ -7,7 +7,6 @@ callbacks, the rollout in progress); how that is written is said in ``model_file
 
 import os
 import warnings
-import weakref
 from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -77,8 +76,6 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
     # What it says of VecNormalize, for the next file, and after how many updates
     _unread_statistics: tuple[dict[str, Any] | None, int] = None, 0
     _counts_anew = False  # what has ended the run may not end the next learn() at once
-    # By _setup_replay_buffer; the user may exchange it
-    _made_replay_buffer: "weakref.ref[SB3ReplayBuffer] | None" = None
     _tensorboard_run: str | None = None  # folder of the run within tensorboard_log
     _warmed_up = False  # no more random actions, whatever num_timesteps is
     # Steps and episodes of the rollout in progress, and whether its last step still has to be logged
@@ -408,7 +405,6 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
             )
         with ArchiveWriter(file) as archive:
             attributes = {name: value for name, value in vars(self).items() if name not in skipped}
-            attributes |= {name: value for name, value in self._replay_arguments().items() if name in attributes}
             for name in ("ep_info_buffer", "ep_success_buffer"):
                 if name in attributes:
                     attributes[name] = model_file.plain_infos(attributes[name])
@@ -437,16 +433,6 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
         statistics, n_updates = self._unread_statistics
         # Not if it has been trained without an environment, as by the zoo's ParallelTrainCallback
         return statistics if self.replay_buffer is None and self._n_updates == n_updates else None
-
-    def _replay_arguments(self) -> dict[str, Any]:
-        """Arguments that make a buffer like the one there is, if the user has exchanged it."""
-        buffer = self.replay_buffer
-        if buffer is None or (self._made_replay_buffer is not None and buffer is self._made_replay_buffer()):
-            return {}
-        arguments: dict[str, Any] = {"buffer_size": buffer.buffer_size * buffer.n_envs}
-        if type(buffer) is not self.replay_buffer_class:
-            arguments |= {"replay_buffer_class": type(buffer), "replay_buffer_kwargs": {}}
-        return arguments
 
     def savable_replay_buffer(self) -> SB3ReplayBuffer | None:
         """
@@ -671,14 +657,14 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
 
     def _excluded_save_params(self) -> list[str]:
         excluded = ["lr_schedule", "save_exclude", "run_folders", "is_learning", "after_step", "_loaded"]
-        excluded += ["_unread", "_unread_statistics", "_made_replay_buffer", "_counts_anew"]
+        excluded += ["_unread", "_unread_statistics", "_counts_anew"]
         excluded += ["_mid_step", "_callback", "_callback_states", "_late_callbacks", "_pending_log", "_random_states"]
         return [*super()._excluded_save_params(), *excluded]
 
     def __getstate__(self) -> dict[str, Any]:
         """For ``deepcopy`` and ``pickle``: without what belongs to this process and its files."""
-        here = {"_callback", "_late_callbacks", "run_folders", "after_step", "_execution", "_device_replay"}
-        return {name: value for name, value in vars(self).items() if name not in here | {"_made_replay_buffer"}}
+        here = ("_callback", "_late_callbacks", "run_folders", "after_step", "_execution", "_device_replay")
+        return {name: value for name, value in vars(self).items() if name not in here}
 
 
 def _check_policy_kwargs(data: dict[str, Any], kwargs: dict[str, Any]) -> None:

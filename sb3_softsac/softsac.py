@@ -1,6 +1,5 @@
 """``SoftSAC``: the algorithm's arguments, its parts and their wiring."""
 
-import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, cast
 
@@ -279,7 +278,6 @@ class SoftSAC(ResumableAlgorithm):
                 n_envs=self.n_envs,
                 **{**own, **self.replay_buffer_kwargs},
             )
-            self._made_replay_buffer = weakref.ref(self.replay_buffer)
 
     def _create_aliases(self) -> None:
         self.actor = self.policy.actor

@@ -911,6 +911,42 @@ def test_large_data_that_changes_is_written() -> None:
     assert_goes_on(dummy(Fog))
 
 
+class MadeInReset(Walk):
+    """What a new object does not have cannot be expected of one."""
+
+    def reset(self, **kwargs: Any) -> Any:
+        result = super().reset(**kwargs)
+        self.table = np.arange(1_200_000, dtype=np.float64)
+        return result
+
+
+@pytest.mark.parametrize("is_evaluated_before", [False, True])
+def test_large_data_that_is_made_in_reset(is_evaluated_before: bool) -> None:
+    env = DummyVecEnv([lambda: Monitor(MadeInReset())])
+    if is_evaluated_before:
+        env.reset()
+    env = play(seeded(env), 10)
+    for _ in range(2):  # a second learn(), and a run that is continued twice
+        env_state.prepare(env)
+        state = through_file(env_state.capture(play(env, 3)))
+        env = DummyVecEnv([lambda: Monitor(MadeInReset())])
+        assert env_state.restore(env, state, mid_episode=True) == []
+
+
+class SaysAll(Fog):
+    def get_state(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+
+
+def test_large_data_of_an_environment_that_says_its_state() -> None:
+    env = SaysAll()
+    env_state.prepare(DummyVecEnv([lambda: env]))
+    assert env.get_state().keys() == SaysAll().get_state().keys()
+
+
 class Panorama(ImageDict):
     observation_space = spaces.Box(-1.0, 1.0, (3, 600, 600))  # type: ignore[assignment]
 

@@ -1035,22 +1035,21 @@ def test_continued_run_logs_to_its_own_folder(tmp_path: Path) -> None:
         assert model.logger.dir not in (first.logger.dir, second.logger.dir)
 
 
-@pytest.mark.parametrize("size", [500, 300])
-def test_exchanged_replay_buffer(size: int, tmp_path: Path) -> None:
-    """The file says what there is, not what the model was made with."""
+def test_exchanged_replay_buffer(tmp_path: Path) -> None:
+    """``load`` is told what it was."""
     model = make_model()
     model.learn(40)
-    model.replay_buffer = SB3ReplayBuffer(size, model.observation_space, model.action_space, device="cpu")
+    model.replay_buffer = SB3ReplayBuffer(300, model.observation_space, model.action_space, device="cpu")
     model.learn(60, reset_num_timesteps=False)
     model.save(tmp_path / "model.zip")
-    loaded = load(tmp_path / "model.zip")
-    assert type(loaded.replay_buffer) is SB3ReplayBuffer and loaded.replay_buffer.buffer_size == size
+    with pytest.raises(
+        CheckpointError, match=r"buffers\.ReplayBuffer was saved: pass it as replay_buffer_class=.*None"
+    ):
+        load(tmp_path / "model.zip")
+    loaded = load(tmp_path / "model.zip", replay_buffer_class=SB3ReplayBuffer, buffer_size=300)
     assert_same(*(resume_script.buffer_contents(each.replay_buffer) for each in (model, loaded)))
-    model.replay_buffer = ReplayBuffer(3000, model.observation_space, model.action_space, device="cpu")
-    model.learn(60, reset_num_timesteps=False)
-    model.save(tmp_path / "model.zip")
-    loaded = load(tmp_path / "model.zip")
-    assert type(loaded.replay_buffer) is ReplayBuffer and loaded.replay_buffer.buffer_size == 3000
+    loaded = load(tmp_path / "model.zip", custom_objects={"replay_buffer": None})
+    assert loaded.replay_buffer is not None and loaded.replay_buffer.size() == 0
 
 
 class ForItself(BaseCallback):
@@ -1179,6 +1178,33 @@ def test_signal_that_was_not_answered(tmp_path: Path) -> None:
         signal.signal(signal.SIGTERM, before[0])
         signal.signal(signal.SIGUSR1, before[1])
     assert load(tmp_path / "run").num_timesteps == 21
+
+
+class Killing(gym.Wrapper):
+    """A signal at the second reset."""
+
+    resets = 0
+
+    def reset(self, **kwargs: Any) -> Any:
+        self.resets += 1
+        if self.resets == 2:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return super().reset(**kwargs)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="no such signal on this system")
+def test_signal_before_the_first_step_of_a_second_run(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGUSR1)
+    callback = CheckpointCallback(0, tmp_path / "run")
+    model = make_model(Monitor(Killing(gym.make("Pendulum-v1", max_episode_steps=EPISODE))))
+    try:
+        model.learn(20, callback=callback)
+        with pytest.raises(SystemExit):
+            model.learn(30, callback=callback)
+    finally:
+        signal.signal(signal.SIGTERM, before[0])
+        signal.signal(signal.SIGUSR1, before[1])
+    assert model.num_timesteps == 1 and len(list((tmp_path / "run").glob("step-1-*.zip"))) == 1
 
 
 def test_model_that_was_trained_without_its_environment_has_no_statistics(tmp_path: Path) -> None:
