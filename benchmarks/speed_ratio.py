@@ -146,14 +146,16 @@ def pooled(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(result, key=lambda row: (-row["threads"], list(CELLS).index(row["cell"])))
 
 
-def ratio(rates: list[float], others: list[float]) -> tuple[float, float, float]:
+def ratio(rates: list[float], others: list[float]) -> tuple[float, float, float] | None:
     """
     :param rates: of R rounds; NaN where the arm did not take part
     :param others: of another arm in the same rounds
-    :return: median of the ratios, and its 95% interval by bootstrap; there must be a round of both
+    :return: median of the ratios, and its 95% interval by bootstrap; None if there is no round of both
     """
     ratios = np.divide(rates, others)
     ratios = ratios[~np.isnan(ratios)]
+    if not len(ratios):
+        return None
     samples = np.random.default_rng(0).choice(ratios, (2000, len(ratios)))
     low, high = np.percentile(np.median(samples, axis=1), [2.5, 97.5])
     return float(np.median(ratios)), float(low), float(high)
@@ -178,10 +180,9 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     width = 0.85 / len(arms)
     figure, axes = plt.subplots(figsize=(max(8.0, 0.4 * len(cells) * (len(arms) + 0.6)), 4.8), layout="constrained")
     for i, arm in enumerate(arms):
-        here = {x: shown[cell] for x, cell in enumerate(cells) if arm in shown[cell]}
-        here = {x: rates for x, rates in here.items() if not np.isnan(np.divide(rates[arm], rates["sb3"])).all()}
-        places = [x + (i - (len(arms) - 1) / 2) * width for x in here]
-        ratios = [ratio(rates[arm], rates["sb3"])[0] for rates in here.values()]
+        here = {x: ratio(shown[cell][arm], shown[cell]["sb3"]) for x, cell in enumerate(cells) if arm in shown[cell]}
+        places = [x + (i - (len(arms) - 1) / 2) * width for x, compared in here.items() if compared]
+        ratios = [compared[0] for compared in here.values() if compared]
         bars = axes.bar(places, ratios, 0.93 * width, color=ARMS[arm].colour, label=ARMS[arm].label)
         axes.bar_label(bars, [f"{number:.2f}" for number in ratios], padding=2, fontsize=8)
     axes.set_xticks(range(len(cells)), [CELLS[cell].label for cell in cells])
@@ -209,10 +210,7 @@ def report(args: argparse.Namespace) -> None:
         rates = row["rates"]
         cells = [f"{np.nanmedian(rates[arm]):,.0f}" if arm in rates else "" for arm in arms]
         for other in ("sb3", "sbx"):
-            both = {"compiled", other} <= rates.keys() and not np.isnan(
-                np.divide(rates["compiled"], rates[other])
-            ).all()
-            compared = ratio(rates["compiled"], rates[other]) if both else None
+            compared = ratio(rates["compiled"], rates[other]) if {"compiled", other} <= rates.keys() else None
             cells.append("{:.2f} ({:.2f} to {:.2f})".format(*compared) if compared else "")
         label = CELLS[row["cell"]].label.replace("\n", " ")
         n_rounds = f"{len(next(iter(rates.values())))} in {row['sittings']}"
