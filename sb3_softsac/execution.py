@@ -18,6 +18,7 @@ import torch as th
 from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
+from sb3_softsac import native
 from sb3_softsac.cuda_graph import CudaGraph, capture_on
 from sb3_softsac.device_replay import Storage, StoredBatch, gathered
 from sb3_softsac.ent_coef import EntCoef
@@ -39,6 +40,7 @@ from sb3_softsac.gradient_step import (
     trained,
     update,
 )
+from sb3_softsac.native_update import NativeUpdate, class_of_updates
 from sb3_softsac.policies import SoftSACPolicy
 from sb3_softsac.type_aliases import ReplayBatch
 
@@ -100,6 +102,8 @@ class Execution:
         self.compile_seconds = 0.0  # spent until now
         self.failed = False  # it was tried in vain
         self._say = say
+        is_native = compile and BACKEND == "inductor" and policy.device.type == "cpu" and native.suits_processor()
+        self._native = NativeUpdate(policy, ent_coef, self._build_native) if is_native else None
         self._compiled: dict[Variant, Run] = {}
         self._n_compilations: dict[Variant, int] = defaultdict(int)
         self._trained: Optimizers | None = None
@@ -145,6 +149,9 @@ class Execution:
 
     def _run(self, storage: Storage | None, inputs: Inputs, options: UpdateOptions, what: Due) -> Result:
         if self.compiles and self._has_state(what):
+            if self._native is not None and self._native.suits(self._optimizers()):
+                batch = gathered(inputs.batch, storage)
+                return self._native(batch, inputs.noise, self._learning_rates, inputs.finite, options, what)
             run = self._compiled.get((what, options, th.get_num_threads()))
             if run is not None:
                 with suppress(th._dynamo.exc.TorchDynamoException):  # it has to be compiled anew
@@ -155,6 +162,25 @@ class Execution:
         self._stepped.update((id(optimizer), _trainable(optimizer)) for optimizer in self._involved(what))
         run = with_gathering(self._make_update(EAGER, options, what))
         return run(Held(self._optimizers(), storage), inputs)
+
+    def _build_native(self) -> Any:
+        with self._timed("ten seconds or so, one"):
+            found = class_of_updates()
+        if not isinstance(found, Exception):
+            return found
+        self._say(f"It is left to torch, whose updates are slower: {_reason(found)}")
+        return None
+
+    @contextmanager
+    def _timed(self, duration: str) -> Iterator[None]:
+        """Tell the user of a compilation, unless there has been one, and count its time if it succeeds."""
+        if self.compile_seconds == 0.0:
+            self._say(f"Compiling the update: {duration} if it has been done before ...")
+        start = time.perf_counter()
+        yield
+        seconds = time.perf_counter() - start
+        self.compile_seconds += seconds
+        self._say(f"Compiled in {seconds:.1f} s")
 
     def _make_update(self, parts: Parts, options: UpdateOptions, what: Due) -> Update:
         policy, ent_coef, learning_rates = self.policy, self.ent_coef, self._learning_rates
@@ -172,9 +198,6 @@ class Execution:
         """Compile, and do an update; None if that cannot be, with all as it was."""
         before = [(tensor, tensor.detach().clone()) for tensor in self.tensors()]
         random_states = _random_states(self.policy.device)
-        start = time.perf_counter()
-        if not self._compiled:
-            self._say("Compiling the update: half a minute or so, a few seconds if it has been done before ...")
         variant = what, options, th.get_num_threads()
         try:
             self._n_compilations[variant] += 1
@@ -184,10 +207,11 @@ class Execution:
                 raise RuntimeError(
                     "something in the networks changes with the updates, and each change would compile anew"
                 )
-            run = self._compile(options, what)
-            with tracing(), warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of torch, about its own insides
-                result = run(Held(self._optimizers(), storage), inputs)
+            with self._timed("half a minute or so, a few seconds"):
+                run = self._compile(options, what)
+                with tracing(), warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # of torch, about its own insides
+                    result = run(Held(self._optimizers(), storage), inputs)
         except Exception as error:  # whatever a compiler may raise; if it is the user's own, the eager update raises it
             self.compiles, self.failed = False, True
             self._compiled.clear()
@@ -204,9 +228,6 @@ class Execution:
             )
             return None
         self._compiled[variant] = run
-        seconds = time.perf_counter() - start
-        self.compile_seconds += seconds
-        self._say(f"Compiled in {seconds:.1f} s")
         return result
 
     def _compile(self, options: UpdateOptions, what: Due) -> Run:

@@ -20,16 +20,14 @@ class GraphPasses(CustomGraphPass):
         self._operator = products.operator_of_products() if products.ours_are_faster() else None
 
     def _operator_if_exact(self) -> th._ops.OpOverload | None:
-        """Lower precision, if that is wanted, is torch's matter."""
-        precision = th.backends.mkldnn.matmul.fp32_precision  # type: ignore[attr-defined]  # the older getter may raise
-        return self._operator if precision in ("none", "ieee") else None
+        return self._operator if products.exact_products_are_wanted() else None
 
     def __call__(self, graph: Graph) -> None:
         products.replace_products(graph, self._operator_if_exact())
         compute_scalars_once(graph)
 
     def uuid(self) -> Any:
-        files = (__file__, products.__file__, str(products.SOURCE))
+        files = (__file__, products.__file__, str(products.HEADER), str(products.SOURCE))
         return get_hash_for_files(files, str(self._operator_if_exact()))
 
 

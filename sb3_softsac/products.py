@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch as th
-from torch._inductor.codecache import CppCodeCache
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
-SOURCE = Path(__file__).with_name("products.cpp")
+from sb3_softsac import native
+
+HEADER, SOURCE = Path(__file__).with_name("products.h"), Path(__file__).with_name("products.cpp")
 
 aten = th.ops.aten
 
@@ -28,7 +29,7 @@ def ours_are_faster() -> bool:
     """
     :return: whether our own products are known to be faster here than torch's
     """
-    return th.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512") and "AuthenticAMD" in _processor()
+    return native.suits_processor() and "AuthenticAMD" in _processor()
 
 
 def _processor() -> str:
@@ -50,15 +51,21 @@ def operator_of_products() -> th._ops.OpOverload | None:
         return a.new_empty(a.shape[0], b.shape[1])
 
     try:
-        # Inductor's own builder and cache: a few seconds, once. What is built against one version of torch is not for
-        # another, and the text is the cache's key
-        CppCodeCache.load(f"// torch {th.__version__} {th.version.git_version}\n{SOURCE.read_text()}")
+        native.load(HEADER, SOURCE)
         th.library.register_fake("sb3_softsac::product", fake)
     except Exception as error:  # compilers and linkers have many ways to fail
         warnings.warn(f"Matrix products are torch's, which are slower here: {error}", stacklevel=2)
         return None
     found: th._ops.OpOverload = th.ops.sb3_softsac.product.default
     return found
+
+
+def exact_products_are_wanted() -> bool:
+    """
+    :return: whether float32 products are to be float32 throughout; lower precision is torch's matter
+    """
+    precision = th.backends.mkldnn.matmul.fp32_precision  # type: ignore[attr-defined]  # the older getter may raise
+    return precision in ("none", "ieee")
 
 
 def replace_products(graph: Graph, operator: th._ops.OpOverload | None) -> None:

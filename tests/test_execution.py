@@ -22,7 +22,7 @@ from torch._functorch.aot_autograd import aot_module_simplified
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from sb3_softsac import SoftSAC, execution, products, softsac, threads
+from sb3_softsac import SoftSAC, execution, native_update, products, softsac, threads
 from sb3_softsac.execution import Execution
 from sb3_softsac.products import replace_products
 
@@ -35,6 +35,12 @@ TAME = {"net_arch": [16], "optimizer_kwargs": {"eps": 1e-3}}
 def quick_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     """Traces and differentiates as Inductor's compilation does, but generates no code."""
     monkeypatch.setattr(execution, "BACKEND", "aot_eager")
+
+
+@pytest.fixture
+def nothing_is_plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaves plain updates to Inductor, too."""
+    monkeypatch.setattr(native_update, "plain_layers", lambda policy: None)
 
 
 @pytest.fixture
@@ -194,6 +200,7 @@ def assert_generated_code_equals_eager(**options: Any) -> None:
     assert has_compiled(compiled)
 
 
+@pytest.mark.usefixtures("nothing_is_plain")
 @pytest.mark.parametrize("n_threads", [1, 2])
 def test_generated_code_equals_eager(monkeypatch: pytest.MonkeyPatch, n_threads: int) -> None:
     monkeypatch.setattr(threads, "n_cores", lambda: 2)
@@ -230,6 +237,7 @@ def test_number_of_threads_may_change_between_updates() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("nothing_is_plain")
 @pytest.mark.parametrize("ours_are_faster", [False, True])
 def test_generated_code_equals_eager_whatever_the_processor(
     monkeypatch: pytest.MonkeyPatch, ours_are_faster: bool
@@ -615,6 +623,7 @@ def test_failure_after_half_an_update_with_dropout(monkeypatch: pytest.MonkeyPat
     assert_falls_back(eager, compiled, "no C++ compiler was found")
 
 
+@pytest.mark.usefixtures("nothing_is_plain")
 def test_old_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     def old() -> None:
         raise RuntimeError("torch 2.6 cannot compile gradients, 2.11 and newer can")

@@ -1,0 +1,658 @@
+// One update of plain SAC on the CPU, see native_update.py. It is compiled behind products.h.
+//
+// All threads go through an update together, and wait for each other only where one needs what another has made. What
+// takes longest otherwise is to read what another core has written. So the work of a critic is done by the same threads
+// from beginning to end, as many critics at a time as the threads can be divided among. What several threads share,
+// always the actor, is divided by rows of the minibatch: each computes the gradients of its own rows, and then adds all
+// threads' gradients of a part of the parameters.
+
+#include <omp.h>
+
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <torch/custom_class.h>
+
+#include <cmath>
+#include <limits>
+#include <numeric>
+#include <vector>
+
+namespace {
+
+template <typename T>
+struct InWholeCacheLines {
+  using value_type = T;
+  T* allocate(size_t n) { return static_cast<T*>(::operator new(n * sizeof(T), std::align_val_t(64))); }
+  void deallocate(T* data, size_t) { ::operator delete(data, std::align_val_t(64)); }
+  bool operator==(const InWholeCacheLines&) const { return true; }
+};
+
+using Floats = std::vector<float, InWholeCacheLines<float>>;
+using Tensors = std::vector<Tensor>;
+
+constexpr float LOG_2 = 0.693147180559945f, HALF_LOG_2PI = 0.918938533204673f;
+constexpr float SATURATED = 0.999f;  // as in gradient_step.py
+
+struct Range {
+  int64_t begin, end;
+};
+
+Range share(int64_t n, int64_t member, int64_t size) { return {n * member / size, n * (member + 1) / size}; }
+
+// Threads that do the same critics' work
+struct Team {
+  int64_t thread, n_threads, first_critic, n_teams, member, size;
+
+  Team(int64_t thread, int64_t n_threads, int64_t n_critics)
+      : thread(thread),
+        n_threads(n_threads),
+        first_critic(thread % std::gcd(n_threads, n_critics)),
+        n_teams(std::gcd(n_threads, n_critics)),
+        member(thread / n_teams),
+        size(n_threads / n_teams) {}
+
+  Range of_critic(int64_t n) const { return share(n, member, size); }
+  Range of_all(int64_t n) const { return share(n, thread, n_threads); }
+};
+
+void check(const Tensor& tensor, int64_t n) {
+  TORCH_CHECK(tensor.device().is_cpu() && tensor.scalar_type() == at::kFloat && tensor.is_contiguous(),
+              "a tensor is not a plain one of float32 on the CPU");
+  TORCH_CHECK(tensor.numel() == n, "a tensor has ", tensor.numel(), " elements instead of ", n);
+}
+
+// Calls f(first, n) for each vector of up to LANES elements.
+template <typename F>
+void each_vector(Range range, const F& f) {
+  for (int64_t i = range.begin; i < range.end; i += LANES) f(i, std::min(LANES, range.end - i));
+}
+
+float sum_of(const Vec& values) {
+  return at::vec::vec_reduce_all<float>([](const Vec& x, const Vec& y) { return x + y; }, values);
+}
+
+// Sums over rows, with or without weights, of a matrix's columns
+void column_sums(const float* weights, const float* matrix, int64_t columns, Range rows, float* out) {
+  each_vector({0, columns}, [&](int64_t j, int64_t n) {
+    Vec sum(0.0f);
+    for (int64_t row = rows.begin; row < rows.end; row++) {
+      sum = at::vec::fmadd(Vec(weights ? weights[row] : 1.0f), Vec::loadu(matrix + row * columns + j, n), sum);
+    }
+    sum.store(out + j, n);
+  });
+}
+
+struct Adam {
+  double learning_rate, beta1, beta2, eps;
+};
+
+// A parameter with Adam's state and its gradient, of which each member of a team has its own rows' part
+struct Parameter {
+  Tensor value, exp_avg, exp_avg_sq, step;  // targets have the value only
+  float *data, *m, *v;
+  double steps;
+  std::vector<Floats> gradients;
+
+  explicit Parameter(const Tensor* tensors, bool is_trained = true) : value(tensors[0]) {
+    if (!is_trained) return;
+    exp_avg = tensors[1], exp_avg_sq = tensors[2], step = tensors[3];
+  }
+
+  // Tensors may have been moved since the last update
+  void find() {
+    for (const Tensor& tensor : {value, exp_avg, exp_avg_sq, step}) {
+      if (tensor.defined()) check(tensor, tensor.is_same(step) ? 1 : value.numel());
+    }
+    data = value.mutable_data_ptr<float>();
+    if (!step.defined()) return;
+    m = exp_avg.mutable_data_ptr<float>();
+    v = exp_avg_sq.mutable_data_ptr<float>();
+    steps = *step.const_data_ptr<float>();
+  }
+
+  void reserve(int64_t team_size) {
+    gradients.resize(team_size);
+    for (Floats& gradient : gradients) gradient.resize(value.numel());
+  }
+
+  Range elements_of(int64_t member, int64_t size) const {
+    const int64_t n = value.numel(), n_vectors = (n + LANES - 1) / LANES;
+    const Range own = share(n_vectors, member, size);
+    return {own.begin * LANES, std::min(own.end * LANES, n)};
+  }
+
+  // Makes the gradient of the members' parts; returns the sum of its squares
+  double add_gradients(int64_t member, int64_t size) {
+    float* total = gradients[0].data();
+    Vec squares(0.0f);
+    each_vector(elements_of(member, size), [&](int64_t i, int64_t n) {
+      Vec sum = Vec::loadu(total + i, n);
+      for (int64_t part = 1; part < size; part++) sum = sum + Vec::loadu(&gradients[part][i], n);
+      if (size > 1) sum.store(total + i, n);
+      squares = at::vec::fmadd(sum, sum, squares);
+    });
+    return sum_of(squares);
+  }
+
+  // torch.optim.Adam's step, `n_before` steps after the last that was counted, with the gradient times a factor
+  void update(const Adam& adam, float factor, int64_t n_before, int64_t member, int64_t size) const {
+    const double number = steps + n_before + 1;
+    const double correction1 = 1.0 - std::pow(adam.beta1, number), correction2 = 1.0 - std::pow(adam.beta2, number);
+    const Vec step_size(float(-adam.learning_rate / correction1)), root(float(std::sqrt(correction2)));
+    const Vec eps(float(adam.eps)), scale(factor);
+    const Vec rate1(float(1.0 - adam.beta1)), rate2(float(1.0 - adam.beta2)), kept2(float(adam.beta2));
+    const float* gradient = gradients[0].data();
+    each_vector(elements_of(member, size), [&](int64_t i, int64_t n) {
+      const Vec g = Vec::loadu(gradient + i, n) * scale, old = Vec::loadu(m + i, n);
+      const Vec first = at::vec::fmadd(rate1, g - old, old);
+      const Vec second = at::vec::fmadd(rate2 * g, g, kept2 * Vec::loadu(v + i, n));
+      first.store(m + i, n);
+      second.store(v + i, n);
+      (Vec::loadu(data + i, n) + step_size * first / (second.sqrt() / root + eps)).store(data + i, n);
+    });
+  }
+
+  void count(int64_t n_steps) const { *step.mutable_data_ptr<float>() = float(steps + n_steps); }
+};
+
+struct Layer {
+  Parameter weight, bias;  // (out, in), (out)
+  int64_t in, out;
+
+  explicit Layer(const Tensor* tensors, bool is_trained = true)
+      : weight(tensors, is_trained),
+        bias(tensors + (is_trained ? 4 : 1), is_trained),
+        in(weight.value.size(1)),
+        out(weight.value.size(0)) {}
+
+  template <typename F>
+  void each_parameter(const F& f) {
+    f(weight);
+    f(bias);
+  }
+
+  void forward(const float* inputs, bool relu, Range rows, float* outputs) const {
+    if (out > 1) {
+      const Matrix a{inputs, rows.end, in, in, 1}, b{weight.data, in, out, 1, in};
+      rows_of_product(a, b, {.bias = bias.data, .relu = relu}, rows.begin, rows.end, outputs);
+      return;
+    }
+    for (int64_t row = rows.begin; row < rows.end; row++) {
+      Vec sum(0.0f);
+      each_vector({0, in}, [&](int64_t j, int64_t n) {
+        sum = at::vec::fmadd(Vec::loadu(inputs + row * in + j, n), Vec::loadu(weight.data + j, n), sum);
+      });
+      outputs[row] = sum_of(sum) + *bias.data;
+    }
+  }
+
+  // Gradient of the inputs, or of those from one on, by that of the outputs
+  void backward(const float* outputs, Range rows, const Epilogue& epilogue, float* inputs, int64_t first = 0) const {
+    const Matrix a{outputs, rows.end, out, out, 1}, b{weight.data + first, out, in - first, in, 1};
+    rows_of_product(a, b, epilogue, rows.begin, rows.end, inputs);
+  }
+
+  // Some rows' part of the parameters' gradients
+  void differentiate(const float* inputs, const float* outputs, Range rows, int64_t member) {
+    float *of_weight = weight.gradients[member].data(), *of_bias = bias.gradients[member].data();
+    const int64_t n = rows.end - rows.begin;
+    if (out > 1) {
+      const Matrix a{outputs + rows.begin * out, out, n, 1, out}, b{inputs + rows.begin * in, n, in, in, 1};
+      rows_of_product(a, b, {}, 0, out, of_weight);
+    } else {
+      column_sums(outputs, inputs, in, rows, of_weight);
+    }
+    column_sums(nullptr, outputs, out, rows, of_bias);
+  }
+};
+
+// Layers with relu between them, and behind the last if that is a hidden one. Of each there is room for what it makes of
+// a minibatch, (B, out). The gradient of that takes its place, which leaves more of a core's cache to the rest
+struct Network {
+  std::vector<Layer> layers;
+  std::vector<Floats> made;
+
+  void reserve(int64_t batch_size) {
+    made.resize(layers.size());
+    for (size_t i = 0; i < layers.size(); i++) made[i].resize(batch_size * layers[i].out);
+  }
+
+  void forward(const std::vector<Layer>& with_layers, const float* inputs, Range rows, bool ends_hidden = false) {
+    for (size_t i = 0; i < layers.size(); i++) {
+      with_layers[i].forward(inputs, ends_hidden || i + 1 < layers.size(), rows, made[i].data());
+      inputs = made[i].data();
+    }
+  }
+
+  // From the gradient of what the last layer made to that of the first, with those of a member's part of the parameters
+  // if inputs are given
+  void backward(const float* outputs, Range rows, const float* inputs = nullptr, int64_t member = 0) {
+    for (size_t i = layers.size(); i-- > 0;) {
+      Layer& layer = layers[i];
+      if (inputs) layer.differentiate(i > 0 ? made[i - 1].data() : inputs, outputs, rows, member);
+      if (i == 0) break;
+      float* hidden = made[i - 1].data();
+      if (layer.out > 1) layer.backward(outputs, rows, {.relu_of = hidden}, hidden);
+      for (int64_t row = rows.begin; layer.out == 1 && row < rows.end; row++) {
+        const Vec outer(outputs[row]);
+        each_vector({0, layer.in}, [&](int64_t j, int64_t n) {
+          float* at = hidden + row * layer.in + j;
+          const Vec gradient = outer * Vec::loadu(layer.weight.data + j, n);
+          Vec::blendv(gradient, Vec(0.0f), Vec::loadu(at, n) <= Vec(0.0f)).store(at, n);
+        });
+      }
+      outputs = hidden;
+    }
+  }
+};
+
+struct Critic : Network {
+  std::vector<Layer> target;
+  Floats q, next_q;                              // next_q is the target's, (B)
+  std::vector<int64_t> rows;                     // of the minibatch, in which q is the least of all critics'
+  Floats gradient_of_actions, gradient_in_rows;  // (B, A), and in those rows
+
+  void evaluate(const std::vector<Layer>& with_layers, const float* inputs, Range rows, Floats& values) {
+    forward(with_layers, inputs, rows);
+    std::copy_n(made.back().data() + rows.begin, rows.end - rows.begin, values.data() + rows.begin);
+  }
+};
+
+// What an update is told besides tensors, in the order of native_update.py
+struct Options {
+  double gamma, tau, target_entropy, log_action_scale, max_grad_norm, log_std_low, log_std_high, ent_coef_loss_is_exp;
+  Adam critic, ent_coef, actor;
+};
+
+// Of a thread's rows or parameters
+struct alignas(64) Sums {
+  double critic_loss, q_value, target_q, squares, log_prob, min_q, log_std, saturated;
+};
+
+// How far an update has come; each thread knows for itself
+struct Progress {
+  bool finite;
+  int64_t n_critic_steps, n_ent_coef_steps, n_actor_steps;
+};
+
+struct Batch {
+  int64_t size;
+  const float *observations, *actions, *next_observations, *dones, *rewards, *discounts;
+};
+
+// The order is that of native_update.py
+enum Metric { CRITIC_LOSS, Q_VALUE, TARGET_Q_VALUE, CRITIC_GRAD_NORM, ENT_COEF, FINITE,
+              ACTOR_LOSS, ENTROPY, LOG_STD, SATURATED_ACTIONS, ACTOR_GRAD_NORM, ENT_COEF_LOSS, N_METRICS };
+
+class Update : public torch::CustomClassHolder {
+ public:
+  // Trained parameters come with exp_avg, exp_avg_sq and step; the actor's last ones are those of mu and log_std. An
+  // entropy coefficient that is learned is its logarithm
+  Update(Tensors actor, std::vector<Tensors> critics, std::vector<Tensors> targets, Tensors ent_coef)
+      : mu_(&actor[actor.size() - 16]),
+        log_std_(&actor[actor.size() - 8]),
+        ent_coef_(ent_coef.data(), ent_coef.size() > 1),
+        learns_ent_coef_(ent_coef.size() > 1),
+        n_actions_(mu_.out) {
+    for (size_t i = 0; i + 16 < actor.size(); i += 8) actor_.layers.emplace_back(&actor[i]);
+    critics_.resize(critics.size());
+    for (size_t i = 0; i < critics.size(); i++) {
+      for (size_t k = 0; k < critics[i].size(); k += 8) critics_[i].layers.emplace_back(&critics[i][k]);
+      for (size_t k = 0; k < targets[i].size(); k += 2) critics_[i].target.emplace_back(&targets[i][k], false);
+    }
+  }
+
+  // Does an update. The batch is observations, actions, next observations, dones, rewards and maybe discounts; the
+  // noise is that of the next actions and of each update of the actor
+  Tensor run(Tensors batch, Tensors noise, std::vector<double> options, bool with_targets, bool finite) {
+    TORCH_CHECK(options.size() * sizeof(double) == sizeof(Options), options.size(), " options");
+    std::memcpy(&options_, options.data(), sizeof(Options));
+    const int64_t n = batch[0].size(0), n_observations = critics_[0].layers[0].in - n_actions_;
+    const int64_t widths[] = {n_observations, n_actions_, n_observations, 1, 1, 1};
+    const float* data[6] = {};
+    for (size_t i = 0; i < batch.size(); i++) {
+      check(batch[i], n * widths[i]);
+      data[i] = batch[i].const_data_ptr<float>();
+    }
+    batch_ = {n, data[0], data[1], data[2], data[3], data[4], data[5]};
+    std::vector<const float*> noise_data;
+    for (const Tensor& tensor : noise) {
+      check(tensor, n * n_actions_);
+      noise_data.push_back(tensor.const_data_ptr<float>());
+    }
+    find_tensors();
+    reserve();
+    Tensor metrics = at::empty({N_METRICS}, batch[0].options());
+    metrics_ = metrics.mutable_data_ptr<float>();
+#pragma omp parallel num_threads(at::get_num_threads())
+    {
+      const Team team(omp_get_thread_num(), omp_get_num_threads(), critics_.size());
+#pragma omp single
+      reserve_for(team);  // there may be fewer threads than were asked for
+      Progress progress{finite, 0, 0, 0};
+      critic_update(team, noise_data[0], progress);
+      for (size_t i = 1; i < noise_data.size(); i++) actor_update(team, noise_data[i], progress);
+      if (with_targets && progress.finite) update_targets(team);
+      if (team.thread == 0) progress_ = progress;
+    }
+    for (Critic& critic : critics_) {
+      each_parameter(critic.layers, [&](Parameter& parameter) { parameter.count(progress_.n_critic_steps); });
+    }
+    each_actor_parameter([&](Parameter& parameter) { parameter.count(progress_.n_actor_steps); });
+    if (learns_ent_coef_) ent_coef_.count(progress_.n_ent_coef_steps);
+    metrics_[FINITE] = progress_.finite;
+    return metrics;
+  }
+
+ private:
+  template <typename F>
+  static void each_parameter(std::vector<Layer>& layers, const F& f) {
+    for (Layer& layer : layers) layer.each_parameter(f);
+  }
+
+  template <typename F>
+  void each_actor_parameter(const F& f) {
+    each_parameter(actor_.layers, f);
+    mu_.each_parameter(f);
+    log_std_.each_parameter(f);
+  }
+
+  template <typename F>
+  void each_critic(const Team& team, const F& f) {
+    for (size_t i = team.first_critic; i < critics_.size(); i += team.n_teams) f(critics_[i]);
+  }
+
+  void find_tensors() {
+    const auto find = [](Parameter& parameter) { parameter.find(); };
+    each_actor_parameter(find);
+    for (Critic& critic : critics_) {
+      each_parameter(critic.layers, find);
+      each_parameter(critic.target, find);
+    }
+    ent_coef_.find();
+  }
+
+  void reserve_for(const Team& team) {
+    each_actor_parameter([&](Parameter& parameter) { parameter.reserve(team.n_threads); });
+    for (Critic& critic : critics_) {
+      each_parameter(critic.layers, [&](Parameter& parameter) { parameter.reserve(team.size); });
+    }
+    ent_coef_.reserve(1);
+    sums_.resize(team.n_threads);
+  }
+
+  void reserve() {
+    const int64_t n = batch_.size, n_values = n * n_actions_, n_inputs = critics_[0].layers[0].in;
+    actor_.reserve(n);
+    for (Floats* values : {&inputs_, &pi_inputs_}) values->resize(n * n_inputs);
+    for (Floats* values : {&mean_, &raw_log_std_, &log_std_values_, &std_, &pi_actions_, &densities_, &mean_delta_,
+                           &log_std_delta_}) {
+      values->resize(n_values);
+    }
+    log_prob_.resize(n);
+    hidden_delta_.resize(n * mu_.in);
+    for (Critic& critic : critics_) {
+      critic.reserve(n);
+      critic.q.resize(n);
+      critic.next_q.resize(n);
+      critic.rows.resize(n);
+      critic.gradient_of_actions.resize(n_values);
+      critic.gradient_in_rows.resize(n_values);
+    }
+  }
+
+  void critic_update(const Team& team, const float* noise, Progress& progress) {
+    const Range rows = team.of_all(batch_.size), of_critic = team.of_critic(batch_.size);
+    Sums& sums = sums_[team.thread] = {};
+    const float ent_coef = coefficient(), log_action_scale = options_.log_action_scale;
+
+    sample(batch_.next_observations, noise, rows);
+    join(batch_.observations, batch_.actions, inputs_.data(), rows);
+#pragma omp barrier
+    each_critic(team, [&](Critic& critic) {
+      critic.evaluate(critic.target, pi_inputs_.data(), of_critic, critic.next_q);
+      critic.evaluate(critic.layers, inputs_.data(), of_critic, critic.q);
+    });
+#pragma omp barrier
+    each_critic(team, [&](Critic& critic) {
+      for (int64_t i = of_critic.begin; i < of_critic.end; i++) {
+        const float discount = batch_.discounts ? batch_.discounts[i] : float(options_.gamma);
+        const float next_value = least(i, &Critic::next_q) - ent_coef * (log_prob_[i] - log_action_scale);
+        const float target_q = batch_.rewards[i] + (1.0f - batch_.dones[i]) * discount * next_value;
+        const float error = critic.q[i] - target_q;
+        critic.made.back()[i] = error / batch_.size;
+        sums.critic_loss += 0.5 * error * error;
+        sums.q_value += critic.q[i];
+        sums.target_q += target_q;
+      }
+      critic.backward(critic.made.back().data(), of_critic, inputs_.data(), team.member);
+    });
+    if (team.size > 1) {
+#pragma omp barrier
+    }
+    each_critic(team, [&](Critic& critic) {
+      each_parameter(critic.layers, [&](Parameter& parameter) {
+        sums.squares += parameter.add_gradients(team.member, team.size);
+      });
+    });
+#pragma omp barrier
+    const Sums all = total(team);
+    const double norm = std::sqrt(all.squares), loss = all.critic_loss / batch_.size;
+    progress.finite = progress.finite && std::isfinite(float(loss) + float(norm));
+    if (progress.finite) {
+      each_critic(team, [&](Critic& critic) {
+        each_parameter(critic.layers, [&](Parameter& parameter) {
+          parameter.update(options_.critic, factor(norm), 0, team.member, team.size);
+        });
+      });
+      progress.n_critic_steps++;
+    }
+    if (team.thread == 0) {
+      metrics_[CRITIC_LOSS] = loss;
+      metrics_[Q_VALUE] = all.q_value / (batch_.size * critics_.size());
+      metrics_[TARGET_Q_VALUE] = all.target_q / (batch_.size * critics_.size());
+      metrics_[CRITIC_GRAD_NORM] = norm;
+      metrics_[ENT_COEF] = ent_coef;
+    }
+  }
+
+  void actor_update(const Team& team, const float* noise, Progress& progress) {
+    const Range rows = team.of_all(batch_.size), of_critic = team.of_critic(batch_.size);
+#pragma omp barrier
+    Sums& sums = sums_[team.thread] = {};
+    const float log_ent_coef = *ent_coef_.data, ent_coef = coefficient(), size = batch_.size;
+
+    sample(batch_.observations, noise, rows);
+#pragma omp barrier
+    each_critic(team, [&](Critic& critic) {
+      critic.evaluate(critic.layers, pi_inputs_.data(), of_critic, critic.q);
+    });
+#pragma omp barrier
+    each_critic(team, [&](Critic& critic) { differentiate_actions(critic, of_critic); });
+#pragma omp barrier
+    // The density's part: d log_prob / du = 2 tanh(u), d log_prob / d log_std = -1, where u = mean + std noise
+    for (int64_t i = rows.begin * n_actions_; i < rows.end * n_actions_; i++) {
+      const float action = pi_actions_[i], raw = raw_log_std_[i];
+      float delta = 2.0f * ent_coef / size * action;
+      for (const Critic& critic : critics_) delta += critic.gradient_of_actions[i] * (1.0f - action * action);
+      const bool is_clamped = raw < options_.log_std_low || raw > options_.log_std_high;
+      mean_delta_[i] = delta;
+      log_std_delta_[i] = is_clamped ? 0.0f : delta * std_[i] * noise[i] - ent_coef / size;
+      sums.log_std += log_std_values_[i];
+      sums.saturated += std::abs(action) > SATURATED;
+    }
+    for (int64_t i = rows.begin; i < rows.end; i++) {
+      sums.log_prob += log_prob_[i] - float(options_.log_action_scale);
+      sums.min_q += least(i, &Critic::q);
+    }
+    const float* hidden = actor_.made.back().data();
+    mu_.differentiate(hidden, mean_delta_.data(), rows, team.thread);
+    log_std_.differentiate(hidden, log_std_delta_.data(), rows, team.thread);
+    mu_.backward(mean_delta_.data(), rows, {}, hidden_delta_.data());
+    log_std_.backward(log_std_delta_.data(), rows, {.relu_of = hidden, .adds = true}, hidden_delta_.data());
+    actor_.backward(hidden_delta_.data(), rows, batch_.observations, team.thread);
+#pragma omp barrier
+    each_actor_parameter([&](Parameter& parameter) {
+      sums.squares += parameter.add_gradients(team.thread, team.n_threads);
+    });
+#pragma omp barrier
+    const Sums all = total(team);
+    const double log_prob = all.log_prob / size, norm = std::sqrt(all.squares);
+    const double loss = ent_coef * log_prob - all.min_q / size, distance = log_prob + options_.target_entropy;
+    if (learns_ent_coef_) {
+      const bool is_exp = options_.ent_coef_loss_is_exp != 0.0;
+      const double ent_coef_loss = -(is_exp ? ent_coef : log_ent_coef) * distance;
+      progress.finite = progress.finite && std::isfinite(float(ent_coef_loss));
+      if (progress.finite) {
+        if (team.thread == 0) {
+          ent_coef_.gradients[0][0] = -(is_exp ? ent_coef : 1.0) * distance;
+          ent_coef_.update(options_.ent_coef, 1.0f, progress.n_ent_coef_steps, 0, 1);
+        }
+        progress.n_ent_coef_steps++;
+      }
+      if (team.thread == 0) metrics_[ENT_COEF_LOSS] = ent_coef_loss;
+    }
+    progress.finite = progress.finite && std::isfinite(float(loss) + float(norm));
+    if (progress.finite) {
+      each_actor_parameter([&](Parameter& parameter) {
+        parameter.update(options_.actor, factor(norm), progress.n_actor_steps, team.thread, team.n_threads);
+      });
+      progress.n_actor_steps++;
+    }
+    if (team.thread == 0) {
+      metrics_[ACTOR_LOSS] = loss;
+      metrics_[ENTROPY] = -log_prob;
+      metrics_[LOG_STD] = all.log_std / (size * n_actions_);
+      metrics_[SATURATED_ACTIONS] = all.saturated / (size * n_actions_);
+      metrics_[ACTOR_GRAD_NORM] = norm;
+    }
+  }
+
+  void update_targets(const Team& team) {
+    const Vec tau(float(options_.tau));
+    const auto move = [&](Parameter& target, const Parameter& parameter) {
+      each_vector(parameter.elements_of(team.member, team.size), [&](int64_t i, int64_t n) {
+        const Vec old = Vec::loadu(target.data + i, n);
+        at::vec::fmadd(tau, Vec::loadu(parameter.data + i, n) - old, old).store(target.data + i, n);
+      });
+    };
+    each_critic(team, [&](Critic& critic) {
+      for (size_t i = 0; i < critic.layers.size(); i++) {
+        move(critic.target[i].weight, critic.layers[i].weight);
+        move(critic.target[i].bias, critic.layers[i].bias);
+      }
+    });
+  }
+
+  float coefficient() const { return learns_ent_coef_ ? std::exp(*ent_coef_.data) : *ent_coef_.data; }
+
+  float factor(double norm) const {
+    const double limit = options_.max_grad_norm;
+    return std::isfinite(limit) ? std::min(limit / (norm + 1e-6), 1.0) : 1.0;
+  }
+
+  // The actor's actions for some observations, with log-densities; both together are inputs of critics
+  void sample(const float* observations, const float* noise, Range rows) {
+    actor_.forward(actor_.layers, observations, rows, true);
+    mu_.forward(actor_.made.back().data(), false, rows, mean_.data());
+    log_std_.forward(actor_.made.back().data(), false, rows, raw_log_std_.data());
+    const Vec low(float(options_.log_std_low)), high(float(options_.log_std_high)), half(0.5f), two(2.0f);
+    each_vector({rows.begin * n_actions_, rows.end * n_actions_}, [&](int64_t i, int64_t n) {
+      const Vec log_std = at::vec::clamp(Vec::loadu(&raw_log_std_[i], n), low, high), std = log_std.exp();
+      const Vec sample = Vec::loadu(noise + i, n), u = Vec::loadu(&mean_[i], n) + std * sample, x = u * Vec(-2.0f);
+      const Vec softplus = Vec::blendv(x.exp().log1p(), x, x > Vec(20.0f));
+      const Vec log_det = two * (Vec(LOG_2) - u - softplus);
+      const Vec density = half * sample * sample + log_std + Vec(HALF_LOG_2PI) + log_det;
+      log_std.store(&log_std_values_[i], n);
+      std.store(&std_[i], n);
+      u.tanh().store(&pi_actions_[i], n);
+      density.neg().store(&densities_[i], n);
+    });
+    for (int64_t row = rows.begin; row < rows.end; row++) {
+      const float* first = &densities_[row * n_actions_];
+      log_prob_[row] = std::accumulate(first, first + n_actions_, 0.0f);
+    }
+    join(observations, pi_actions_.data(), pi_inputs_.data(), rows);
+  }
+
+  void join(const float* observations, const float* actions, float* inputs, Range rows) const {
+    const int64_t n_inputs = critics_[0].layers[0].in, n_observations = n_inputs - n_actions_;
+    for (int64_t row = rows.begin; row < rows.end; row++) {
+      std::copy_n(observations + row * n_observations, n_observations, inputs + row * n_inputs);
+      std::copy_n(actions + row * n_actions_, n_actions_, inputs + row * n_inputs + n_observations);
+    }
+  }
+
+  float least(int64_t row, Floats Critic::*q_values) const {
+    float least = std::numeric_limits<float>::infinity();
+    for (const Critic& critic : critics_) {
+      const float q = (critic.*q_values)[row];
+      if (q < least || std::isnan(q)) least = q;
+    }
+    return least;
+  }
+
+  // Gradient of the actor's loss through a critic. There is none where another one's Q-value is the least: those rows
+  // are left out
+  void differentiate_actions(Critic& critic, Range rows) {
+    Range own{rows.begin, rows.begin};
+    for (int64_t row = rows.begin; row < rows.end; row++) {
+      const float min_q = least(row, &Critic::q);
+      if (critic.q[row] > min_q) continue;
+      int64_t n_least = 0;  // they share it
+      for (const Critic& other : critics_) n_least += !(other.q[row] > min_q);
+      critic.made.back()[own.end] = -1.0f / (batch_.size * n_least);
+      critic.rows[own.end++] = row;
+    }
+    for (size_t i = 0; i + 1 < critic.layers.size(); i++) {
+      const int64_t width = critic.layers[i].out;
+      for (int64_t k = own.begin; k < own.end; k++) {
+        if (critic.rows[k] != k) std::copy_n(&critic.made[i][critic.rows[k] * width], width, &critic.made[i][k * width]);
+      }
+    }
+    critic.backward(critic.made.back().data(), own);
+    const Layer& first = critic.layers[0];
+    first.backward(critic.made[0].data(), own, {}, critic.gradient_in_rows.data(), first.in - n_actions_);
+    float* gradient = critic.gradient_of_actions.data();
+    std::fill(gradient + rows.begin * n_actions_, gradient + rows.end * n_actions_, 0.0f);
+    for (int64_t k = own.begin; k < own.end; k++) {
+      std::copy_n(&critic.gradient_in_rows[k * n_actions_], n_actions_, gradient + critic.rows[k] * n_actions_);
+    }
+  }
+
+  Sums total(const Team& team) const {
+    Sums all{};
+    for (int64_t i = 0; i < team.n_threads; i++) {
+      const Sums& one = sums_[i];
+      all.critic_loss += one.critic_loss, all.q_value += one.q_value, all.target_q += one.target_q;
+      all.squares += one.squares, all.log_prob += one.log_prob, all.min_q += one.min_q;
+      all.log_std += one.log_std, all.saturated += one.saturated;
+    }
+    return all;
+  }
+
+  Network actor_;  // up to the last hidden layer
+  Layer mu_, log_std_;
+  std::vector<Critic> critics_;
+  Parameter ent_coef_;
+  bool learns_ent_coef_;
+  int64_t n_actions_;
+
+  Options options_;
+  Batch batch_;
+  Progress progress_;
+  std::vector<Sums> sums_;
+  float* metrics_;
+  Floats inputs_, pi_inputs_;  // of critics, (B, O + A)
+  Floats mean_, raw_log_std_, log_std_values_, std_, pi_actions_, densities_, mean_delta_, log_std_delta_;  // (B, A)
+  Floats log_prob_;      // (B)
+  Floats hidden_delta_;  // gradient of what the actor's last hidden layer made
+};
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(sb3_softsac, m) {
+  m.class_<Update>("Update")
+      .def(torch::init<Tensors, std::vector<Tensors>, std::vector<Tensors>, Tensors>())
+      .def("run", &Update::run);
+}
