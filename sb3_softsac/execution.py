@@ -148,7 +148,8 @@ class Execution:
         return len(outcomes), means(outcomes, n_updates)
 
     def _run(self, storage: Storage | None, inputs: Inputs, options: UpdateOptions, what: Due) -> Result:
-        if self.compiles and self._has_state(what):
+        # In C++ all optimisers must have a state, also one that is not due
+        if self.compiles and self._has_state(what if self._native is None else Due(1, True)):
             if self._native is not None and self._native.suits(self._optimizers()):
                 batch = gathered(inputs.batch, storage)
                 return self._native(batch, inputs.noise, self._learning_rates, inputs.finite, options, what)

@@ -304,6 +304,7 @@ def trained(optimizer: Optimizer) -> Trained:
 def step(trained: Trained, gradients: Gradients, learning_rate: th.Tensor, finite: th.Tensor) -> th.Tensor:
     """The optimiser's own step, as an :data:`Apply`. It reads its learning rate itself."""
     if finite and trained.parameters:
+        trained.optimizer.zero_grad()  # a parameter that has been frozen may have one
         for parameter, gradient in zip(trained.parameters, gradients, strict=True):
             parameter.grad = gradient
         trained.optimizer.step()

@@ -182,7 +182,8 @@ struct Layer {
       each_vector({0, in}, [&](int64_t j, int64_t n) {
         sum = at::vec::fmadd(Vec::loadu(inputs + row * in + j, n), Vec::loadu(weight.data + j, n), sum);
       });
-      outputs[row] = sum_of(sum) + *bias.data;
+      const float made = sum_of(sum) + *bias.data;
+      outputs[row] = relu && made <= 0.0f ? 0.0f : made;
     }
   }
 
@@ -206,15 +207,19 @@ struct Layer {
   }
 };
 
-// Layers with relu between them, and behind the last if that is a hidden one. Of each there is room for what it makes of
-// a minibatch, (B, out). The gradient of that takes its place, which leaves more of a core's cache to the rest
+// Layers with relu between them, and behind the last if that is a hidden one. Of each there is room for what it makes
+// of a minibatch, (B, out). The gradient of that takes its place, which leaves more of a core's cache to the rest
 struct Network {
   std::vector<Layer> layers;
   std::vector<Floats> made;
+  Floats sums;  // instead of that place, behind a layer that is too wide
 
   void reserve(int64_t batch_size) {
     made.resize(layers.size());
-    for (size_t i = 0; i < layers.size(); i++) made[i].resize(batch_size * layers[i].out);
+    for (size_t i = 0; i < layers.size(); i++) {
+      made[i].resize(batch_size * layers[i].out);
+      if (i > 0 && layers[i].out > DEPTH) sums.resize(std::max<size_t>(sums.size(), batch_size * layers[i].in));
+    }
   }
 
   void forward(const std::vector<Layer>& with_layers, const float* inputs, Range rows, bool ends_hidden = false) {
@@ -232,14 +237,20 @@ struct Network {
       if (inputs) layer.differentiate(i > 0 ? made[i - 1].data() : inputs, outputs, rows, member);
       if (i == 0) break;
       float* hidden = made[i - 1].data();
-      if (layer.out > 1) layer.backward(outputs, rows, {.relu_of = hidden}, hidden);
-      for (int64_t row = rows.begin; layer.out == 1 && row < rows.end; row++) {
-        const Vec outer(outputs[row]);
-        each_vector({0, layer.in}, [&](int64_t j, int64_t n) {
-          float* at = hidden + row * layer.in + j;
-          const Vec gradient = outer * Vec::loadu(layer.weight.data + j, n);
-          Vec::blendv(gradient, Vec(0.0f), Vec::loadu(at, n) <= Vec(0.0f)).store(at, n);
-        });
+      const bool is_product = layer.out > 1;
+      if (is_product && layer.out <= DEPTH) {
+        layer.backward(outputs, rows, {.relu_of = hidden}, hidden);
+      } else {
+        if (is_product) layer.backward(outputs, rows, {}, sums.data());  // stored before they are complete
+        for (int64_t row = rows.begin; row < rows.end; row++) {
+          float* at = hidden + row * layer.in;
+          const float* values = is_product ? &sums[row * layer.in] : layer.weight.data;
+          const Vec factor(is_product ? 1.0f : outputs[row]);
+          each_vector({0, layer.in}, [&](int64_t j, int64_t n) {
+            const Vec gradient = factor * Vec::loadu(values + j, n);
+            Vec::blendv(gradient, Vec(0.0f), Vec::loadu(at + j, n) <= Vec(0.0f)).store(at + j, n);
+          });
+        }
       }
       outputs = hidden;
     }
@@ -607,7 +618,8 @@ class Update : public torch::CustomClassHolder {
     for (size_t i = 0; i + 1 < critic.layers.size(); i++) {
       const int64_t width = critic.layers[i].out;
       for (int64_t k = own.begin; k < own.end; k++) {
-        if (critic.rows[k] != k) std::copy_n(&critic.made[i][critic.rows[k] * width], width, &critic.made[i][k * width]);
+        const float* row = &critic.made[i][critic.rows[k] * width];
+        if (critic.rows[k] != k) std::copy_n(row, width, &critic.made[i][k * width]);
       }
     }
     critic.backward(critic.made.back().data(), own);

@@ -3,7 +3,7 @@
 import copy
 import itertools
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +14,30 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3 import SAC
 from stable_baselines3.common.env_util import make_vec_env
-from stable_baselines3.common.envs import FakeImageEnv, SimpleMultiObsEnv
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.torch_layers import FlattenExtractor
 from torch import nn
 from torch._functorch.aot_autograd import aot_module_simplified
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
+from twins import (
+    CASES,
+    SGD,
+    SMALL,
+    TAME,
+    NormExtractor,
+    assert_identical,
+    assert_same,
+    flat,
+    make,
+    poison,
+    state,
+    train,
+    twins,
+)
 
 from sb3_softsac import SoftSAC, execution, native_update, products, softsac, threads
-from sb3_softsac.execution import Execution
 from sb3_softsac.products import replace_products
-
-SMALL: dict[str, Any] = {"learning_starts": 20, "buffer_size": 300, "batch_size": 8, "device": "cpu", "seed": 0}
-# A zero gradient's rounding must not become a whole step of Adam
-TAME = {"net_arch": [16], "optimizer_kwargs": {"eps": 1e-3}}
 
 
 @pytest.fixture
@@ -63,97 +72,6 @@ def compilations(monkeypatch: pytest.MonkeyPatch, only_traced: None) -> list[str
     return names
 
 
-class NormExtractor(FlattenExtractor):
-    """With batch norm and dropout: running statistics, and random numbers of the network's own."""
-
-    def __init__(self, observation_space: Any):
-        super().__init__(observation_space)
-        self.norm = nn.BatchNorm1d(self.features_dim)
-        self.dropout = nn.Dropout(0.1)
-
-    def forward(self, observations: th.Tensor) -> th.Tensor:
-        return self.dropout(self.norm(super().forward(observations)))
-
-
-def image() -> gym.Env:
-    return FakeImageEnv(screen_height=36, screen_width=36, n_channels=1, channel_first=True, discrete=False)
-
-
-def multi_obs() -> gym.Env:
-    return SimpleMultiObsEnv(discrete_actions=False, channel_last=False)
-
-
-SGD = {"net_arch": [16], "optimizer_class": th.optim.SGD}
-CASES: dict[str, dict[str, Any]] = {
-    "defaults": {},
-    "fixed_ent_coef": {"ent_coef": 0.2},
-    "delays": {"policy_delay": 2, "target_update_interval": 3},
-    "compensation": {"policy_delay": 2, "policy_delay_compensation": True},
-    "actor_target": {"use_actor_target": True},
-    "gsde": {"use_sde": True},
-    "gsde_target": {"use_sde": True, "use_actor_target": True},
-    "n_steps": {"n_steps": 3},
-    "schedule": {"learning_rate": lambda progress: 3e-3 * progress, "qf_learning_rate": 1e-3},
-    "max_grad_norm": {"max_grad_norm": 0.5, "ent_coef_loss": "exp", "entropy_space": "env"},
-    "amsgrad": {"policy_kwargs": {"net_arch": [16], "optimizer_kwargs": {"eps": 1e-3, "amsgrad": True}}},
-    "adamw": {"policy_kwargs": {**TAME, "optimizer_class": th.optim.AdamW}},
-    "sgd": {"policy_kwargs": {**SGD, "optimizer_kwargs": {"momentum": 0.9}}},
-    "rmsprop_delay": {"policy_delay": 2, "policy_kwargs": {**SGD, "optimizer_class": th.optim.RMSprop}},
-    "shared_extractor": {"policy_kwargs": {**TAME, "share_features_extractor": True}},
-    "batch_norm": {"policy_kwargs": {**TAME, "features_extractor_class": NormExtractor}},
-    "log_std": {"policy_kwargs": {**TAME, "log_std_bounding": "tanh", "separate_log_std_net": True, "n_critics": 3}},
-    "image": {"policy": "CnnPolicy", "env": image, "policy_kwargs": {**SGD}, "learning_rate": 1e-2},
-    "dict": {"policy": "MultiInputPolicy", "env": multi_obs, "policy_kwargs": {**SGD}, "learning_rate": 1e-2},
-}
-
-
-def make(name: str, **kwargs: Any) -> SoftSAC:
-    case = dict(CASES[name])
-    policy, env = case.pop("policy", "MlpPolicy"), case.pop("env", lambda: gym.make("Pendulum-v1"))()
-    model = SoftSAC(policy, env, **{**SMALL, "policy_kwargs": dict(TAME), **case, **kwargs})
-    model.set_logger(Logger(folder=None, output_formats=[]))
-    return model
-
-
-def twins(name: str, **kwargs: Any) -> tuple[SoftSAC, SoftSAC]:
-    """A model that runs eagerly, after its first update, and one in the same state that compiles."""
-    eager, compiled = make(name, compile=False, **kwargs), make(name, compile=True, **kwargs)
-    eager.learn(SMALL["learning_starts"] + 1)
-    compiled.learn(SMALL["learning_starts"] + 1)
-    compiled.replay_buffer = copy.deepcopy(eager.replay_buffer)
-    compiled.set_parameters(copy.deepcopy(eager.get_parameters()))
-    with th.no_grad():
-        if compiled.log_ent_coef is not None and eager.log_ent_coef is not None:
-            compiled.log_ent_coef.copy_(eager.log_ent_coef)
-    return eager, compiled
-
-
-def flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    if isinstance(value, dict):
-        return {k: v for key, part in value.items() for k, v in flat(part, f"{prefix}.{key}").items()}
-    if isinstance(value, list | tuple):
-        return {k: v for i, part in enumerate(value) for k, v in flat(part, f"{prefix}.{i}").items()}
-    return {prefix: value}
-
-
-def state(model: SoftSAC) -> dict[str, Any]:
-    """Networks, targets, optimisers, entropy coefficient and torch's random state."""
-    parts = [model.get_parameters(), model.log_ent_coef, th.get_rng_state()]
-    return {k: v.detach().clone() if isinstance(v, th.Tensor) else v for k, v in flat(parts).items()}
-
-
-def assert_same(expected: dict[str, Any], actual: dict[str, Any], atol: float) -> None:
-    assert expected.keys() == actual.keys()
-    for name, value in expected.items():
-        if isinstance(value, th.Tensor):
-            assert actual[name].dtype == value.dtype and actual[name].device == value.device, name
-            th.testing.assert_close(
-                actual[name], value, atol=atol, rtol=1e-4, msg=lambda text, name=name: f"{name} {text}"
-            )
-        else:
-            assert actual[name] == value, name
-
-
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.usefixtures("quick_compiler")
 def test_compiled_equals_eager(name: str) -> None:
@@ -168,19 +86,6 @@ def test_compiled_equals_eager(name: str) -> None:
             if key.startswith("train/"):
                 assert compiled.logger.name_to_value[key] == pytest.approx(value, rel=1e-3, abs=1e-4), key
     assert compiled._compiles, "it has fallen back to eager updates"
-
-
-def assert_identical(expected: dict[str, Any], actual: dict[str, Any]) -> None:
-    assert expected.keys() == actual.keys()
-    for name, value in expected.items():
-        same = th.equal(value, actual[name]) if isinstance(value, th.Tensor) else value == actual[name]
-        assert same, name
-
-
-def train(model: SoftSAC, n: int, seed: int = 0) -> None:
-    """With the same noise in each model."""
-    th.manual_seed(seed)
-    model.train(gradient_steps=n, batch_size=8)
 
 
 def has_compiled(model: SoftSAC) -> bool:
@@ -461,18 +366,6 @@ def test_copy_of_a_compiled_model_is_on_its_own(tmp_path: Path) -> None:
 
 
 # Numbers that are not finite
-
-
-def poison(monkeypatch: pytest.MonkeyPatch, at: int, name: str) -> None:
-    """From now on, the batch of this number in each ``train()`` has NaN in this tensor."""
-    run = Execution.__call__
-
-    def poisoned(self: Execution, batches: Iterable[Any], *args: Any) -> Any:
-        nan = float("nan")
-        numbered = enumerate(batches, 1)
-        return run(self, (b._replace(**{name: getattr(b, name) * nan}) if i == at else b for i, b in numbered), *args)
-
-    monkeypatch.setattr(Execution, "__call__", poisoned)
 
 
 @pytest.mark.usefixtures("only_traced")

@@ -1,0 +1,417 @@
+"""Updates in C++: those of gradient_step.py up to rounding; and which ones are left to torch's compiler."""
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch as th
+from gymnasium import spaces
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from stable_baselines3 import SAC
+from torch import nn
+from twins import CASES, SMALL, TAME, assert_identical, assert_same, make, poison, state, train, twins
+
+from sb3_softsac import SoftSAC, execution, native, native_update
+from sb3_softsac.native_update import class_of_updates
+
+pytestmark = pytest.mark.skipif(not native.suits_processor(), reason="the code is for processors with AVX2 or AVX-512")
+
+
+@pytest.fixture(autouse=True)
+def no_other_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What is not plain is not compiled, which takes long; and the number of threads is as before."""
+    n_threads = th.get_num_threads()
+    monkeypatch.setattr(execution, "compiled", lambda function, device: function)
+    yield
+    th.set_num_threads(n_threads)
+
+
+def is_native(model: SoftSAC) -> bool:
+    """Whether all compiled updates until now were done in C++."""
+    assert model._execution is not None and model._execution.compiles
+    used = model._execution._native is not None and model._execution._native._update is not None
+    assert used != bool(model._execution._compiled)
+    return used
+
+
+class Odd(gym.Env):
+    """Observations that are not vectors, actions with bounds of their own."""
+
+    observation_space = spaces.Box(-np.inf, np.inf, (3, 13), np.float64)
+    action_space = spaces.Box(
+        np.array([-3.0, 0.0, -0.5, 1.0, -1.0], np.float32), np.array([1, 2, 0.5, 7, 9], np.float32)
+    )
+
+    def reset(self, **kwargs: Any) -> tuple[np.ndarray, dict[str, Any]]:
+        super().reset(**kwargs)
+        return self.np_random.normal(size=(3, 13)), {}
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        end = self.np_random.uniform() < 0.1
+        return self.np_random.normal(size=(3, 13)), float(action.sum()), bool(end), False, {}
+
+
+def test_it_can_be_built() -> None:
+    found = class_of_updates()
+    assert not isinstance(found, Exception), found
+
+
+PLAIN = ("defaults", "fixed_ent_coef", "delays", "compensation", "n_steps", "schedule", "max_grad_norm")
+OTHERS: dict[str, dict[str, Any]] = {
+    "one_critic": {"policy_kwargs": {**TAME, "n_critics": 1}},
+    "three_critics": {"policy_kwargs": {**TAME, "n_critics": 3}},
+    "one_layer": {"policy_kwargs": {**TAME, "net_arch": {"pi": [19], "qf": [33]}}},
+    "deep": {"policy_kwargs": {**TAME, "net_arch": {"pi": [7, 40, 17], "qf": [31, 16, 8, 5]}}},
+    "shared_extractor": {"policy_kwargs": {**TAME, "share_features_extractor": True}},
+    "log_std_bounds": {"policy_kwargs": {**TAME, "log_std_bounds": (-0.01, 0.01)}},
+    "betas": {"policy_kwargs": {"net_arch": [16], "optimizer_kwargs": {"eps": 1e-2, "betas": (0.5, 0.9)}}},
+    "exp_in_env_units": {"ent_coef_loss": "exp", "entropy_space": "env", "ent_coef": "auto_0.3", "env": Odd},
+    "odd_spaces": {"env": Odd, "policy_delay": 3, "policy_delay_compensation": True},
+}
+
+
+@pytest.mark.parametrize("n_threads", [1, 2, 3, 4])
+@pytest.mark.parametrize("name", [*PLAIN, *OTHERS])
+def test_it_equals_the_eager_update(name: str, n_threads: int) -> None:
+    case = CASES[name] if name in PLAIN else OTHERS[name]
+    eager, plain = twins("defaults", **{**case, "batch_size": 45})
+    for n in (1, 5):
+        for model in (eager, plain):
+            th.manual_seed(n)
+            th.set_num_threads(n_threads if model is plain else 1)
+            model._current_progress_remaining = 1.0 / n
+            model.train(gradient_steps=n, batch_size=45)
+        assert_same(state(eager), state(plain), atol=3e-5)
+        for key, value in eager.logger.name_to_value.items():
+            if key.startswith("train/"):
+                assert plain.logger.name_to_value[key] == pytest.approx(value, rel=1e-3, abs=1e-4), key
+    assert is_native(plain)
+
+
+@given(
+    sizes=st.tuples(*[st.lists(st.integers(1, 70), min_size=1, max_size=3)] * 2),
+    n_critics=st.integers(1, 5),
+    batch_size=st.integers(1, 70),
+    n_threads=st.integers(1, 5),
+    seed=st.integers(0, 100),
+)
+@settings(max_examples=25)
+def test_any_sizes(
+    sizes: tuple[list[int], list[int]], n_critics: int, batch_size: int, n_threads: int, seed: int
+) -> None:
+    kwargs = {**TAME, "net_arch": {"pi": sizes[0], "qf": sizes[1]}, "n_critics": n_critics}
+    eager, plain = twins("defaults", policy_kwargs=kwargs, batch_size=batch_size, env=Odd)
+    for model in (eager, plain):
+        th.manual_seed(seed)
+        th.set_num_threads(n_threads if model is plain else 1)
+        model.train(gradient_steps=2, batch_size=batch_size)
+    assert is_native(plain)
+    assert_same(state(eager), state(plain), atol=1e-4)
+
+
+def test_networks_of_the_usual_size() -> None:
+    """Products are made of panels and tiles: here there are several of each."""
+    kwargs = {"optimizer_kwargs": {"eps": 1e-3}, "net_arch": [256, 600]}
+    eager, plain = twins("defaults", policy_kwargs=kwargs, batch_size=256)
+    for model in (eager, plain):
+        th.manual_seed(0)
+        th.set_num_threads(2)
+        model.train(gradient_steps=3, batch_size=256)
+    assert_same(state(eager), state(plain), atol=3e-5)
+    assert is_native(plain)
+
+
+def test_critics_that_are_equal_share_the_gradient() -> None:
+    eager, plain = twins("defaults", policy_kwargs={**TAME, "n_critics": 3})
+    for model in (eager, plain):
+        networks = [*model.critic.q_networks, *model.critic_target.q_networks]
+        for network in networks[1:]:
+            network.load_state_dict(networks[0].state_dict())
+        states = model.critic.optimizer.state
+        parameters = [list(network.parameters()) for network in model.critic.q_networks]
+        for first, *others in zip(*parameters, strict=True):
+            for other in others:
+                states[other] = copy.deepcopy(states[first])
+        train(model, 3)
+    assert_same(state(eager), state(plain), atol=3e-5)
+    assert is_native(plain)
+
+
+def test_the_same_again_with_the_same_number_of_threads() -> None:
+    results = []
+    for _ in range(2):
+        model = make("defaults", compile=True, num_threads=2, batch_size=64)
+        model.learn(SMALL["learning_starts"] + 1)
+        th.set_num_threads(2)
+        th.manual_seed(0)
+        model.train(gradient_steps=20, batch_size=64)
+        assert is_native(model)
+        results.append(state(model))
+    assert_identical(*results)
+
+
+# State is where it always is
+
+
+def started(**kwargs: Any) -> tuple[SoftSAC, SoftSAC]:
+    """Twins that have done native updates."""
+    eager, plain = twins("defaults", **kwargs)
+    for model in (eager, plain):
+        train(model, 2)
+    assert is_native(plain)
+    return eager, plain
+
+
+def load_optimizers(model: SoftSAC) -> None:
+    """Makes new tensors of their states."""
+    model.critic.optimizer.load_state_dict(copy.deepcopy(model.critic.optimizer.state_dict()))
+    model.actor.optimizer.load_state_dict(copy.deepcopy(model.actor.optimizer.state_dict()))
+
+
+def move_parameters(model: SoftSAC) -> None:
+    for parameter in model.policy.parameters():
+        parameter.data = parameter.data.clone()
+
+
+def exchange_layer(model: SoftSAC) -> None:
+    """The new one is not what the optimiser trains."""
+    old = model.actor.latent_pi[0]
+    new = nn.Linear(old.in_features, old.out_features)
+    new.load_state_dict({name: 0.5 * value for name, value in old.state_dict().items()})
+    model.actor.latent_pi[0] = new
+
+
+def exchange_activation(model: SoftSAC) -> None:
+    model.critic.q_networks[0][1] = nn.Tanh()
+
+
+def add_layer(model: SoftSAC) -> None:
+    model.actor.latent_pi.append(nn.Tanh())
+
+
+def add_hook(model: SoftSAC) -> None:
+    model.actor.mu.register_forward_hook(lambda module, inputs, output: 0.5 * output)
+
+
+def add_pre_hook(model: SoftSAC) -> None:
+    model.critic_target.q_networks[1][0].register_forward_pre_hook(lambda module, inputs: (inputs[0] * 0.5,))
+
+
+def add_forward(model: SoftSAC) -> None:
+    layer = model.critic.q_networks[0][0]
+    layer.forward = lambda inputs: 0.5 * nn.functional.linear(inputs, layer.weight, layer.bias)
+
+
+def parametrize(model: SoftSAC) -> None:
+    class Half(nn.Module):
+        def forward(self, weight: th.Tensor) -> th.Tensor:
+            return 0.5 * weight
+
+    nn.utils.parametrize.register_parametrization(model.actor.mu, "weight", Half())
+
+
+def freeze(model: SoftSAC) -> None:
+    model.actor.mu.bias.requires_grad_(False)
+
+
+def decay_weights(model: SoftSAC) -> None:
+    model.critic.optimizer = th.optim.Adam(model.critic.parameters(), lr=1e-2, weight_decay=0.5)
+
+
+def exchange_ent_coef(model: SoftSAC) -> None:
+    assert model.log_ent_coef is not None
+    model.log_ent_coef = th.full((1,), -1.0, requires_grad=True)
+    model.ent_coef_optimizer = th.optim.Adam([model.log_ent_coef], lr=1e-2)
+
+
+CHANGES: dict[Callable[[SoftSAC], None], bool] = {
+    load_optimizers: True,
+    move_parameters: True,
+    exchange_layer: False,
+    exchange_activation: False,
+    add_layer: False,
+    add_hook: False,
+    add_pre_hook: False,
+    add_forward: False,
+    parametrize: False,
+    freeze: False,
+    decay_weights: False,
+    exchange_ent_coef: True,
+}
+
+
+@pytest.mark.filterwarnings("ignore:The update cannot be compiled")
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_changes_in_a_run_take_effect(change: Callable[[SoftSAC], None]) -> None:
+    eager, plain = started()
+    for model in (eager, plain):
+        change(model)
+        train(model, 3, seed=1)
+    assert_same(state(eager), state(plain), atol=3e-5)
+    native_update = plain._execution._native
+    assert native_update is not None
+    assert native_update.suits(plain._execution._optimizers()) == CHANGES[change]
+
+
+def test_hook_that_is_removed() -> None:
+    eager, plain = started()
+    for model in (eager, plain):
+        hook = model.actor.mu.register_forward_hook(lambda module, inputs, output: 0.5 * output)
+        train(model, 2)
+        hook.remove()
+        train(model, 2)
+    assert_same(state(eager), state(plain), atol=3e-5)
+    assert plain._execution._native.suits(plain._execution._optimizers())
+
+
+def test_it_goes_on_where_sb3_has_been(tmp_path: Path) -> None:
+    """The file of a native run is read by SB3, whose file is read again."""
+    model = make("defaults", compile=True)
+    model.learn(60)
+    assert is_native(model)
+    sac = SAC("MlpPolicy", "Pendulum-v1", policy_kwargs=TAME, device="cpu")
+    sac.set_parameters(model.get_parameters())
+    for name, value in sac.policy.state_dict().items():
+        assert th.equal(value, model.policy.state_dict()[name])
+    sac.save(tmp_path / "sac.zip")
+    again = SoftSAC.load(tmp_path / "sac.zip", gym.make("Pendulum-v1"), compile=True, allow_pickle=True)
+    again.learn(130)
+    assert is_native(again)
+
+
+@pytest.mark.parametrize("at", [1, 3])
+@pytest.mark.parametrize("name", ["rewards", "observations", "next_observations", "actions"])
+def test_nan_stops_the_run_with_all_as_it_was(monkeypatch: pytest.MonkeyPatch, name: str, at: int) -> None:
+    eager, plain = started()
+    with monkeypatch.context() as patch:
+        poison(patch, at, name)
+        for model in (eager, plain):
+            with pytest.raises(ValueError, match=rf"^critic_loss is nan .* at update {model._n_updates + at}: .* NaN"):
+                train(model, 5, seed=1)
+    assert_same(state(eager), state(plain), atol=3e-5)
+    for model in (eager, plain):
+        train(model, 2, seed=2)
+    assert_same(state(eager), state(plain), atol=3e-5)
+    assert is_native(plain)
+
+
+def test_infinite_actor_is_not_stepped() -> None:
+    """The critics have been, before it."""
+    eager, plain = started(ent_coef=0.2, gamma=0.0)
+    for model in (eager, plain):
+        with th.no_grad():
+            model.actor.log_std.bias.fill_(math.nan)
+        with pytest.raises(ValueError, match="critic_loss is nan"):
+            train(model, 3)
+    assert_same_but_nan(eager, plain)
+
+
+def assert_same_but_nan(eager: SoftSAC, plain: SoftSAC) -> None:
+    expected, actual = state(eager), state(plain)
+    for name, value in expected.items():
+        if isinstance(value, th.Tensor):
+            th.testing.assert_close(actual[name], value, atol=3e-5, rtol=1e-4, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", ["observations", "actions", "next_observations", "rewards", "dones"])
+def test_minibatch_that_does_not_fit(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    _, plain = started()
+    buffer = plain.replay_buffer
+    assert buffer is not None
+    sample = buffer.sample
+
+    def cut(*args: Any, **kwargs: Any) -> Any:
+        batch = sample(*args, **kwargs)
+        return batch._replace(**{name: getattr(batch, name)[:, :0]})
+
+    monkeypatch.setattr(buffer, "sample", cut)
+    before = state(plain)
+    with pytest.raises(RuntimeError, match="a tensor has 0 elements instead of"):
+        train(plain, 1)
+    after = state(plain)
+    assert_identical({**before, ".2": None}, {**after, ".2": None})
+
+
+def test_minibatches_of_other_types(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user's buffer may give float64 or a transposed matrix."""
+    eager, plain = started()
+    for model in (eager, plain):
+        buffer = model.replay_buffer
+        assert buffer is not None
+        sample = buffer.sample
+
+        def other(*args: Any, sample: Any = sample, **kwargs: Any) -> Any:
+            batch = sample(*args, **kwargs)
+            return batch._replace(observations=batch.observations.double(), actions=batch.actions.T.contiguous().T)
+
+        monkeypatch.setattr(buffer, "sample", other)
+        train(model, 2)
+    assert_same(state(eager), state(plain), atol=3e-5)
+    assert is_native(plain)
+
+
+# What is not plain
+
+
+@pytest.mark.parametrize(
+    "name", ["actor_target", "gsde", "amsgrad", "adamw", "sgd", "batch_norm", "log_std", "image", "dict"]
+)
+def test_what_is_not_plain_is_left_alone(name: str) -> None:
+    model = make(name, compile=True)
+    model.learn(SMALL["learning_starts"] + 3)
+    assert not is_native(model)
+
+
+def test_other_activations_and_no_hidden_layers_are_left_alone() -> None:
+    for kwargs in ({"activation_fn": nn.Tanh}, {"net_arch": []}, {"net_arch": {"pi": [], "qf": [8]}}):
+        model = make("defaults", compile=True, policy_kwargs={**TAME, **kwargs})
+        model.learn(SMALL["learning_starts"] + 3)
+        assert not is_native(model), kwargs
+
+
+def test_lower_precision_is_torchs_matter() -> None:
+    model = make("defaults", compile=True, matmul_precision="medium")
+    model.learn(SMALL["learning_starts"] + 3)
+    assert model._execution._compiled
+
+
+def test_other_processors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "suits_processor", lambda: False)
+    model = make("defaults", compile=True)
+    model.learn(SMALL["learning_starts"] + 3)
+    assert model._execution._native is None and model._execution._compiled
+
+
+def test_it_cannot_be_built(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """It is said, and torch's compiler does it."""
+    source = tmp_path / "update.cpp"
+    source.write_text("this is not C++")
+    monkeypatch.setattr(native_update, "SOURCE", source)
+    class_of_updates.cache_clear()
+    try:
+        model = make("defaults", compile=True, verbose=1)
+        model.learn(SMALL["learning_starts"] + 3)
+    finally:
+        class_of_updates.cache_clear()
+    assert model._execution._compiled
+    told = [line for line in capsys.readouterr().out.splitlines() if "ompil" in line or "left to torch" in line]
+    assert told[0].startswith("Compiling the update: ten seconds or so")
+    assert any(line.startswith("It is left to torch, whose updates are slower: ") for line in told)
+
+
+def test_it_is_told_once(capsys: pytest.CaptureFixture[str]) -> None:
+    model = make("defaults", compile=True, verbose=1)
+    model.learn(SMALL["learning_starts"] + 3)
+    load_optimizers(model)
+    model.learn(3, reset_num_timesteps=False)
+    assert is_native(model)
+    told = [line for line in capsys.readouterr().out.splitlines() if "ompil" in line]
+    assert len(told) == 2 and told[1].startswith("Compiled in ")

@@ -1,0 +1,136 @@
+"""Pairs of models in the same state, whose updates are run in different ways, and what is compared of them."""
+
+import copy
+from collections.abc import Iterable
+from typing import Any
+
+import gymnasium as gym
+import pytest
+import torch as th
+from stable_baselines3.common.envs import FakeImageEnv, SimpleMultiObsEnv
+from stable_baselines3.common.logger import Logger
+from stable_baselines3.common.torch_layers import FlattenExtractor
+from torch import nn
+
+from sb3_softsac import SoftSAC
+from sb3_softsac.execution import Execution
+
+SMALL: dict[str, Any] = {"learning_starts": 20, "buffer_size": 300, "batch_size": 8, "device": "cpu", "seed": 0}
+# A zero gradient's rounding must not become a whole step of Adam
+TAME = {"net_arch": [16], "optimizer_kwargs": {"eps": 1e-3}}
+
+
+class NormExtractor(FlattenExtractor):
+    """With batch norm and dropout: running statistics, and random numbers of the network's own."""
+
+    def __init__(self, observation_space: Any):
+        super().__init__(observation_space)
+        self.norm = nn.BatchNorm1d(self.features_dim)
+        self.dropout = nn.Dropout(0.1)
+
+    def forward(self, observations: th.Tensor) -> th.Tensor:
+        return self.dropout(self.norm(super().forward(observations)))
+
+
+def image() -> gym.Env:
+    return FakeImageEnv(screen_height=36, screen_width=36, n_channels=1, channel_first=True, discrete=False)
+
+
+def multi_obs() -> gym.Env:
+    return SimpleMultiObsEnv(discrete_actions=False, channel_last=False)
+
+
+SGD = {"net_arch": [16], "optimizer_class": th.optim.SGD}
+CASES: dict[str, dict[str, Any]] = {
+    "defaults": {},
+    "fixed_ent_coef": {"ent_coef": 0.2},
+    "delays": {"policy_delay": 2, "target_update_interval": 3},
+    "compensation": {"policy_delay": 2, "policy_delay_compensation": True},
+    "actor_target": {"use_actor_target": True},
+    "gsde": {"use_sde": True},
+    "gsde_target": {"use_sde": True, "use_actor_target": True},
+    "n_steps": {"n_steps": 3},
+    "schedule": {"learning_rate": lambda progress: 3e-3 * progress, "qf_learning_rate": 1e-3},
+    "max_grad_norm": {"max_grad_norm": 0.5, "ent_coef_loss": "exp", "entropy_space": "env"},
+    "amsgrad": {"policy_kwargs": {"net_arch": [16], "optimizer_kwargs": {"eps": 1e-3, "amsgrad": True}}},
+    "adamw": {"policy_kwargs": {**TAME, "optimizer_class": th.optim.AdamW}},
+    "sgd": {"policy_kwargs": {**SGD, "optimizer_kwargs": {"momentum": 0.9}}},
+    "rmsprop_delay": {"policy_delay": 2, "policy_kwargs": {**SGD, "optimizer_class": th.optim.RMSprop}},
+    "shared_extractor": {"policy_kwargs": {**TAME, "share_features_extractor": True}},
+    "batch_norm": {"policy_kwargs": {**TAME, "features_extractor_class": NormExtractor}},
+    "log_std": {"policy_kwargs": {**TAME, "log_std_bounding": "tanh", "separate_log_std_net": True, "n_critics": 3}},
+    "image": {"policy": "CnnPolicy", "env": image, "policy_kwargs": {**SGD}, "learning_rate": 1e-2},
+    "dict": {"policy": "MultiInputPolicy", "env": multi_obs, "policy_kwargs": {**SGD}, "learning_rate": 1e-2},
+}
+
+
+def make(name: str, **kwargs: Any) -> SoftSAC:
+    case = {**CASES[name], **kwargs}
+    policy, env = case.pop("policy", "MlpPolicy"), case.pop("env", lambda: gym.make("Pendulum-v1"))()
+    model = SoftSAC(policy, env, **{**SMALL, "policy_kwargs": dict(TAME), **case})
+    model.set_logger(Logger(folder=None, output_formats=[]))
+    return model
+
+
+def twins(name: str, **kwargs: Any) -> tuple[SoftSAC, SoftSAC]:
+    """A model that runs eagerly, after its first update, and one in the same state that compiles."""
+    eager, compiled = make(name, compile=False, **kwargs), make(name, compile=True, **kwargs)
+    eager.learn(SMALL["learning_starts"] + 1)
+    compiled.learn(SMALL["learning_starts"] + 1)
+    compiled.replay_buffer = copy.deepcopy(eager.replay_buffer)
+    compiled.set_parameters(copy.deepcopy(eager.get_parameters()))
+    with th.no_grad():
+        if compiled.log_ent_coef is not None and eager.log_ent_coef is not None:
+            compiled.log_ent_coef.copy_(eager.log_ent_coef)
+    return eager, compiled
+
+
+def flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(value, dict):
+        return {k: v for key, part in value.items() for k, v in flat(part, f"{prefix}.{key}").items()}
+    if isinstance(value, list | tuple):
+        return {k: v for i, part in enumerate(value) for k, v in flat(part, f"{prefix}.{i}").items()}
+    return {prefix: value}
+
+
+def state(model: SoftSAC) -> dict[str, Any]:
+    """Networks, targets, optimisers, entropy coefficient and torch's random state."""
+    parts = [model.get_parameters(), model.log_ent_coef, th.get_rng_state()]
+    return {k: v.detach().clone() if isinstance(v, th.Tensor) else v for k, v in flat(parts).items()}
+
+
+def assert_same(expected: dict[str, Any], actual: dict[str, Any], atol: float) -> None:
+    assert expected.keys() == actual.keys()
+    for name, value in expected.items():
+        if isinstance(value, th.Tensor):
+            assert actual[name].dtype == value.dtype and actual[name].device == value.device, name
+            th.testing.assert_close(
+                actual[name], value, atol=atol, rtol=1e-4, msg=lambda text, name=name: f"{name} {text}"
+            )
+        else:
+            assert actual[name] == value, name
+
+
+def assert_identical(expected: dict[str, Any], actual: dict[str, Any]) -> None:
+    assert expected.keys() == actual.keys()
+    for name, value in expected.items():
+        same = th.equal(value, actual[name]) if isinstance(value, th.Tensor) else value == actual[name]
+        assert same, name
+
+
+def train(model: SoftSAC, n: int, seed: int = 0) -> None:
+    """With the same noise in each model."""
+    th.manual_seed(seed)
+    model.train(gradient_steps=n, batch_size=8)
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, at: int, name: str) -> None:
+    """From now on, the batch of this number in each ``train()`` has NaN in this tensor."""
+    run = Execution.__call__
+
+    def poisoned(self: Execution, batches: Iterable[Any], *args: Any) -> Any:
+        nan = float("nan")
+        numbered = enumerate(batches, 1)
+        return run(self, (b._replace(**{name: getattr(b, name) * nan}) if i == at else b for i, b in numbered), *args)
+
+    monkeypatch.setattr(Execution, "__call__", poisoned)
