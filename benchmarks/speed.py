@@ -65,6 +65,7 @@ class Arm(NamedTuple):
     rate: float  # steps per second and seconds to start, for the estimate
     start: float
     options: dict[str, Any] = {}  # noqa: RUF012
+    policy_kwargs: dict[str, Any] = {}  # noqa: RUF012
 
 
 class Cell(NamedTuple):
@@ -79,10 +80,13 @@ class Cell(NamedTuple):
     gradient_steps: int = 1
 
 
+# Changes nothing in float32, but is no longer what native_update.py takes for plain SAC
+NOT_PLAIN = {"optimizer_kwargs": {"weight_decay": 1e-30}}
 ARMS = {
     "sb3": Arm("SB3", "0.75", "stable_baselines3.SAC", 137, 3),
     "eager": Arm("SoftSAC, eager", "C9", "sb3_softsac.SoftSAC", 170, 3, {"compile": False}),
-    "compiled": Arm("SoftSAC, compiled", "C0", "sb3_softsac.SoftSAC", 350, 7, {"compile": True}),
+    "compiled": Arm("SoftSAC, compiled", "C0", "sb3_softsac.SoftSAC", 450, 7, {"compile": True}),
+    "inductor": Arm("SoftSAC, by Inductor", "C2", "sb3_softsac.SoftSAC", 350, 7, {"compile": True}, NOT_PLAIN),
     "bf16": Arm(
         "SoftSAC, bfloat16", "navy", "sb3_softsac.SoftSAC", 400, 7, {"compile": True, "matmul_precision": "medium"}
     ),
@@ -97,7 +101,7 @@ CELLS = {
     "envs4": Cell("4 HalfCheetahs", "HalfCheetah-v5", 768, n_envs=4, gradient_steps=-1),
     "envs16": Cell("16 HalfCheetahs", "HalfCheetah-v5", 768, n_envs=16, gradient_steps=-1),
 }
-COMPILED = ("compiled", "bf16")
+COMPILED = ("compiled", "inductor", "bf16")
 IN_BUFFER = ("sb3", "eager", "compiled")  # arms of the cell "buffer"
 
 Settings = dict[str, Any]
@@ -160,7 +164,7 @@ def make_model(settings: Settings) -> tuple[Any, float]:
         train_freq=settings["train_freq"],
         gradient_steps=settings["gradient_steps"],
         ent_coef="auto",  # begins with 1
-        policy_kwargs={"net_arch": [256, 256], "n_critics": 2},  # with ReLU and Adam
+        policy_kwargs={"net_arch": [256, 256], "n_critics": 2, **arm.policy_kwargs},  # with ReLU and Adam
         seed=settings["repeat"],
         device="cpu",
         **options,

@@ -1,5 +1,5 @@
 """
-How updates are run: eagerly, compiled, or as a CUDA graph, with the same result up to rounding.
+How updates are run: eagerly, in C++, compiled, or as a CUDA graph, with the same result up to rounding.
 
 State stays where it always is, in modules and optimisers: a compiled update reads and writes their tensors in place, so
 that saving, loading and going from one way to another need no conversion.
@@ -148,11 +148,11 @@ class Execution:
         return len(outcomes), means(outcomes, n_updates)
 
     def _run(self, storage: Storage | None, inputs: Inputs, options: UpdateOptions, what: Due) -> Result:
-        # In C++ all optimisers must have a state, also one that is not due
+        if self.compiles and self._native is not None and self._native.suits(self._optimizers()):
+            batch = gathered(inputs.batch, storage)
+            return self._native(batch, inputs.noise, self._learning_rates, inputs.finite, options, what)
+        # C++ needs the states of all optimisers, also of one that is not due: nothing is compiled until they are there
         if self.compiles and self._has_state(what if self._native is None else Due(1, True)):
-            if self._native is not None and self._native.suits(self._optimizers()):
-                batch = gathered(inputs.batch, storage)
-                return self._native(batch, inputs.noise, self._learning_rates, inputs.finite, options, what)
             run = self._compiled.get((what, options, th.get_num_threads()))
             if run is not None:
                 with suppress(th._dynamo.exc.TorchDynamoException):  # it has to be compiled anew
