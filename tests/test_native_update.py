@@ -2,6 +2,8 @@
 
 import copy
 import math
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -60,6 +62,12 @@ class Odd(gym.Env):
 def test_it_can_be_built() -> None:
     found = class_of_updates()
     assert not isinstance(found, Exception), found
+
+
+def test_nobody_waits_for_compilers_at_import() -> None:
+    code = "import sys, sb3_softsac; print('torch._inductor.codecache' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.split() == ["False"]
 
 
 PLAIN = ("defaults", "fixed_ent_coef", "delays", "compensation", "n_steps", "schedule", "max_grad_norm")
