@@ -23,6 +23,7 @@ from sb3_softsac.cuda_graph import CudaGraph, capture_on
 from sb3_softsac.device_replay import Storage, StoredBatch, gathered
 from sb3_softsac.ent_coef import EntCoef
 from sb3_softsac.gradient_step import (
+    ADAM_OPTIONS,
     CHECKED,
     EAGER,
     PURE,
@@ -40,7 +41,7 @@ from sb3_softsac.gradient_step import (
     trained,
     update,
 )
-from sb3_softsac.native_update import NativeUpdate, class_of_updates
+from sb3_softsac.native_update import NativeUpdate, class_of_updates, error_of_build
 from sb3_softsac.policies import SoftSACPolicy
 from sb3_softsac.type_aliases import ReplayBatch
 
@@ -48,8 +49,9 @@ BACKEND = "inductor"
 MAX_VARIANTS = 16  # compiled forms of one update: each has its own options and parts that are due
 MAX_COMPILATIONS = 3  # of each form
 
-Variant = tuple[Due, UpdateOptions, int]
-"""What is due, how, and with how many threads: compiled code divides its work among them."""
+Variant = tuple[Due, UpdateOptions, int, bool]
+"""What is due, how, with how many threads (compiled code divides its work among them), and whether the optimisers'
+steps are compiled, too."""
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
@@ -150,10 +152,12 @@ class Execution:
     def _run(self, storage: Storage | None, inputs: Inputs, options: UpdateOptions, what: Due) -> Result:
         if self.compiles and self._native is not None and self._native.suits(self._optimizers()):
             batch = gathered(inputs.batch, storage)
-            return self._native(batch, inputs.noise, self._learning_rates, inputs.finite, options, what)
+            result = self._native(batch, inputs.noise, self._learning_rates, inputs.finite, options, what)
+            if result is not None:
+                return result
         # C++ needs the states of all optimisers, also of one that is not due: nothing is compiled until they are there
         if self.compiles and self._has_state(what if self._native is None else Due(1, True)):
-            run = self._compiled.get((what, options, th.get_num_threads()))
+            run = self._compiled.get(self._variant(options, what))
             if run is not None:
                 with suppress(th._dynamo.exc.TorchDynamoException):  # it has to be compiled anew
                     return run(Held(self._optimizers(), storage), inputs)
@@ -165,12 +169,14 @@ class Execution:
         return run(Held(self._optimizers(), storage), inputs)
 
     def _build_native(self) -> Any:
-        with self._timed("ten seconds or so, one"):
-            found = class_of_updates()
-        if not isinstance(found, Exception):
-            return found
-        self._say(f"It is left to torch, whose updates are slower: {_reason(found)}")
-        return None
+        try:
+            if error_of_build.cache_info().currsize:  # known from another model
+                return class_of_updates()
+            with self._timed("ten seconds or so, one"):
+                return class_of_updates()
+        except Exception as error:
+            warnings.warn(f"The update is compiled by torch alone, which is slower: {_reason(error)}", stacklevel=2)
+            return None
 
     @contextmanager
     def _timed(self, duration: str) -> Iterator[None]:
@@ -199,7 +205,7 @@ class Execution:
         """Compile, and do an update; None if that cannot be, with all as it was."""
         before = [(tensor, tensor.detach().clone()) for tensor in self.tensors()]
         random_states = _random_states(self.policy.device)
-        variant = what, options, th.get_num_threads()
+        variant = self._variant(options, what)
         try:
             self._n_compilations[variant] += 1
             if len(self._compiled) >= MAX_VARIANTS:
@@ -231,6 +237,9 @@ class Execution:
         self._compiled[variant] = run
         return result
 
+    def _variant(self, options: UpdateOptions, what: Due) -> Variant:
+        return what, options, th.get_num_threads(), all(map(has_pure_step, self._involved(what)))
+
     def _compile(self, options: UpdateOptions, what: Due) -> Run:
         check_torch()
         device = self.policy.device
@@ -253,9 +262,18 @@ class Execution:
         return optimizers
 
     def _optimizers(self) -> Optimizers:
-        """What the optimisers train, looked up anew if they have loaded a state or a parameter was frozen."""
+        """What the optimisers train, looked up anew if a state, option or hook is new, or a parameter was frozen."""
         optimizers = self._involved()
-        key = [(id(optimizer.state), len(optimizer.state), _trainable(optimizer)) for optimizer in optimizers]
+        key = [
+            (
+                id(optimizer.state),
+                list(map(id, optimizer.state.values())),
+                _trainable(optimizer),
+                [list(map(group.get, ADAM_OPTIONS)) for group in optimizer.param_groups],
+                has_pure_step(optimizer),
+            )
+            for optimizer in optimizers
+        ]
         if self._trained is None or key != self._trained_key:
             ent_coef = self.ent_coef.optimizer
             self._trained = Optimizers(
@@ -264,7 +282,7 @@ class Execution:
                 trained(self.policy.actor.optimizer),
             )
             self._trained_key = key
-            self._states = [optimizer.state for optimizer in optimizers]
+            self._states = [[optimizer.state, *optimizer.state.values()] for optimizer in optimizers]
         return self._trained
 
     def _has_state(self, what: Due) -> bool:
@@ -274,7 +292,7 @@ class Execution:
         return all(
             not has_pure_step(optimizer)
             or all(optimizer.state.get(p) for g in optimizer.param_groups for p in g["params"] if p.requires_grad)
-            or self._stepped.get(id(optimizer)) == _trainable(optimizer)
+            or (optimizer.state and self._stepped.get(id(optimizer)) == _trainable(optimizer))
             for optimizer in self._involved(what)
         )
 

@@ -1,7 +1,7 @@
 """
 One whole SAC update: sampled batch and noise in, new parameters, optimiser states, targets and metrics out.
 
-The only module that takes gradients and steps optimisers. Noise comes from outside, in the order of SB3's
+What takes gradients and steps optimisers, beside ``update.cpp``. Noise comes from outside, in the order of SB3's
 ``SAC.train``, and each loss sees the networks and the entropy coefficient that SB3's sees: equal networks, batch and
 noise give equal new networks, whoever runs the update (:mod:`sb3_softsac.execution`).
 """
@@ -273,6 +273,9 @@ def pure_update_targets(policy: SoftSACPolicy, tau: float, finite: th.Tensor) ->
                 statistic.copy_(th.where(finite, new_statistic, statistic))
 
 
+ADAM_OPTIONS = ("amsgrad", "weight_decay", "eps", "maximize", "decoupled_weight_decay", "betas")
+
+
 def trained(optimizer: Optimizer) -> Trained:
     """
     :param optimizer: any optimiser
@@ -284,10 +287,8 @@ def trained(optimizer: Optimizer) -> Trained:
         # Parameters that the loss does not depend on have no state
         updated = [p for p in group["params"] if p.requires_grad and optimizer.state.get(p)]
         states = [optimizer.state[p] for p in updated]
-        options = {
-            name: group[name] for name in ("amsgrad", "weight_decay", "eps", "maximize", "decoupled_weight_decay")
-        }
-        options["beta1"], options["beta2"] = group["betas"]
+        options = {name: group[name] for name in ADAM_OPTIONS}
+        options["beta1"], options["beta2"] = options.pop("betas")
         groups.append(
             AdamGroup(
                 updated,
@@ -317,7 +318,7 @@ def has_pure_step(optimizer: Optimizer) -> bool:
     :return: whether :func:`pure_step` can do its step
     """
     hooks = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
-    plain = type(optimizer) in (Adam, AdamW) and not hooks
+    plain = type(optimizer) in (Adam, AdamW) and not hooks and "step" not in vars(optimizer)
     return plain and not any(group["differentiable"] for group in optimizer.param_groups)
 
 

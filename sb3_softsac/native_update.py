@@ -13,11 +13,10 @@ from typing import Any, NamedTuple
 
 import torch as th
 from stable_baselines3.common.torch_layers import FlattenExtractor
-from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from torch import nn
 from torch.optim import Adam
 
-from sb3_softsac import native, products
+from sb3_softsac import losses, native, products
 from sb3_softsac.ent_coef import EntCoef
 from sb3_softsac.gradient_step import Due, LearningRates, Noise, Optimizers, Trained, UpdateOptions
 from sb3_softsac.policies import Actor, Critic, SoftSACPolicy
@@ -38,16 +37,31 @@ class Layers(NamedTuple):
     targets: list[list[nn.Linear]]
 
 
-@functools.cache
+# What our C++ does instead. Who puts another function in its place gets that one
+OWN_LOSSES = (losses.target_q_values, losses.critic_loss, losses.actor_loss, losses.ent_coef_loss)
+OWN_METHODS = ("forward", "extract_features", "get_action_dist_params", "sample", "targets")
+
+
 def class_of_updates() -> Any:
     """
-    :return: the class that ``update.cpp`` defines, built if need be; or the error because of which it cannot be built
+    :return: the class that ``update.cpp`` defines, built if need be
+    :raises Exception: of many kinds, where it cannot be built
+    """
+    if (error := error_of_build()) is not None:
+        raise error
+    return th.classes.sb3_softsac.Update
+
+
+@functools.cache
+def error_of_build() -> Exception | None:
+    """
+    :return: the error because of which ``update.cpp`` cannot be built, or None when it has been built
     """
     try:
         native.load(products.HEADER, SOURCE)
     except Exception as error:  # compilers and linkers have many ways to fail
         return error
-    return th.classes.sb3_softsac.Update
+    return None
 
 
 class NativeUpdate:
@@ -69,35 +83,49 @@ class NativeUpdate:
         self._made_of: list[Any] = []
         self._identities: list[int] = []
         self._attributes: list[dict[str, Any]] = []  # of the networks' modules
+        self._n_attributes: list[int] = []
+        self._parameters: list[nn.Parameter] = []
         self._children: list[dict[str, Any]] = []  # submodules and parameters of each
-        self._hooks: list[dict[int, Any]] = []
+        self._hooks: list[Any] = []  # truth values: whether there are any
 
     def suits(self, optimizers: Optimizers) -> bool:
         """
         :param optimizers: what they train, with states
         :return: whether the next update is plain
         """
-        if list(map(id, self._parts(optimizers))) != self._identities:
+        is_known = list(map(id, self._parts(optimizers))) == self._identities
+        if not is_known or list(map(len, self._attributes)) != self._n_attributes:
             self._look_at(optimizers)
-        # Hooks see or change what a module computes, and so does a forward() of its own
-        is_changed = any(self._hooks) or any("forward" in attributes for attributes in self._attributes)
-        return self._update is not None and not is_changed and products.exact_products_are_wanted()
+        return (
+            self._update is not None
+            and not any(self._hooks)
+            and not any(parameter._backward_hooks for parameter in self._parameters)
+            and (losses.target_q_values, losses.critic_loss, losses.actor_loss, losses.ent_coef_loss) == OWN_LOSSES
+            and is_plain(self.policy)
+            and products.exact_products_are_wanted()
+            and not th.is_autocast_enabled("cpu")
+        )
 
     def _parts(self, optimizers: Optimizers) -> Iterator[Any]:
         """Everything that may be exchanged between two updates."""
-        own = (self.policy.actor_target, self.ent_coef.log_ent_coef, self.ent_coef.tensor, optimizers)
-        return itertools.chain(own, *map(dict.values, self._children))
+        critics = (self.policy.critic.q_networks, self.policy.critic_target.q_networks)
+        coefficients = (self.ent_coef.log_ent_coef, self.ent_coef.tensor)
+        return itertools.chain([optimizers], coefficients, *critics, *map(dict.values, self._children))
 
     def _look_at(self, optimizers: Optimizers) -> None:
         self._update = None
         self._attributes = [vars(module) for module in self.policy.modules()]
         self._children = [attributes[name] for attributes in self._attributes for name in ("_modules", "_parameters")]
         self._hooks = [attributes[name] for attributes in self._attributes for name in HOOKS]
+        self._hooks += [getattr(nn.modules.module, f"_global{name}") for name in HOOKS]
+        self._parameters = list(self.policy.parameters())
         self._made_of = list(self._parts(optimizers))
         self._identities = list(map(id, self._made_of))
+        self._n_attributes = list(map(len, self._attributes))
         layers = plain_layers(self.policy)
         trained = [part for part in optimizers if part is not None]
-        if layers is None or not all(map(_is_plain_adam, trained)):
+        is_overridden = any(not attributes.keys().isdisjoint(OWN_METHODS) for attributes in self._attributes)
+        if layers is None or is_overridden or not all(map(_is_plain_adam, trained)):
             return
         actor: Any = _with_states(optimizers.actor, _parameters(layers.actor))
         critics = [_with_states(optimizers.critic, _parameters(critic)) for critic in layers.critics]
@@ -119,9 +147,9 @@ class NativeUpdate:
         finite: th.Tensor,
         options: UpdateOptions,
         what: Due,
-    ) -> tuple[th.Tensor, tuple[str, ...], th.Tensor]:
+    ) -> tuple[th.Tensor, tuple[str, ...], th.Tensor] | None:
         """
-        Do an update that :meth:`suits`.
+        Do an update that :meth:`suits`, unless the tensors are not those of plain SAC.
 
         :param batch: minibatch
         :param noise: see :func:`gradient_step.draw_noise`
@@ -129,29 +157,46 @@ class NativeUpdate:
         :param finite: whether all numbers of the updates before were finite
         :param options: constants of the update
         :param what: what it consists of
-        :return: whether all numbers have been finite; names and values of the metrics
-        :raises RuntimeError: if sizes do not fit; nothing has then been changed
+        :return: whether all numbers have been finite; names and values of the metrics. None if types or sizes do not
+            fit: nothing has then been changed
         """
-        assert isinstance(batch, ReplayBufferSamples)
-        tensors = [batch.observations, batch.actions, batch.next_observations, batch.dones, batch.rewards]
+        tensors: list[Any] = [batch.observations, batch.actions, batch.next_observations, batch.dones, batch.rewards]
         if batch.discounts is not None:
             tensors.append(batch.discounts)
+        if not all(isinstance(tensor, th.Tensor) for tensor in tensors):
+            return None
         limit = math.inf if options.max_grad_norm is None else options.max_grad_norm
         numbers = [options.gamma, options.tau, options.target_entropy, options.log_action_scale, limit]
         numbers += [*self.policy.actor.log_std_bounds, options.ent_coef_loss == "exp"]
         for learning_rate, constants in zip(learning_rates, self._adam, strict=True):
             numbers += [float(learning_rate), *constants]
-        values = self._update.run(
-            [_as_float32(tensor) for tensor in tensors],
-            [noise.next_actions, *noise.actions[: what.actor_updates]],
-            list(map(float, numbers)),
-            what.targets,
-            bool(finite),
-        )
+        noises = [noise.next_actions, *noise.actions[: what.actor_updates]]
+        inputs = [_as_float32(tensor) for tensor in tensors]
+        try:
+            values = self._update.run(inputs, noises, list(map(float, numbers)), what.targets, bool(finite))
+        except RuntimeError:  # it looks at all tensors before it begins
+            return None
         names: tuple[str, ...] = CRITIC_METRICS
         if what.actor_updates:
             names += ACTOR_METRICS if self.ent_coef.log_ent_coef is None else ACTOR_METRICS + ENT_COEF_METRICS
         return values[CRITIC_METRICS.index("finite")].bool(), names, values[: len(names)]
+
+
+def is_plain(policy: SoftSACPolicy) -> bool:
+    """
+    :param policy: any policy
+    :return: whether its networks are put together as those of plain SAC, whatever their layers are
+    """
+    actor, critics = policy.actor, (policy.critic, policy.critic_target)
+    return (
+        type(actor) is Actor
+        and all(type(critic) is Critic for critic in critics)
+        and policy.actor_target is None
+        and type(policy).targets is SoftSACPolicy.targets
+        and not (actor.use_sde or actor.separate_log_std_net)
+        and actor.log_std_bounding == "clamp"
+        and all(_reads_vectors(network) for network in (actor, *critics))
+    )
 
 
 def plain_layers(policy: SoftSACPolicy) -> Layers | None:
@@ -159,25 +204,51 @@ def plain_layers(policy: SoftSACPolicy) -> Layers | None:
     :param policy: any policy
     :return: its linear layers; None if there is more to it
     """
-    actor, critics = policy.actor, (policy.critic, policy.critic_target)
-    is_plain = (
-        type(actor) is Actor
-        and all(type(critic) is Critic for critic in critics)
-        and policy.actor_target is None
-        and not (actor.use_sde or actor.separate_log_std_net)
-        and actor.log_std_bounding == "clamp"
-        and all(_reads_vectors(network) for network in (actor, *critics))
-    )
-    if not is_plain:
+    if not is_plain(policy):
         return None
+    actor = policy.actor
     assert isinstance(actor.log_std, nn.Module)
     chains = [
         _linear_layers([*actor.latent_pi, actor.mu, actor.log_std], n_last=2),
-        *(_linear_layers(list(network)) for critic in critics for network in critic.q_networks),
+        *(_linear_layers(list(network)) for network in policy.critic.q_networks),
+        *(_linear_layers(list(network)) for network in policy.critic_target.q_networks),
     ]
     found = [chain for chain in chains if chain is not None]
+    if len(found) != len(chains):
+        return None
     n_critics = len(policy.critic.q_networks)
-    return Layers(found[0], found[1 : n_critics + 1], found[n_critics + 1 :]) if len(found) == len(chains) else None
+    layers = Layers(found[0], found[1 : n_critics + 1], found[n_critics + 1 :])
+    return layers if _fit(layers) and _are_in_order(layers, policy) else None
+
+
+def _are_in_order(layers: Layers, policy: SoftSACPolicy) -> bool:
+    """Targets follow their networks in the order of parameters, which need not be that of SB3's lists of networks."""
+    for chains, network in ((layers.critics, policy.critic), (layers.targets, policy.critic_target)):
+        ours = [parameter for chain in chains for parameter in _parameters(chain)]
+        if list(map(id, ours)) != list(map(id, network.parameters())):
+            return False
+    return True
+
+
+def _fit(layers: Layers) -> bool:
+    """Whether sizes are such as C++ takes for granted; they are not after networks have been exchanged for others."""
+
+    def sizes(chain: list[nn.Linear]) -> list[tuple[int, ...]]:
+        return [tuple(layer.weight.shape) for layer in chain]
+
+    n_actions, n_observations = layers.actor[-1].weight.shape[0], layers.actor[0].weight.shape[1]
+    first, *others = [*layers.critics, *layers.targets]
+    heads_fit = layers.actor[-2].weight.shape == layers.actor[-1].weight.shape
+    hidden = [layers.actor[:-1], first]
+    return (
+        len(layers.critics) == len(layers.targets)
+        and all(sizes(other) == sizes(first) for other in others)
+        and heads_fit
+        and all(b.weight.shape[1] == a.weight.shape[0] for chain in hidden for a, b in itertools.pairwise(chain))
+        and first[0].weight.shape[1] == n_observations + n_actions
+        and first[-1].weight.shape[0] == 1
+        and all(len(layer.bias) == len(layer.weight) for chain in (layers.actor, first, *others) for layer in chain)
+    )
 
 
 def _reads_vectors(network: Actor | Critic) -> bool:

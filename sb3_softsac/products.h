@@ -1,9 +1,7 @@
 // Products of float32 matrices of the sizes that an update has, see products.py.
 //
 // The way is that of Goto and van de Geijn (2008), "Anatomy of high-performance matrix multiplication": a panel of the
-// right matrix is packed so that it stays in the nearest caches, and tiles of the output stay in registers. Each thread
-// computes rows of its own, the same ones in which Inductor's loops divide their work, so that what a thread reads is
-// mostly what it has written.
+// right matrix is packed so that it stays in the nearest caches, and tiles of the output stay in registers.
 
 #include <ATen/core/Tensor.h>
 #include <ATen/cpu/vec/functional.h>

@@ -64,8 +64,10 @@ def exact_products_are_wanted() -> bool:
     """
     :return: whether float32 products are to be float32 throughout; lower precision is torch's matter
     """
-    precision = th.backends.mkldnn.matmul.fp32_precision  # type: ignore[attr-defined]  # the older getter may raise
-    return precision in ("none", "ieee")
+    products: Any = getattr(th.backends.mkldnn, "matmul", None)
+    if not hasattr(products, "fp32_precision"):  # before torch 2.9. Where it is there, the older getter may raise
+        return th.get_float32_matmul_precision() == "highest"
+    return products.fp32_precision in ("none", "ieee")
 
 
 def replace_products(graph: Graph, operator: th._ops.OpOverload | None) -> None:

@@ -13,7 +13,9 @@
 #include <torch/custom_class.h>
 
 #include <cmath>
+#include <cstring>
 #include <limits>
+#include <new>
 #include <numeric>
 #include <vector>
 
@@ -30,6 +32,7 @@ struct InWholeCacheLines {
 using Floats = std::vector<float, InWholeCacheLines<float>>;
 using Tensors = std::vector<Tensor>;
 
+constexpr int64_t OF_PARAMETER = 4, OF_LAYER = 2 * OF_PARAMETER;  // tensors that come with each, if it is trained
 constexpr float LOG_2 = 0.693147180559945f, HALF_LOG_2PI = 0.918938533204673f;
 constexpr float SATURATED = 0.999f;  // as in gradient_step.py
 
@@ -56,15 +59,20 @@ struct Team {
 };
 
 void check(const Tensor& tensor, int64_t n) {
-  TORCH_CHECK(tensor.device().is_cpu() && tensor.scalar_type() == at::kFloat && tensor.is_contiguous(),
-              "a tensor is not a plain one of float32 on the CPU");
-  TORCH_CHECK(tensor.numel() == n, "a tensor has ", tensor.numel(), " elements instead of ", n);
+  const bool is_plain = tensor.device().is_cpu() && tensor.scalar_type() == at::kFloat && tensor.is_contiguous();
+  TORCH_CHECK(is_plain && tensor.numel() == n, "a tensor is not a contiguous one of ", n, " float32 on the CPU");
 }
 
 // Calls f(first, n) for each vector of up to LANES elements.
 template <typename F>
 void each_vector(Range range, const F& f) {
   for (int64_t i = range.begin; i < range.end; i += LANES) f(i, std::min(LANES, range.end - i));
+}
+
+// From a to b; as torch's, exact at both ends
+Vec lerp(const Vec& a, const Vec& b, float weight) {
+  const Vec difference = b - a;
+  return weight < 0.5f ? at::vec::fmadd(Vec(weight), difference, a) : b - difference * Vec(1.0f - weight);
 }
 
 float sum_of(const Vec& values) {
@@ -89,11 +97,12 @@ struct Adam {
 // A parameter with Adam's state and its gradient, of which each member of a team has its own rows' part
 struct Parameter {
   Tensor value, exp_avg, exp_avg_sq, step;  // targets have the value only
+  int64_t n_elements;
   float *data, *m, *v;
   double steps;
   std::vector<Floats> gradients;
 
-  explicit Parameter(const Tensor* tensors, bool is_trained = true) : value(tensors[0]) {
+  explicit Parameter(const Tensor* tensors, bool is_trained = true) : value(tensors[0]), n_elements(value.numel()) {
     if (!is_trained) return;
     exp_avg = tensors[1], exp_avg_sq = tensors[2], step = tensors[3];
   }
@@ -101,7 +110,7 @@ struct Parameter {
   // Tensors may have been moved since the last update
   void find() {
     for (const Tensor& tensor : {value, exp_avg, exp_avg_sq, step}) {
-      if (tensor.defined()) check(tensor, tensor.is_same(step) ? 1 : value.numel());
+      if (tensor.defined()) check(tensor, tensor.is_same(step) ? 1 : n_elements);
     }
     data = value.mutable_data_ptr<float>();
     if (!step.defined()) return;
@@ -112,13 +121,12 @@ struct Parameter {
 
   void reserve(int64_t team_size) {
     gradients.resize(team_size);
-    for (Floats& gradient : gradients) gradient.resize(value.numel());
+    for (Floats& gradient : gradients) gradient.resize(n_elements);
   }
 
   Range elements_of(int64_t member, int64_t size) const {
-    const int64_t n = value.numel(), n_vectors = (n + LANES - 1) / LANES;
-    const Range own = share(n_vectors, member, size);
-    return {own.begin * LANES, std::min(own.end * LANES, n)};
+    const Range vectors = share((n_elements + LANES - 1) / LANES, member, size);
+    return {vectors.begin * LANES, std::min(vectors.end * LANES, n_elements)};
   }
 
   // Makes the gradient of the members' parts; returns the sum of its squares
@@ -140,11 +148,11 @@ struct Parameter {
     const double correction1 = 1.0 - std::pow(adam.beta1, number), correction2 = 1.0 - std::pow(adam.beta2, number);
     const Vec step_size(float(-adam.learning_rate / correction1)), root(float(std::sqrt(correction2)));
     const Vec eps(float(adam.eps)), scale(factor);
-    const Vec rate1(float(1.0 - adam.beta1)), rate2(float(1.0 - adam.beta2)), kept2(float(adam.beta2));
+    const Vec rate2(float(1.0 - adam.beta2)), kept2(float(adam.beta2));
     const float* gradient = gradients[0].data();
     each_vector(elements_of(member, size), [&](int64_t i, int64_t n) {
-      const Vec g = Vec::loadu(gradient + i, n) * scale, old = Vec::loadu(m + i, n);
-      const Vec first = at::vec::fmadd(rate1, g - old, old);
+      const Vec g = Vec::loadu(gradient + i, n) * scale;
+      const Vec first = lerp(Vec::loadu(m + i, n), g, float(1.0 - adam.beta1));
       const Vec second = at::vec::fmadd(rate2 * g, g, kept2 * Vec::loadu(v + i, n));
       first.store(m + i, n);
       second.store(v + i, n);
@@ -161,7 +169,7 @@ struct Layer {
 
   explicit Layer(const Tensor* tensors, bool is_trained = true)
       : weight(tensors, is_trained),
-        bias(tensors + (is_trained ? 4 : 1), is_trained),
+        bias(tensors + (is_trained ? OF_PARAMETER : 1), is_trained),
         in(weight.value.size(1)),
         out(weight.value.size(0)) {}
 
@@ -212,13 +220,13 @@ struct Layer {
 struct Network {
   std::vector<Layer> layers;
   std::vector<Floats> made;
-  Floats sums;  // instead of that place, behind a layer that is too wide
+  Floats unmasked;  // takes products of layers that are too wide for that
 
   void reserve(int64_t batch_size) {
     made.resize(layers.size());
     for (size_t i = 0; i < layers.size(); i++) {
       made[i].resize(batch_size * layers[i].out);
-      if (i > 0 && layers[i].out > DEPTH) sums.resize(std::max<size_t>(sums.size(), batch_size * layers[i].in));
+      if (i > 0 && layers[i].out > DEPTH) unmasked.resize(std::max<size_t>(unmasked.size(), batch_size * layers[i].in));
     }
   }
 
@@ -241,10 +249,10 @@ struct Network {
       if (is_product && layer.out <= DEPTH) {
         layer.backward(outputs, rows, {.relu_of = hidden}, hidden);
       } else {
-        if (is_product) layer.backward(outputs, rows, {}, sums.data());  // stored before they are complete
+        if (is_product) layer.backward(outputs, rows, {}, unmasked.data());  // stored before it is complete
         for (int64_t row = rows.begin; row < rows.end; row++) {
           float* at = hidden + row * layer.in;
-          const float* values = is_product ? &sums[row * layer.in] : layer.weight.data;
+          const float* values = is_product ? &unmasked[row * layer.in] : layer.weight.data;
           const Vec factor(is_product ? 1.0f : outputs[row]);
           each_vector({0, layer.in}, [&](int64_t j, int64_t n) {
             const Vec gradient = factor * Vec::loadu(values + j, n);
@@ -300,15 +308,15 @@ class Update : public torch::CustomClassHolder {
   // Trained parameters come with exp_avg, exp_avg_sq and step; the actor's last ones are those of mu and log_std. An
   // entropy coefficient that is learned is its logarithm
   Update(Tensors actor, std::vector<Tensors> critics, std::vector<Tensors> targets, Tensors ent_coef)
-      : mu_(&actor[actor.size() - 16]),
-        log_std_(&actor[actor.size() - 8]),
+      : mu_(&actor[actor.size() - 2 * OF_LAYER]),
+        log_std_(&actor[actor.size() - OF_LAYER]),
         ent_coef_(ent_coef.data(), ent_coef.size() > 1),
         learns_ent_coef_(ent_coef.size() > 1),
         n_actions_(mu_.out) {
-    for (size_t i = 0; i + 16 < actor.size(); i += 8) actor_.layers.emplace_back(&actor[i]);
+    for (size_t i = 0; i + 2 * OF_LAYER < actor.size(); i += OF_LAYER) actor_.layers.emplace_back(&actor[i]);
     critics_.resize(critics.size());
     for (size_t i = 0; i < critics.size(); i++) {
-      for (size_t k = 0; k < critics[i].size(); k += 8) critics_[i].layers.emplace_back(&critics[i][k]);
+      for (size_t k = 0; k < critics[i].size(); k += OF_LAYER) critics_[i].layers.emplace_back(&critics[i][k]);
       for (size_t k = 0; k < targets[i].size(); k += 2) critics_[i].target.emplace_back(&targets[i][k], false);
     }
   }
@@ -471,7 +479,8 @@ class Update : public torch::CustomClassHolder {
     const Range rows = team.of_all(batch_.size), of_critic = team.of_critic(batch_.size);
 #pragma omp barrier
     Sums& sums = sums_[team.thread] = {};
-    const float log_ent_coef = *ent_coef_.data, ent_coef = coefficient(), size = batch_.size;
+    const float log_ent_coef = *ent_coef_.data, ent_coef = coefficient(), n = batch_.size;
+    const float low = options_.log_std_low, high = options_.log_std_high;
 
     sample(batch_.observations, noise, rows);
 #pragma omp barrier
@@ -484,11 +493,11 @@ class Update : public torch::CustomClassHolder {
     // The density's part: d log_prob / du = 2 tanh(u), d log_prob / d log_std = -1, where u = mean + std noise
     for (int64_t i = rows.begin * n_actions_; i < rows.end * n_actions_; i++) {
       const float action = pi_actions_[i], raw = raw_log_std_[i];
-      float delta = 2.0f * ent_coef / size * action;
+      float delta = 2.0f * ent_coef / n * action;
       for (const Critic& critic : critics_) delta += critic.gradient_of_actions[i] * (1.0f - action * action);
-      const bool is_clamped = raw < options_.log_std_low || raw > options_.log_std_high;
+      const bool is_clamped = raw < low || raw > high;
       mean_delta_[i] = delta;
-      log_std_delta_[i] = is_clamped ? 0.0f : delta * std_[i] * noise[i] - ent_coef / size;
+      log_std_delta_[i] = is_clamped ? 0.0f : delta * std_[i] * noise[i] - ent_coef / n;
       sums.log_std += log_std_values_[i];
       sums.saturated += std::abs(action) > SATURATED;
     }
@@ -508,8 +517,8 @@ class Update : public torch::CustomClassHolder {
     });
 #pragma omp barrier
     const Sums all = total(team);
-    const double log_prob = all.log_prob / size, norm = std::sqrt(all.squares);
-    const double loss = ent_coef * log_prob - all.min_q / size, distance = log_prob + options_.target_entropy;
+    const double log_prob = all.log_prob / n, norm = std::sqrt(all.squares);
+    const double loss = ent_coef * log_prob - all.min_q / n, distance = log_prob + options_.target_entropy;
     if (learns_ent_coef_) {
       const bool is_exp = options_.ent_coef_loss_is_exp != 0.0;
       const double ent_coef_loss = -(is_exp ? ent_coef : log_ent_coef) * distance;
@@ -533,18 +542,17 @@ class Update : public torch::CustomClassHolder {
     if (team.thread == 0) {
       metrics_[ACTOR_LOSS] = loss;
       metrics_[ENTROPY] = -log_prob;
-      metrics_[LOG_STD] = all.log_std / (size * n_actions_);
-      metrics_[SATURATED_ACTIONS] = all.saturated / (size * n_actions_);
+      metrics_[LOG_STD] = all.log_std / (n * n_actions_);
+      metrics_[SATURATED_ACTIONS] = all.saturated / (n * n_actions_);
       metrics_[ACTOR_GRAD_NORM] = norm;
     }
   }
 
   void update_targets(const Team& team) {
-    const Vec tau(float(options_.tau));
     const auto move = [&](Parameter& target, const Parameter& parameter) {
       each_vector(parameter.elements_of(team.member, team.size), [&](int64_t i, int64_t n) {
-        const Vec old = Vec::loadu(target.data + i, n);
-        at::vec::fmadd(tau, Vec::loadu(parameter.data + i, n) - old, old).store(target.data + i, n);
+        const Vec old = Vec::loadu(target.data + i, n), value = Vec::loadu(parameter.data + i, n);
+        lerp(old, value, float(options_.tau)).store(target.data + i, n);
       });
     };
     each_critic(team, [&](Critic& critic) {

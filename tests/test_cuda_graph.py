@@ -11,7 +11,7 @@ import torch as th
 from stable_baselines3.common.logger import Logger
 from torch.utils import _pytree as pytree
 
-from sb3_softsac import SoftSAC, execution
+from sb3_softsac import SoftSAC, execution, native
 from sb3_softsac.cuda_graph import CudaGraph
 from sb3_softsac.execution import Execution, Inputs
 from sb3_softsac.gradient_step import draw_noise, due
@@ -212,6 +212,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[CudaGraph]:
         made.append(CudaGraph(compile_(self, *args), self._addresses_of, FakeCapture(self.tensors)))
         return made[-1]
 
+    monkeypatch.setattr(native, "suits_processor", lambda: False)
     monkeypatch.setattr(execution, "compiled", lambda function, device: function)
     monkeypatch.setattr(Execution, "_compile", captured)
     return made

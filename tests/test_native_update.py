@@ -6,7 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import gymnasium as gym
 import numpy as np
@@ -19,8 +19,8 @@ from stable_baselines3 import SAC
 from torch import nn
 from twins import CASES, SMALL, TAME, assert_identical, assert_same, make, poison, state, train, twins
 
-from sb3_softsac import SoftSAC, execution, native, native_update
-from sb3_softsac.native_update import class_of_updates
+from sb3_softsac import SoftSAC, execution, losses, native, native_update, policies, products
+from sb3_softsac.native_update import error_of_build
 
 pytestmark = pytest.mark.skipif(not native.suits_processor(), reason="the code is for processors with AVX2 or AVX-512")
 
@@ -60,8 +60,7 @@ class Odd(gym.Env):
 
 
 def test_it_can_be_built() -> None:
-    found = class_of_updates()
-    assert not isinstance(found, Exception), found
+    assert error_of_build() is None
 
 
 def test_nobody_waits_for_compilers_at_import() -> None:
@@ -187,6 +186,13 @@ def move_parameters(model: SoftSAC) -> None:
         parameter.data = parameter.data.clone()
 
 
+def saturate(model: SoftSAC) -> None:
+    """Actions at their bounds, as far as float32 can tell, with densities that are still exact."""
+    with th.no_grad():
+        model.actor.mu.bias.fill_(30.0)
+        model.actor.log_std.bias.fill_(1.9)
+
+
 def exchange_layer(model: SoftSAC) -> None:
     """The new one is not what the optimiser trains."""
     old = model.actor.latent_pi[0]
@@ -224,6 +230,62 @@ def parametrize(model: SoftSAC) -> None:
     nn.utils.parametrize.register_parametrization(model.actor.mu, "weight", Half())
 
 
+def override_sample(model: SoftSAC) -> None:
+    original = model.actor.sample
+    model.actor.sample = lambda obs, noise=None: original(obs, None if noise is None else 0.5 * noise)
+
+
+def override_targets(model: SoftSAC) -> None:
+    model.policy.targets = lambda: []
+
+
+def bound_otherwise(model: SoftSAC) -> None:
+    model.actor.log_std_bounding = "tanh"
+
+
+def swap_critics(model: SoftSAC) -> None:
+    """SB3 has them in a list."""
+    networks = model.critic.q_networks
+    networks[0], networks[1] = networks[1], networks[0]
+
+
+def exchange_target_for_another_size(model: SoftSAC) -> None:
+    """What does not fit is not to be read beyond its end. The eager update says so."""
+    network = model.critic_target.q_networks[0]
+    network[0], network[2] = nn.Linear(4, 3), nn.Linear(3, 1)
+
+
+def change_betas(model: SoftSAC) -> None:
+    model.critic.optimizer.param_groups[0]["betas"] = (0.3, 0.7)
+
+
+def decay_from_now_on(model: SoftSAC) -> None:
+    model.actor.optimizer.param_groups[0]["weight_decay"] = 0.5
+
+
+def hook_step(model: SoftSAC) -> None:
+    model.actor.optimizer.register_step_post_hook(lambda optimizer, *_: model.actor.mu.bias.data.mul_(0.5))
+
+
+def wrap_step(model: SoftSAC) -> None:
+    step = model.critic.optimizer.step
+    model.critic.optimizer.step = lambda: (step(), model.critic.q_networks[0][0].bias.data.mul_(0.5))
+
+
+def hook_gradient(model: SoftSAC) -> None:
+    model.actor.mu.weight.register_hook(lambda gradient: 0.1 * gradient.sign())
+
+
+def replace_state(model: SoftSAC) -> None:
+    state = model.critic.optimizer.state
+    parameter = model.critic.q_networks[0][0].weight
+    state[parameter] = {name: 0.5 * value.clone() for name, value in state[parameter].items()}
+
+
+def clear_states(model: SoftSAC) -> None:
+    model.critic.optimizer.state.clear()
+
+
 def freeze(model: SoftSAC) -> None:
     model.actor.mu.bias.requires_grad_(False)
 
@@ -241,6 +303,7 @@ def exchange_ent_coef(model: SoftSAC) -> None:
 CHANGES: dict[Callable[[SoftSAC], None], bool] = {
     load_optimizers: True,
     move_parameters: True,
+    saturate: True,
     exchange_layer: False,
     exchange_activation: False,
     add_layer: False,
@@ -248,6 +311,17 @@ CHANGES: dict[Callable[[SoftSAC], None], bool] = {
     add_pre_hook: False,
     add_forward: False,
     parametrize: False,
+    override_sample: False,
+    override_targets: False,
+    bound_otherwise: False,
+    swap_critics: False,
+    change_betas: True,
+    decay_from_now_on: False,
+    hook_step: False,
+    wrap_step: False,
+    hook_gradient: False,
+    replace_state: True,
+    clear_states: True,
     freeze: False,
     decay_weights: False,
     exchange_ent_coef: True,
@@ -327,23 +401,108 @@ def assert_same_but_nan(eager: SoftSAC, plain: SoftSAC) -> None:
             th.testing.assert_close(actual[name], value, atol=3e-5, rtol=1e-4, equal_nan=True)
 
 
-@pytest.mark.parametrize("name", ["observations", "actions", "next_observations", "rewards", "dones"])
+@pytest.mark.filterwarnings("ignore:The update cannot be compiled")
+@pytest.mark.parametrize("name", ["observations", "actions", "next_observations"])
 def test_minibatch_that_does_not_fit(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """What happens is up to the eager update; nothing is read beyond the end of a tensor."""
+    results = []
+    for model in started():
+        buffer = model.replay_buffer
+        assert buffer is not None
+        sample = buffer.sample
+
+        def cut(*args: Any, sample: Any = sample, **kwargs: Any) -> Any:
+            batch = sample(*args, **kwargs)
+            return batch._replace(**{name: getattr(batch, name)[:, :0]})
+
+        monkeypatch.setattr(buffer, "sample", cut)
+        with pytest.raises((RuntimeError, ValueError)) as raised:
+            train(model, 1)
+        results.append((type(raised.value), str(raised.value), state(model)))
+    assert results[0][:2] == results[1][:2]
+    assert_same(results[0][2], results[1][2], atol=3e-5)
+
+
+class Weighted(NamedTuple):
+    """Minibatch of a user's own buffer."""
+
+    observations: th.Tensor
+    actions: th.Tensor
+    next_observations: th.Tensor
+    dones: th.Tensor
+    rewards: th.Tensor
+    discounts: th.Tensor | None
+    weights: th.Tensor
+
+
+@pytest.mark.parametrize("discounts", [None, th.tensor(0.5), th.full((8, 1), 0.5)])
+def test_minibatch_of_a_type_of_its_own(monkeypatch: pytest.MonkeyPatch, discounts: th.Tensor | None) -> None:
+    eager, plain = started()
+    for model in (eager, plain):
+        buffer = model.replay_buffer
+        assert buffer is not None
+        sample = buffer.sample
+
+        def other(*args: Any, sample: Any = sample, **kwargs: Any) -> Any:
+            return Weighted(*sample(*args, **kwargs)[:5], discounts, th.ones(8))
+
+        monkeypatch.setattr(buffer, "sample", other)
+        train(model, 2)
+    assert_same(state(eager), state(plain), atol=3e-5)
+
+
+def test_tau_of_one_copies() -> None:
+    _, plain = started(tau=1.0)
+    train(plain, 1)
+    assert is_native(plain)
+    for target, parameter in zip(plain.critic_target.parameters(), plain.critic.parameters(), strict=True):
+        assert th.equal(target, parameter)
+
+
+def test_another_loss_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    eager, plain = started()
+    original = losses.critic_loss
+    monkeypatch.setattr(losses, "critic_loss", lambda *args: 3.0 * original(*args))
+    for model in (eager, plain):
+        train(model, 2)
+    assert_same(state(eager), state(plain), atol=3e-5)
+
+
+def test_autocast_is_torchs_matter() -> None:
+    eager, plain = started()
+    for model in (eager, plain):
+        with th.autocast("cpu", dtype=th.bfloat16):
+            train(model, 1)
+    assert_same(state(eager), state(plain), atol=3e-5)
+
+
+def test_targets_that_have_another_size_are_not_read() -> None:
     _, plain = started()
-    buffer = plain.replay_buffer
-    assert buffer is not None
-    sample = buffer.sample
+    exchange_target_for_another_size(plain)
+    assert plain._execution is not None and plain._execution._native is not None
+    assert not plain._execution._native.suits(plain._execution._optimizers())
 
-    def cut(*args: Any, **kwargs: Any) -> Any:
-        batch = sample(*args, **kwargs)
-        return batch._replace(**{name: getattr(batch, name)[:, :0]})
 
-    monkeypatch.setattr(buffer, "sample", cut)
-    before = state(plain)
-    with pytest.raises(RuntimeError, match="a tensor has 0 elements instead of"):
-        train(plain, 1)
-    after = state(plain)
-    assert_identical({**before, ".2": None}, {**after, ".2": None})
+class Still(policies.MlpPolicy):
+    """Its targets do not move."""
+
+    def targets(self) -> list[tuple[nn.Module, nn.Module]]:
+        return []
+
+
+def test_policy_with_other_targets() -> None:
+    model = make("defaults", policy=Still, compile=True)
+    before = copy.deepcopy(model.critic_target.state_dict())
+    model.learn(SMALL["learning_starts"] + 5)
+    for name, value in model.critic_target.state_dict().items():
+        assert th.equal(value, before[name]), name
+
+
+def test_older_torch_has_no_setting_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(th.backends.mkldnn, "matmul", object())
+    assert products.exact_products_are_wanted()
+    monkeypatch.setattr(th, "get_float32_matmul_precision", lambda: "medium")
+    assert not products.exact_products_are_wanted()
 
 
 def test_minibatches_of_other_types(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -399,20 +558,23 @@ def test_other_processors(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_it_cannot_be_built(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    """It is said, and torch's compiler does it."""
+    """It is said, and torch's compiler does it. Nothing is tried a second time."""
     source = tmp_path / "update.cpp"
     source.write_text("this is not C++")
     monkeypatch.setattr(native_update, "SOURCE", source)
-    class_of_updates.cache_clear()
+    error_of_build.cache_clear()
     try:
-        model = make("defaults", compile=True, verbose=1)
-        model.learn(SMALL["learning_starts"] + 3)
+        for n_told in (1, 0):
+            model = make("defaults", compile=True, verbose=1)
+            with pytest.warns(UserWarning, match="^The update is compiled by torch alone, which is slower: "):
+                model.learn(SMALL["learning_starts"] + 3)
+            told = [line for line in capsys.readouterr().out.splitlines() if "ompil" in line]
+            assert len([line for line in told if "ten seconds or so" in line]) == n_told
+            assert len([line for line in told if "half a minute or so" in line]) == 1
+            assert len([line for line in told if line.startswith("Compiled in ")]) == 1
+            assert model._execution._compiled
     finally:
-        class_of_updates.cache_clear()
-    assert model._execution._compiled
-    told = [line for line in capsys.readouterr().out.splitlines() if "ompil" in line or "left to torch" in line]
-    assert told[0].startswith("Compiling the update: ten seconds or so")
-    assert any(line.startswith("It is left to torch, whose updates are slower: ") for line in told)
+        error_of_build.cache_clear()
 
 
 def test_it_is_told_once(capsys: pytest.CaptureFixture[str]) -> None:
