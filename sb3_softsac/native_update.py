@@ -115,7 +115,8 @@ class NativeUpdate:
     def _look_at(self, optimizers: Optimizers) -> None:
         self._update = None
         self._attributes = [vars(module) for module in self.policy.modules()]
-        self._children = [attributes[name] for attributes in self._attributes for name in ("_modules", "_parameters")]
+        children = (attributes[name] for attributes in self._attributes for name in ("_modules", "_parameters"))
+        self._children = [some for some in children if some]
         self._hooks = [attributes[name] for attributes in self._attributes for name in HOOKS]
         self._hooks += [getattr(nn.modules.module, f"_global{name}") for name in HOOKS]
         self._parameters = list(self.policy.parameters())
