@@ -6,11 +6,11 @@ What takes gradients and steps optimisers, beside ``update.cpp``. Noise comes fr
 noise give equal new networks, whoever runs the update (:mod:`sb3_softsac.execution`).
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import torch as th
-from stable_baselines3.common.preprocessing import get_action_dim
 from torch import nn
 from torch.optim import Adam, AdamW, Optimizer
 from torch.optim.adam import adam
@@ -129,8 +129,13 @@ def draw_noise(policy: SoftSACPolicy, batch_size: int, n_actor_updates: int) -> 
         first = matrices()
         return Noise(first[-1], tuple([first[0], *(matrices()[0] for _ in range(n_actor_updates - 1))]))
 
+    shape, device = (
+        (batch_size, math.prod(policy.action_space.shape)),
+        policy.device,
+    )  # looked up once: it takes a while
+
     def normal() -> th.Tensor:
-        return th.randn((batch_size, get_action_dim(policy.action_space)), dtype=th.float32, device=policy.device)
+        return th.randn(shape, dtype=th.float32, device=device)
 
     noise_of_pi = [normal() for _ in range(min(n_actor_updates, 1))]
     next_actions = normal()
