@@ -129,13 +129,12 @@ def draw_noise(policy: SoftSACPolicy, batch_size: int, n_actor_updates: int) -> 
         first = matrices()
         return Noise(first[-1], tuple([first[0], *(matrices()[0] for _ in range(n_actor_updates - 1))]))
 
-    shape, device = (
-        (batch_size, math.prod(policy.action_space.shape)),
-        policy.device,
-    )  # looked up once: it takes a while
+    assert policy.action_space.shape is not None
+    size = batch_size, math.prod(policy.action_space.shape)
+    device = policy.device  # SB3 looks for it among all parameters
 
     def normal() -> th.Tensor:
-        return th.randn(shape, dtype=th.float32, device=device)
+        return th.randn(size, dtype=th.float32, device=device)
 
     noise_of_pi = [normal() for _ in range(min(n_actor_updates, 1))]
     next_actions = normal()
