@@ -13,9 +13,8 @@ def load(*sources: Path) -> None:
     :param sources: C++ files that register something with torch
     :raises Exception: of many kinds, where they cannot be built or loaded
     """
-    from torch._inductor.codecache import (
-        CppCodeCache,
-    )  # takes two seconds, which most uses of the package need not wait
+    # Takes two seconds, which most uses of the package need not wait
+    from torch._inductor.codecache import CppCodeCache
 
     # What is built against one version of torch is not for another, and the text is the cache's key
     texts = [f"// torch {th.__version__} {th.version.git_version}\n", *(source.read_text() for source in sources)]

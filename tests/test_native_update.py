@@ -19,7 +19,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from stable_baselines3 import SAC
 from torch import nn
-from twins import CASES, SMALL, TAME, assert_identical, assert_same, make, poison, state, train, twins
+from twins import (
+    CASES,
+    SMALL,
+    TAME,
+    assert_identical,
+    assert_same,
+    assert_same_metrics,
+    make,
+    poison,
+    state,
+    train,
+    twins,
+)
 
 from sb3_softsac import SoftSAC, execution, losses, native, native_update, policies, products
 from sb3_softsac.native_update import error_of_build
@@ -97,9 +109,7 @@ def test_it_equals_the_eager_update(name: str, n_threads: int) -> None:
             model._current_progress_remaining = 1.0 / n
             model.train(gradient_steps=n, batch_size=45)
         assert_same(state(eager), state(plain), atol=3e-5)
-        for key, value in eager.logger.name_to_value.items():
-            if key.startswith("train/"):
-                assert plain.logger.name_to_value[key] == pytest.approx(value, rel=1e-3, abs=1e-4), key
+        assert_same_metrics(eager, plain)
     assert is_native(plain)
 
 
@@ -403,21 +413,20 @@ def assert_same_but_nan(eager: SoftSAC, plain: SoftSAC) -> None:
             th.testing.assert_close(actual[name], value, atol=3e-5, rtol=1e-4, equal_nan=True)
 
 
+def change_minibatches(monkeypatch: pytest.MonkeyPatch, model: SoftSAC, change: Callable[[Any], Any]) -> None:
+    buffer = model.replay_buffer
+    assert buffer is not None
+    sample = buffer.sample
+    monkeypatch.setattr(buffer, "sample", lambda *args, **kwargs: change(sample(*args, **kwargs)))
+
+
 @pytest.mark.filterwarnings("ignore:The update cannot be compiled")
 @pytest.mark.parametrize("name", ["observations", "actions", "next_observations"])
 def test_minibatch_that_does_not_fit(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """What happens is up to the eager update; nothing is read beyond the end of a tensor."""
     results = []
     for model in started():
-        buffer = model.replay_buffer
-        assert buffer is not None
-        sample = buffer.sample
-
-        def cut(*args: Any, sample: Any = sample, **kwargs: Any) -> Any:
-            batch = sample(*args, **kwargs)
-            return batch._replace(**{name: getattr(batch, name)[:, :0]})
-
-        monkeypatch.setattr(buffer, "sample", cut)
+        change_minibatches(monkeypatch, model, lambda b: b._replace(**{name: getattr(b, name)[:, :0]}))
         with pytest.raises((RuntimeError, ValueError)) as raised:
             train(model, 1)
         results.append((type(raised.value), str(raised.value), state(model)))
@@ -441,14 +450,7 @@ class Weighted(NamedTuple):
 def test_minibatch_of_a_type_of_its_own(monkeypatch: pytest.MonkeyPatch, discounts: th.Tensor | None) -> None:
     eager, plain = started()
     for model in (eager, plain):
-        buffer = model.replay_buffer
-        assert buffer is not None
-        sample = buffer.sample
-
-        def other(*args: Any, sample: Any = sample, **kwargs: Any) -> Any:
-            return Weighted(*sample(*args, **kwargs)[:5], discounts, th.ones(8))
-
-        monkeypatch.setattr(buffer, "sample", other)
+        change_minibatches(monkeypatch, model, lambda b: Weighted(*b[:5], discounts, th.ones(8)))
         train(model, 2)
     assert_same(state(eager), state(plain), atol=3e-5)
 
@@ -511,15 +513,11 @@ def test_minibatches_of_other_types(monkeypatch: pytest.MonkeyPatch) -> None:
     """A user's buffer may give float64 or a transposed matrix."""
     eager, plain = started()
     for model in (eager, plain):
-        buffer = model.replay_buffer
-        assert buffer is not None
-        sample = buffer.sample
-
-        def other(*args: Any, sample: Any = sample, **kwargs: Any) -> Any:
-            batch = sample(*args, **kwargs)
-            return batch._replace(observations=batch.observations.double(), actions=batch.actions.T.contiguous().T)
-
-        monkeypatch.setattr(buffer, "sample", other)
+        change_minibatches(
+            monkeypatch,
+            model,
+            lambda b: b._replace(observations=b.observations.double(), actions=b.actions.T.contiguous().T),
+        )
         train(model, 2)
     assert_same(state(eager), state(plain), atol=3e-5)
     assert is_native(plain)

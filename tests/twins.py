@@ -111,6 +111,12 @@ def assert_same(expected: dict[str, Any], actual: dict[str, Any], atol: float) -
             assert actual[name] == value, name
 
 
+def assert_same_metrics(expected: SoftSAC, actual: SoftSAC) -> None:
+    for key, value in expected.logger.name_to_value.items():
+        if key.startswith("train/"):
+            assert actual.logger.name_to_value[key] == pytest.approx(value, rel=1e-3, abs=1e-4), key
+
+
 def assert_identical(expected: dict[str, Any], actual: dict[str, Any]) -> None:
     assert expected.keys() == actual.keys()
     for name, value in expected.items():
