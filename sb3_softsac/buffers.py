@@ -359,13 +359,15 @@ class ReplayBuffer(SB3ReplayBuffer):
         """
         slots = self._at(self._side_slot, places)
         on_side = np.flatnonzero(slots)
-        newest = np.flatnonzero((places // self.n_envs == (self.pos - 1) % self.buffer_size) & (slots == 0))
+        newest = np.flatnonzero(places // self.n_envs == (self.pos - 1) % self.buffer_size)
         next_places = (places + self.n_envs) % (self.buffer_size * self.n_envs)
 
         def gather(storage: np.ndarray, side: np.ndarray, newest_next: np.ndarray) -> np.ndarray:
             next_obs = self._at(storage, next_places)
-            next_obs[on_side] = side[slots[on_side] - 1]
-            next_obs[newest] = newest_next[places[newest] % self.n_envs]
+            if newest.size:
+                next_obs[newest] = newest_next[places[newest] % self.n_envs]
+            if on_side.size:  # also of the newest
+                next_obs[on_side] = side[slots[on_side] - 1]
             return next_obs
 
         return map_obs(gather, self.observations, self._side_obs, self._newest_next_obs)
@@ -376,7 +378,8 @@ class ReplayBuffer(SB3ReplayBuffer):
         return self.rng.integers(self.size(), size=batch_size)
 
     def _draw(self, rows: np.ndarray, env: VecNormalize | None) -> Drawn:
-        places = rows * self.n_envs + self.rng.integers(self.n_envs, size=len(rows))
+        # One environment needs no random number
+        places = rows if self.n_envs == 1 else rows * self.n_envs + self.rng.integers(self.n_envs, size=len(rows))
         returns, last_places, discounts = self._returns(places, env)
         dones = self._at(self.dones, last_places) * (1.0 - self._at(self.timeouts, last_places))
         return Drawn(places, last_places, returns, dones, discounts)
@@ -409,9 +412,11 @@ class ReplayBuffer(SB3ReplayBuffer):
         :param copy: the tensor must not share the array's memory
         :return: tensor on the buffer's device
         """
-        if self.device.type != "cuda":
-            return super().to_torch(array, copy)
-        return th.from_numpy(array).pin_memory().to(self.device, non_blocking=True)
+        if self.device.type == "cuda":
+            return th.from_numpy(array).pin_memory().to(self.device, non_blocking=True)
+        if self.device.type == "cpu" and not copy:
+            return th.from_numpy(array)  # the same as SB3's, in a third of the time
+        return super().to_torch(array, copy)
 
     def _returns(
         self, places: np.ndarray, env: VecNormalize | None

@@ -5,6 +5,8 @@ State stays where it always is, in modules and optimisers: a compiled update rea
 that saving, loading and going from one way to another need no conversion.
 """
 
+import functools
+import itertools
 import math
 import time
 import types
@@ -41,9 +43,9 @@ from sb3_softsac.gradient_step import (
     trained,
     update,
 )
-from sb3_softsac.native_update import NativeUpdate, class_of_updates, error_of_build
+from sb3_softsac.native_update import NativeActor, NativeUpdate, classes, error_of_build
 from sb3_softsac.policies import SoftSACPolicy
-from sb3_softsac.type_aliases import ReplayBatch
+from sb3_softsac.type_aliases import ReplayBatch, TorchObs
 
 BACKEND = "inductor"
 MAX_VARIANTS = 16  # compiled forms of one update: each has its own options and parts that are due
@@ -105,7 +107,9 @@ class Execution:
         self.failed = False  # it was tried in vain
         self._say = say
         is_native = compile and BACKEND == "inductor" and policy.device.type == "cpu" and native.suits_processor()
-        self._native = NativeUpdate(policy, ent_coef, self._build_native) if is_native else None
+        build = functools.cache(self._build_native)
+        self._native = NativeUpdate(policy, ent_coef, build) if is_native else None
+        self._native_actor = NativeActor(policy, build) if is_native else None
         self._compiled: dict[Variant, Run] = {}
         self._n_compilations: dict[Variant, int] = defaultdict(int)
         self._trained: Optimizers | None = None
@@ -144,10 +148,21 @@ class Execution:
         for batch in batches:
             what = due(options, n_updates + len(outcomes))
             batch_size = len(batch.numbers if isinstance(batch, StoredBatch) else batch.rewards)
-            noise = draw_noise(self.policy, batch_size, what.actor_updates)
+            noise = draw_noise(self.policy, batch_size, what.actor_updates, finite.device)
             finite, names, values = self._run(storage, Inputs(batch, noise, finite), options, what)
             outcomes.append(Outcome(names, values))
         return len(outcomes), means(outcomes, n_updates)
+
+    def act(self, observations: TorchObs) -> th.Tensor | None:
+        """
+        Sample actions as the actor does, faster.
+
+        :param observations: of E environments, on the policy's device
+        :return: scaled actions (E, A); None if the actor has to do it itself
+        """
+        if not self.compiles or self._native_actor is None:
+            return None
+        return self._native_actor(observations)
 
     def _run(self, storage: Storage | None, inputs: Inputs, options: UpdateOptions, what: Due) -> Result:
         if self.compiles and self._native is not None and self._native.suits(self._optimizers()):
@@ -155,6 +170,7 @@ class Execution:
             result = self._native(batch, inputs.noise, self._learning_rates, inputs.finite, options, what)
             if result is not None:
                 return result
+        self.policy.set_training_mode(True)  # not above: it takes a while, and does nothing to what is plain
         # C++ needs the states of all optimisers, also of one that is not due: nothing is compiled until they are there
         if self.compiles and self._has_state(what if self._native is None else Due(1, True)):
             run = self._compiled.get(self._variant(options, what))
@@ -171,9 +187,9 @@ class Execution:
     def _build_native(self) -> Any:
         try:
             if error_of_build.cache_info().currsize:  # known from another model
-                return class_of_updates()
+                return classes()
             with self._timed("ten seconds or so, one"):
-                return class_of_updates()
+                return classes()
         except Exception as error:
             warnings.warn(f"The update is compiled by torch alone, which is slower: {_reason(error)}", stacklevel=2)
             return None
@@ -379,20 +395,14 @@ def means(outcomes: list[Outcome], n_updates: int) -> dict[str, float]:
     :return: means by name
     :raises NotFinite: if a number was not finite
     """
-    groups: dict[tuple[str, ...], list[th.Tensor]] = defaultdict(list)
-    for outcome in outcomes:
-        groups[outcome.names].append(outcome.values)
-    if not groups:
+    if not outcomes:
         return {}
-    parts = [values[0] if len(values) == 1 else th.stack(values).sum(0) for values in groups.values()]
-    sums = (parts[0] if len(parts) == 1 else th.cat(parts)).tolist()
-    totals: dict[str, list[float]] = defaultdict(list)
-    counts: dict[str, int] = defaultdict(int)
-    for names, values in groups.items():
-        for name in names:
-            totals[name].append(sums.pop(0))
-            counts[name] += len(values)
-    result = {name: sum(terms) / counts[name] for name, terms in totals.items()}
+    numbers = outcomes[0].values if len(outcomes) == 1 else th.cat([outcome.values for outcome in outcomes])
+    names = itertools.chain.from_iterable(outcome.names for outcome in outcomes)
+    terms: dict[str, list[float]] = defaultdict(list)
+    for name, number in zip(names, numbers.tolist(), strict=True):
+        terms[name].append(number)
+    result = {name: sum(some) / len(some) for name, some in terms.items()}
     if result.pop("finite") < 1.0:
         raise _not_finite(outcomes, n_updates)
     return result

@@ -108,18 +108,19 @@ def due(options: UpdateOptions, n_updates: int) -> Due:
     return Due(n_at_once if actor_is_due else 0, n_updates % options.target_update_interval == 0)
 
 
-def draw_noise(policy: SoftSACPolicy, batch_size: int, n_actor_updates: int) -> Noise:
+def draw_noise(policy: SoftSACPolicy, batch_size: int, n_actor_updates: int, device: th.device) -> Noise:
     """
     Draw from torch's random state, in the order of SB3's ``SAC.train``.
 
     :param policy: the policy
     :param batch_size: B
     :param n_actor_updates: see :class:`Due`
+    :param device: of the policy, which SB3 looks for among all parameters
     :return: noise of one update
     """
     if policy.actor.use_sde:
         assert isinstance(policy.actor.log_std, nn.Parameter)
-        shape, device = policy.actor.log_std.shape, policy.actor.log_std.device
+        shape = policy.actor.log_std.shape
         n_actors = 1 if policy.actor_target is None else 2
 
         def matrices() -> list[th.Tensor]:
@@ -131,7 +132,6 @@ def draw_noise(policy: SoftSACPolicy, batch_size: int, n_actor_updates: int) -> 
 
     assert policy.action_space.shape is not None
     size = batch_size, math.prod(policy.action_space.shape)
-    device = policy.device  # SB3 looks for it among all parameters
 
     def normal() -> th.Tensor:
         return th.randn(size, dtype=th.float32, device=device)

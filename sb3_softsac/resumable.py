@@ -44,6 +44,7 @@ from sb3_softsac.archive import ArchiveReader, ArchiveWriter, CheckpointError, n
 from sb3_softsac.model_file import ModelFile
 from sb3_softsac.run_folder import RunFolder
 from sb3_softsac.state_codec import NotEncodable, decode, encode
+from sb3_softsac.type_aliases import TorchObs
 
 LOGGER_STATE = ("name_to_value", "name_to_count", "name_to_excluded")
 
@@ -107,14 +108,21 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
             return super()._sample_action(random_steps, action_noise, n_envs)
         # As SB3's predict(), without its way there and back between scaled actions and those of the environment
         assert self._last_obs is not None
-        if self.actor.training:  # a callback has called train()
-            self.policy.set_training_mode(False)
-        with th.no_grad():
-            actions = self.actor(obs_as_tensor(self._last_obs, self.device)).cpu().numpy()
+        actions = self._explore(obs_as_tensor(self._last_obs, self.device)).cpu().numpy()
         scaled_actions = actions.reshape(-1, *cast(Any, self.action_space).shape)
         if action_noise is not None:
             scaled_actions = np.clip(scaled_actions + action_noise(), -1, 1)
         return self.policy.unscale_action(scaled_actions), scaled_actions
+
+    def _explore(self, obs: TorchObs) -> th.Tensor:
+        """
+        :param obs: observations of E environments
+        :return: a sample of scaled actions, (E, A)
+        """
+        if self.actor.training:
+            self.policy.set_training_mode(False)
+        with th.no_grad():
+            return self.actor(obs)
 
     def _predicts_its_own_way(self) -> bool:
         """Whether a user has replaced SB3's methods."""
@@ -177,7 +185,8 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
         # SB3's loop calls callbacks when the environment has made its step but the transition is not stored, and counts
         # the rollout's steps where nobody can see them: a model saved there lacks a transition, and cannot go on from
         # the middle of a rollout.
-        self.policy.set_training_mode(False)
+        if self.policy.training:
+            self.policy.set_training_mode(False)
         assert train_freq.frequency > 0, "Should at least collect one step or episode."
         if env.num_envs > 1:
             assert train_freq.unit == TrainFrequencyUnit.STEP, "You must use only one env when doing episodic training."

@@ -35,7 +35,7 @@ from sb3_softsac.execution import Execution, NotFinite, matmul_precision
 from sb3_softsac.gradient_step import UpdateOptions
 from sb3_softsac.policies import COUNTERPARTS, Actor, CnnPolicy, Critic, MlpPolicy, MultiInputPolicy, SoftSACPolicy
 from sb3_softsac.resumable import ResumableAlgorithm
-from sb3_softsac.type_aliases import ReplayBatch
+from sb3_softsac.type_aliases import ReplayBatch, TorchObs
 from sb3_softsac.validation import check_action_space, check_options
 
 MIN_COMPILED_UPDATES = 10_000  # Inductor takes as long as it saves in about half as many, C++ in a quarter
@@ -415,7 +415,6 @@ class SoftSAC(ResumableAlgorithm):
         :param batch_size: minibatch size, B
         :raises ValueError: if a loss or its gradient is not finite
         """
-        self.policy.set_training_mode(True)
         self._update_learning_rates()
         self._execution = self._present_execution()
         try:
@@ -443,6 +442,11 @@ class SoftSAC(ResumableAlgorithm):
             compiles = self._compiles and self.compile is not False
             return Execution(self.policy, self._ent_coef, compiles, self._say)
         return execution
+
+    def _explore(self, obs: TorchObs) -> th.Tensor:
+        self._execution = self._present_execution()
+        actions = self._execution.act(obs)
+        return super()._explore(obs) if actions is None else actions
 
     def _batches(
         self, number: int, batch_size: int, replay: DeviceReplay | None

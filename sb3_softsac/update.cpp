@@ -1,4 +1,4 @@
-// One update of plain SAC on the CPU, see native_update.py. It is compiled behind products.h.
+// One update of plain SAC on the CPU, and actions of its actor, see native_update.py. It is compiled behind products.h.
 //
 // All threads go through an update together, and wait for each other only where one needs what another has made. What
 // takes longest otherwise is to read what another core has written. So the work of a critic is done by the same threads
@@ -10,6 +10,7 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/randn.h>
 #include <torch/custom_class.h>
 
 #include <cmath>
@@ -35,6 +36,7 @@ using Tensors = std::vector<Tensor>;
 constexpr int64_t OF_PARAMETER = 4, OF_LAYER = 2 * OF_PARAMETER;  // tensors that come with each, if it is trained
 constexpr float LOG_2 = 0.693147180559945f, HALF_LOG_2PI = 0.918938533204673f;
 constexpr float SATURATED = 0.999f;  // as in gradient_step.py
+constexpr int64_t FEW_ROWS = 3;      // for which the weights are not packed: that would take longer
 
 struct Range {
   int64_t begin, end;
@@ -57,6 +59,11 @@ struct Team {
   Range of_critic(int64_t n) const { return share(n, member, size); }
   Range of_all(int64_t n) const { return share(n, thread, n_threads); }
 };
+
+// Keeps what is there, and does not give memory back: that for a few rows is the same as for many
+void reserve_values(Floats& values, size_t n) {
+  if (values.size() < n) values.resize(n);
+}
 
 void check(const Tensor& tensor, int64_t n) {
   const bool is_plain = tensor.device().is_cpu() && tensor.scalar_type() == at::kFloat && tensor.is_contiguous();
@@ -107,7 +114,7 @@ struct Parameter {
     exp_avg = tensors[1], exp_avg_sq = tensors[2], step = tensors[3];
   }
 
-  // Tensors may have been moved since the last update
+  // Tensors may have been moved since they were looked at last
   void find() {
     for (const Tensor& tensor : {value, exp_avg, exp_avg_sq, step}) {
       if (tensor.defined()) check(tensor, tensor.is_same(step) ? 1 : n_elements);
@@ -180,18 +187,19 @@ struct Layer {
   }
 
   void forward(const float* inputs, bool relu, Range rows, float* outputs) const {
-    if (out > 1) {
+    if (out > 1 && rows.end - rows.begin > FEW_ROWS) {
       const Matrix a{inputs, rows.end, in, in, 1}, b{weight.data, in, out, 1, in};
       rows_of_product(a, b, {.bias = bias.data, .relu = relu}, rows.begin, rows.end, outputs);
       return;
     }
-    for (int64_t row = rows.begin; row < rows.end; row++) {
+    for (int64_t i = rows.begin * out; i < rows.end * out; i++) {
+      const float *row = inputs + i / out * in, *weights = weight.data + i % out * in;
       Vec sum(0.0f);
       each_vector({0, in}, [&](int64_t j, int64_t n) {
-        sum = at::vec::fmadd(Vec::loadu(inputs + row * in + j, n), Vec::loadu(weight.data + j, n), sum);
+        sum = at::vec::fmadd(Vec::loadu(row + j, n), Vec::loadu(weights + j, n), sum);
       });
-      const float made = sum_of(sum) + *bias.data;
-      outputs[row] = relu && made <= 0.0f ? 0.0f : made;
+      const float made = sum_of(sum) + bias.data[i % out];
+      outputs[i] = relu && made <= 0.0f ? 0.0f : made;
     }
   }
 
@@ -225,8 +233,8 @@ struct Network {
   void reserve(int64_t batch_size) {
     made.resize(layers.size());
     for (size_t i = 0; i < layers.size(); i++) {
-      made[i].resize(batch_size * layers[i].out);
-      if (i > 0 && layers[i].out > DEPTH) unmasked.resize(std::max<size_t>(unmasked.size(), batch_size * layers[i].in));
+      reserve_values(made[i], batch_size * layers[i].out);
+      if (i > 0 && layers[i].out > DEPTH) reserve_values(unmasked, batch_size * layers[i].in);
     }
   }
 
@@ -262,6 +270,47 @@ struct Network {
       }
       outputs = hidden;
     }
+  }
+};
+
+// Hidden layers, and behind them the layers of mean and log_std
+struct GaussianActor : Network {
+  Layer mu, log_std;
+  Floats mean, raw_log_std;  // (B, A)
+
+  // From the parameters of all layers, mu and log_std at the end
+  explicit GaussianActor(const Tensors& parameters, bool is_trained = true)
+      : mu(at(parameters, 2, is_trained), is_trained), log_std(at(parameters, 1, is_trained), is_trained) {
+    for (const Tensor* layer = parameters.data(); layer < at(parameters, 2, is_trained); layer += stride(is_trained)) {
+      layers.emplace_back(layer, is_trained);
+    }
+  }
+
+  template <typename F>
+  void each_parameter(const F& f) {
+    for (Layer& layer : layers) layer.each_parameter(f);
+    mu.each_parameter(f);
+    log_std.each_parameter(f);
+  }
+
+  void reserve(int64_t batch_size) {
+    Network::reserve(batch_size);
+    for (Floats* values : {&mean, &raw_log_std}) reserve_values(*values, batch_size * mu.out);
+  }
+
+  const float* hidden() const { return made.back().data(); }
+
+  void evaluate(const float* observations, Range rows) {
+    forward(layers, observations, rows, true);
+    mu.forward(hidden(), false, rows, mean.data());
+    log_std.forward(hidden(), false, rows, raw_log_std.data());
+  }
+
+ private:
+  static int64_t stride(bool is_trained) { return is_trained ? OF_LAYER : 2; }
+
+  static const Tensor* at(const Tensors& parameters, int64_t from_end, bool is_trained) {
+    return parameters.data() + parameters.size() - from_end * stride(is_trained);
   }
 };
 
@@ -308,12 +357,10 @@ class Update : public torch::CustomClassHolder {
   // Trained parameters come with exp_avg, exp_avg_sq and step; the actor's last ones are those of mu and log_std. An
   // entropy coefficient that is learned is its logarithm
   Update(Tensors actor, std::vector<Tensors> critics, std::vector<Tensors> targets, Tensors ent_coef)
-      : mu_(&actor[actor.size() - 2 * OF_LAYER]),
-        log_std_(&actor[actor.size() - OF_LAYER]),
+      : actor_(actor),
         ent_coef_(ent_coef.data(), ent_coef.size() > 1),
         learns_ent_coef_(ent_coef.size() > 1),
-        n_actions_(mu_.out) {
-    for (size_t i = 0; i + 2 * OF_LAYER < actor.size(); i += OF_LAYER) actor_.layers.emplace_back(&actor[i]);
+        n_actions_(actor_.mu.out) {
     critics_.resize(critics.size());
     for (size_t i = 0; i < critics.size(); i++) {
       for (size_t k = 0; k < critics[i].size(); k += OF_LAYER) critics_[i].layers.emplace_back(&critics[i][k]);
@@ -357,7 +404,7 @@ class Update : public torch::CustomClassHolder {
     for (Critic& critic : critics_) {
       each_parameter(critic.layers, [&](Parameter& parameter) { parameter.count(progress_.n_critic_steps); });
     }
-    each_actor_parameter([&](Parameter& parameter) { parameter.count(progress_.n_actor_steps); });
+    actor_.each_parameter([&](Parameter& parameter) { parameter.count(progress_.n_actor_steps); });
     if (learns_ent_coef_) ent_coef_.count(progress_.n_ent_coef_steps);
     metrics_[FINITE] = progress_.finite;
     return metrics;
@@ -370,20 +417,13 @@ class Update : public torch::CustomClassHolder {
   }
 
   template <typename F>
-  void each_actor_parameter(const F& f) {
-    each_parameter(actor_.layers, f);
-    mu_.each_parameter(f);
-    log_std_.each_parameter(f);
-  }
-
-  template <typename F>
   void each_critic(const Team& team, const F& f) {
     for (size_t i = team.first_critic; i < critics_.size(); i += team.n_teams) f(critics_[i]);
   }
 
   void find_tensors() {
     const auto find = [](Parameter& parameter) { parameter.find(); };
-    each_actor_parameter(find);
+    actor_.each_parameter(find);
     for (Critic& critic : critics_) {
       each_parameter(critic.layers, find);
       each_parameter(critic.target, find);
@@ -392,7 +432,7 @@ class Update : public torch::CustomClassHolder {
   }
 
   void reserve_for(const Team& team) {
-    each_actor_parameter([&](Parameter& parameter) { parameter.reserve(team.n_threads); });
+    actor_.each_parameter([&](Parameter& parameter) { parameter.reserve(team.n_threads); });
     for (Critic& critic : critics_) {
       each_parameter(critic.layers, [&](Parameter& parameter) { parameter.reserve(team.size); });
     }
@@ -404,12 +444,11 @@ class Update : public torch::CustomClassHolder {
     const int64_t n = batch_.size, n_values = n * n_actions_, n_inputs = critics_[0].layers[0].in;
     actor_.reserve(n);
     for (Floats* values : {&inputs_, &pi_inputs_}) values->resize(n * n_inputs);
-    for (Floats* values : {&mean_, &raw_log_std_, &log_std_values_, &std_, &pi_actions_, &densities_, &mean_delta_,
-                           &log_std_delta_}) {
+    for (Floats* values : {&log_std_values_, &std_, &pi_actions_, &densities_, &mean_delta_, &log_std_delta_}) {
       values->resize(n_values);
     }
     log_prob_.resize(n);
-    hidden_delta_.resize(n * mu_.in);
+    hidden_delta_.resize(n * actor_.mu.in);
     for (Critic& critic : critics_) {
       critic.reserve(n);
       critic.q.resize(n);
@@ -492,7 +531,7 @@ class Update : public torch::CustomClassHolder {
 #pragma omp barrier
     // The density's part: d log_prob / du = 2 tanh(u), d log_prob / d log_std = -1, where u = mean + std noise
     for (int64_t i = rows.begin * n_actions_; i < rows.end * n_actions_; i++) {
-      const float action = pi_actions_[i], raw = raw_log_std_[i];
+      const float action = pi_actions_[i], raw = actor_.raw_log_std[i];
       float delta = 2.0f * ent_coef / n * action;
       for (const Critic& critic : critics_) delta += critic.gradient_of_actions[i] * (1.0f - action * action);
       const bool is_clamped = raw < low || raw > high;
@@ -505,14 +544,14 @@ class Update : public torch::CustomClassHolder {
       sums.log_prob += log_prob_[i] - float(options_.log_action_scale);
       sums.min_q += least(i, &Critic::q);
     }
-    const float* hidden = actor_.made.back().data();
-    mu_.differentiate(hidden, mean_delta_.data(), rows, team.thread);
-    log_std_.differentiate(hidden, log_std_delta_.data(), rows, team.thread);
-    mu_.backward(mean_delta_.data(), rows, {}, hidden_delta_.data());
-    log_std_.backward(log_std_delta_.data(), rows, {.relu_of = hidden, .adds = true}, hidden_delta_.data());
+    const float* hidden = actor_.hidden();
+    actor_.mu.differentiate(hidden, mean_delta_.data(), rows, team.thread);
+    actor_.log_std.differentiate(hidden, log_std_delta_.data(), rows, team.thread);
+    actor_.mu.backward(mean_delta_.data(), rows, {}, hidden_delta_.data());
+    actor_.log_std.backward(log_std_delta_.data(), rows, {.relu_of = hidden, .adds = true}, hidden_delta_.data());
     actor_.backward(hidden_delta_.data(), rows, batch_.observations, team.thread);
 #pragma omp barrier
-    each_actor_parameter([&](Parameter& parameter) {
+    actor_.each_parameter([&](Parameter& parameter) {
       sums.squares += parameter.add_gradients(team.thread, team.n_threads);
     });
 #pragma omp barrier
@@ -534,7 +573,7 @@ class Update : public torch::CustomClassHolder {
     }
     progress.finite = progress.finite && std::isfinite(float(loss) + float(norm));
     if (progress.finite) {
-      each_actor_parameter([&](Parameter& parameter) {
+      actor_.each_parameter([&](Parameter& parameter) {
         parameter.update(options_.actor, factor(norm), progress.n_actor_steps, team.thread, team.n_threads);
       });
       progress.n_actor_steps++;
@@ -572,13 +611,11 @@ class Update : public torch::CustomClassHolder {
 
   // The actor's actions for some observations, with log-densities; both together are inputs of critics
   void sample(const float* observations, const float* noise, Range rows) {
-    actor_.forward(actor_.layers, observations, rows, true);
-    mu_.forward(actor_.made.back().data(), false, rows, mean_.data());
-    log_std_.forward(actor_.made.back().data(), false, rows, raw_log_std_.data());
+    actor_.evaluate(observations, rows);
     const Vec low(float(options_.log_std_low)), high(float(options_.log_std_high)), half(0.5f), two(2.0f);
     each_vector({rows.begin * n_actions_, rows.end * n_actions_}, [&](int64_t i, int64_t n) {
-      const Vec log_std = at::vec::clamp(Vec::loadu(&raw_log_std_[i], n), low, high), std = log_std.exp();
-      const Vec sample = Vec::loadu(noise + i, n), u = Vec::loadu(&mean_[i], n) + std * sample, x = u * Vec(-2.0f);
+      const Vec log_std = at::vec::clamp(Vec::loadu(&actor_.raw_log_std[i], n), low, high), std = log_std.exp();
+      const Vec sample = Vec::loadu(noise + i, n), u = Vec::loadu(&actor_.mean[i], n) + std * sample, x = u * Vec(-2.0f);
       const Vec softplus = Vec::blendv(x.exp().log1p(), x, x > Vec(20.0f));
       const Vec log_det = two * (Vec(LOG_2) - u - softplus);
       const Vec density = half * sample * sample + log_std + Vec(HALF_LOG_2PI) + log_det;
@@ -651,8 +688,7 @@ class Update : public torch::CustomClassHolder {
     return all;
   }
 
-  Network actor_;  // up to the last hidden layer
-  Layer mu_, log_std_;
+  GaussianActor actor_;
   std::vector<Critic> critics_;
   Parameter ent_coef_;
   bool learns_ent_coef_;
@@ -664,14 +700,42 @@ class Update : public torch::CustomClassHolder {
   std::vector<Sums> sums_;
   float* metrics_;
   Floats inputs_, pi_inputs_;  // of critics, (B, O + A)
-  Floats mean_, raw_log_std_, log_std_values_, std_, pi_actions_, densities_, mean_delta_, log_std_delta_;  // (B, A)
+  Floats log_std_values_, std_, pi_actions_, densities_, mean_delta_, log_std_delta_;  // (B, A)
   Floats log_prob_;      // (B)
   Floats hidden_delta_;  // gradient of what the actor's last hidden layer made
+};
+
+// Explores. It has memory of its own, so that the few rows of environments stay near
+class Actor : public torch::CustomClassHolder {
+ public:
+  explicit Actor(Tensors parameters) : actor_(parameters, false) {}
+
+  // Scaled actions for observations of E environments (E, ...), (E, A). It draws as torch's randn_like does
+  Tensor sample(Tensor observations, double log_std_low, double log_std_high) {
+    const int64_t n = observations.size(0), n_values = n * actor_.mu.out;
+    const Tensor inputs = observations.to(at::kFloat).contiguous();
+    check(inputs, n * actor_.layers[0].in);
+    actor_.each_parameter([](Parameter& parameter) { parameter.find(); });
+    actor_.reserve(n);
+    actor_.evaluate(inputs.const_data_ptr<float>(), {0, n});
+    Tensor actions = at::randn({n, actor_.mu.out}, inputs.options());
+    float* values = actions.mutable_data_ptr<float>();  // the noise, until each is replaced
+    const Vec low(static_cast<float>(log_std_low)), high(static_cast<float>(log_std_high));
+    each_vector({0, n_values}, [&](int64_t i, int64_t n) {
+      const Vec std = at::vec::clamp(Vec::loadu(&actor_.raw_log_std[i], n), low, high).exp();
+      (Vec::loadu(&actor_.mean[i], n) + std * Vec::loadu(values + i, n)).tanh().store(values + i, n);
+    });
+    return actions;
+  }
+
+ private:
+  GaussianActor actor_;
 };
 
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(sb3_softsac, m) {
+  m.class_<Actor>("Actor").def(torch::init<Tensors>()).def("sample", &Actor::sample);
   m.class_<Update>("Update")
       .def(torch::init<Tensors, std::vector<Tensors>, std::vector<Tensors>, Tensors>())
       .def("run", &Update::run);

@@ -352,7 +352,7 @@ def test_gpu_replay_does_not_wait(on_device: bool) -> None:
             storage = None if replay is None else replay.update()
             batch = (replay or model.replay_buffer).sample(8)
             what = due(options, model._n_updates + i)
-            noise = draw_noise(model.policy, 8, what.actor_updates)
+            noise = draw_noise(model.policy, 8, what.actor_updates, model.device)
             finite, _, values = model._execution._run(storage, Inputs(batch, noise, finite), options, what)
     finally:
         th.cuda.set_sync_debug_mode("default")
