@@ -712,6 +712,7 @@ class Actor : public torch::CustomClassHolder {
 
   // Scaled actions for observations of E environments (E, ...), (E, A). It draws as torch's randn_like does
   Tensor sample(Tensor observations, double log_std_low, double log_std_high) {
+    TORCH_CHECK(observations.dim() > 0, "observations of no environment");
     const int64_t n = observations.size(0), n_values = n * actor_.mu.out;
     const Tensor inputs = observations.to(at::kFloat).contiguous();
     check(inputs, n * actor_.layers[0].in);

@@ -160,7 +160,11 @@ CASES: dict[str, Case] = {
     "subproc": Case(partial(pendulum, 2, SubprocVecEnv), stops=(20, 98)),
     "all_options": Case(stops=STOPS, kwargs={**ALL_OPTIONS, "learning_rate": LinearSchedule(1e-3, 0.0, 0.5)}),
     "fixed_ent_coef": Case(kwargs={"ent_coef": 0.2}),
-    "compiled": Case(stops=(20, 80, 97), kwargs={"compile": True, "learning_rate": LinearSchedule(1e-3, 0.0, 0.5)}),
+    # Actions are compiled from the beginning, updates from the second one: that of step 32
+    "compiled": Case(
+        stops=(20, 31, 32, 80, 97),
+        kwargs={"compile": True, "learning_rate": LinearSchedule(1e-3, 0.0, 0.5), "random_steps": 10},
+    ),
     "compiled_gsde": Case(
         stops=(32, 70), kwargs={"compile": True, "use_sde": True, "policy_delay": 2, "train_freq": 4}
     ),

@@ -1,4 +1,4 @@
-"""Updates in C++: those of gradient_step.py up to rounding; and which ones are left to torch's compiler."""
+"""Updates and actions in C++: those of torch up to rounding; and which ones are left to torch and its compiler."""
 
 import copy
 import math
@@ -18,6 +18,7 @@ from gymnasium import spaces
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from stable_baselines3 import SAC
+from stable_baselines3.common.utils import obs_as_tensor
 from torch import nn
 from twins import (
     CASES,
@@ -34,7 +35,7 @@ from twins import (
 )
 
 from sb3_softsac import SoftSAC, execution, losses, native, native_update, policies, products
-from sb3_softsac.native_update import error_of_build
+from sb3_softsac.native_update import NativeActor, classes, error_of_build
 
 pytestmark = pytest.mark.skipif(not native.suits_processor(), reason="the code is for processors with AVX2 or AVX-512")
 
@@ -173,6 +174,85 @@ def test_the_same_again_with_the_same_number_of_threads() -> None:
         assert is_native(model)
         results.append(state(model))
     assert_identical(*results)
+
+
+# Actions
+
+
+def assert_same_actions(eager: SoftSAC, plain: SoftSAC, n_envs: int = 3) -> None:
+    obs = th.as_tensor(np.stack([eager.observation_space.sample() for _ in range(n_envs)]))
+    results = []
+    for model in (eager, plain):
+        th.manual_seed(5)
+        results.append((model._explore(obs), th.get_rng_state()))
+    th.testing.assert_close(results[1][0], results[0][0], atol=1e-5, rtol=1e-4)
+    assert th.equal(results[0][1], results[1][1])
+
+
+@given(
+    net_arch=st.lists(st.integers(1, 70), min_size=1, max_size=3),
+    n_envs=st.integers(1, 40),
+    dtype=st.sampled_from([th.float64, th.float32, th.int64]),
+    seed=st.integers(0, 100),
+)
+@settings(max_examples=25)
+def test_actions_are_those_of_the_actor(net_arch: list[int], n_envs: int, dtype: th.dtype, seed: int) -> None:
+    model = make("defaults", policy_kwargs={"net_arch": net_arch}, env=Odd)
+    explore = NativeActor(model.policy, classes)
+    for n in (n_envs, 1, 2 * n_envs):
+        obs = th.randn((n, 13, 3)).to(dtype).transpose(1, 2)  # not contiguous
+        th.manual_seed(seed)
+        with th.no_grad():
+            expected, random_state = model.actor(obs), th.get_rng_state()
+        th.manual_seed(seed)
+        actual = explore(obs)
+        assert actual is not None and actual.shape == expected.shape
+        th.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-4)
+        assert th.equal(th.get_rng_state(), random_state)
+
+
+@pytest.mark.parametrize("bounds", [(-1.0, -0.9), (3.0, 4.0)])
+def test_bounds_of_log_std_that_are_changed(bounds: tuple[float, float]) -> None:
+    eager, plain = started()
+    for model in (eager, plain):
+        model.actor.log_std_bounds = bounds
+    assert_same_actions(eager, plain)
+
+
+@pytest.mark.parametrize("shape", [(2, 2), (2, 4), (6,), ()])
+def test_observations_that_do_not_fit_draw_nothing(shape: tuple[int, ...]) -> None:
+    model = make("defaults")
+    before = th.get_rng_state()
+    assert NativeActor(model.policy, classes)(th.zeros(shape)) is None
+    assert th.equal(th.get_rng_state(), before)
+
+
+def test_who_explores(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    original = policies.Actor.get_action_dist_params
+
+    def spy(actor: policies.Actor, obs: Any) -> Any:
+        asked.append(len(obs))
+        return original(actor, obs)
+
+    monkeypatch.setattr(policies.Actor, "get_action_dist_params", spy)
+    for compile, n_asked in ((True, 0), (False, 10)):
+        asked.clear()
+        make("defaults", compile=compile, random_steps=10).learn(20)
+        assert len(asked) == n_asked
+
+
+@pytest.mark.parametrize("name", ["gsde", "batch_norm", "log_std", "image", "dict"])
+def test_other_actors_explore_themselves(name: str) -> None:
+    model = make(name, compile=True, random_steps=0).learn(5)
+    assert model._execution is not None and model._execution._native_actor is not None
+    obs = obs_as_tensor(model._last_obs, model.device)
+    th.manual_seed(0)
+    with th.no_grad():
+        expected = model.actor(obs)
+    th.manual_seed(0)
+    assert model._execution.act(obs) is None
+    assert th.equal(model._explore(obs), expected)
 
 
 # State is where it always is
@@ -348,6 +428,7 @@ def test_changes_in_a_run_take_effect(change: Callable[[SoftSAC], None]) -> None
         change(model)
         train(model, 3, seed=1)
     assert_same(state(eager), state(plain), atol=3e-5)
+    assert_same_actions(eager, plain)
     native_update = plain._execution._native
     assert native_update is not None
     assert native_update.suits(plain._execution._optimizers()) == CHANGES[change]
@@ -355,12 +436,16 @@ def test_changes_in_a_run_take_effect(change: Callable[[SoftSAC], None]) -> None
 
 def test_hook_that_is_removed() -> None:
     eager, plain = started()
+    hooks = []
     for model in (eager, plain):
-        hook = model.actor.mu.register_forward_hook(lambda module, inputs, output: 0.5 * output)
+        hooks.append(model.actor.mu.register_forward_hook(lambda module, inputs, output: 0.5 * output))
         train(model, 2)
+    assert_same_actions(eager, plain)
+    for model, hook in zip((eager, plain), hooks, strict=True):
         hook.remove()
         train(model, 2)
     assert_same(state(eager), state(plain), atol=3e-5)
+    assert_same_actions(eager, plain)
     assert plain._execution._native.suits(plain._execution._optimizers())
 
 
