@@ -69,6 +69,9 @@ void pack(const Matrix& b, int64_t row, int64_t depth, int64_t column, int64_t w
 template <int R, int VECTORS>
 void tile(const float* a, int64_t a_row, int64_t a_column, const float* panel, int64_t depth, float* c, int64_t c_row,
           int64_t width, const Epilogue& epilogue) {
+  for (int v = 0; v < VECTORS; v++) {
+    for (int r = 0; r < R; r++) __builtin_prefetch(c + r * c_row + v * LANES, 1);  // stores need not wait then
+  }
   Vec sums[R][VECTORS];
   int64_t n[VECTORS];
   for (int v = 0; v < VECTORS; v++) {
@@ -114,6 +117,20 @@ void tiles(const Matrix& a, int64_t begin, int64_t end, int64_t first, const flo
   }
 }
 
+// Asks for what pack() will read, at once instead of line by line
+void prefetch(const Matrix& b, int64_t row, int64_t depth, int64_t column, int64_t width) {
+  const int64_t lines = 64 / sizeof(float);
+  if (b.column_stride == 1) {
+    for (int64_t k = row; k < row + depth; k++) {
+      for (int64_t j = column; j < column + width; j += lines) __builtin_prefetch(b.at(k, j));
+    }
+  } else if (b.row_stride == 1) {
+    for (int64_t j = column; j < column + width; j++) {
+      for (int64_t k = row; k < row + depth; k += lines) __builtin_prefetch(b.at(k, j));
+    }
+  }
+}
+
 void rows_of_product(const Matrix& a, const Matrix& b, const Epilogue& whole, int64_t begin, int64_t end, float* c) {
   alignas(64) static thread_local float panel[DEPTH * WIDTH];
   for (int64_t k = 0; k == 0 || k < a.columns; k += DEPTH) {
@@ -121,6 +138,7 @@ void rows_of_product(const Matrix& a, const Matrix& b, const Epilogue& whole, in
     for (int64_t j = 0; j < b.columns; j += WIDTH) {
       const int64_t width = std::min(WIDTH, b.columns - j);
       pack(b, k, depth, j, width, panel);
+      if (j + WIDTH < b.columns) prefetch(b, k, depth, j + WIDTH, std::min(WIDTH, b.columns - j - WIDTH));
       Epilogue epilogue;
       if (k + depth == a.columns) {
         epilogue = {whole.bias ? whole.bias + j : nullptr, whole.relu_of ? whole.relu_of + j : nullptr, whole.relu};
