@@ -106,8 +106,11 @@ def _version(name: str) -> str | None:
 
 
 def _cpu_name() -> str:
+    """With family and model, since clouds give processors of several generations one name."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
+    except OSError:
         return platform.processor() or "unknown"
+    fields = dict(line.replace("\t", "").split(": ", 1) for line in reversed(lines) if ": " in line)
+    numbers = "".join(f", {name} {fields[name]}" for name in ("cpu family", "model") if name in fields)
+    return fields.get("model name", platform.processor() or "unknown") + numbers

@@ -95,7 +95,7 @@ class Execution:
 
     :param policy: networks and their optimisers
     :param ent_coef: entropy coefficient and its optimiser
-    :param compile: compile updates; on CUDA, also capture them in graphs
+    :param compile: compile updates, and actions where we have C++ for them; on CUDA, also capture updates in graphs
     :param say: called with what a user may want to read
     """
 
@@ -110,6 +110,8 @@ class Execution:
         build = functools.cache(self._build_native)
         self._native = NativeUpdate(policy, ent_coef, build) if is_native else None
         self._native_actor = NativeActor(policy, build) if is_native else None
+        self._was_native = False  # the last update
+        self._told: set[str] = set()  # of compilations, to the user
         self._compiled: dict[Variant, Run] = {}
         self._n_compilations: dict[Variant, int] = defaultdict(int)
         self._trained: Optimizers | None = None
@@ -143,6 +145,8 @@ class Execution:
         :raises NotFinite: if a loss or gradient is not finite; that optimiser's step and all after it were not done
         """
         self._set_learning_rates()
+        if not self._was_native:  # it takes a while, and does nothing to plain networks
+            self.policy.set_training_mode(True)
         finite = self._finite
         outcomes: list[Outcome] = []
         for batch in batches:
@@ -160,17 +164,19 @@ class Execution:
         :param observations: of E environments, on the policy's device
         :return: scaled actions (E, A); None if the actor has to do it itself
         """
-        if not self.compiles or self._native_actor is None:
-            return None
-        return self._native_actor(observations)
+        # Also when updates turned out not to compile: a run that is continued does not know of that before its first
+        return None if self._native_actor is None else self._native_actor(observations)
 
     def _run(self, storage: Storage | None, inputs: Inputs, options: UpdateOptions, what: Due) -> Result:
         if self.compiles and self._native is not None and self._native.suits(self._optimizers()):
             batch = gathered(inputs.batch, storage)
             result = self._native(batch, inputs.noise, self._learning_rates, inputs.finite, options, what)
             if result is not None:
+                self._was_native = True
                 return result
-        self.policy.set_training_mode(True)  # not above: it takes a while, and does nothing to what is plain
+        if self._was_native:
+            self._was_native = False
+            self.policy.set_training_mode(True)
         # C++ needs the states of all optimisers, also of one that is not due: nothing is compiled until they are there
         if self.compiles and self._has_state(what if self._native is None else Due(1, True)):
             run = self._compiled.get(self._variant(options, what))
@@ -188,17 +194,20 @@ class Execution:
         try:
             if error_of_build.cache_info().currsize:  # known from another model
                 return classes()
-            with self._timed("ten seconds or so, one"):
+            with self._timed("SoftSAC's C++", "ten seconds or so, one"):
                 return classes()
         except Exception as error:
-            warnings.warn(f"The update is compiled by torch alone, which is slower: {_reason(error)}", stacklevel=2)
+            warnings.warn(
+                f"SoftSAC's C++ cannot be built, and torch is slower without it: {_reason(error)}", stacklevel=2
+            )
             return None
 
     @contextmanager
-    def _timed(self, duration: str) -> Iterator[None]:
-        """Tell the user of a compilation, unless there has been one, and count its time if it succeeds."""
-        if self.compile_seconds == 0.0:
-            self._say(f"Compiling the update: {duration} if it has been done before ...")
+    def _timed(self, what: str, duration: str) -> Iterator[None]:
+        """Tell the user of a compilation, unless there has been one like it, and count its time if it succeeds."""
+        if what not in self._told:
+            self._told.add(what)
+            self._say(f"Compiling {what}: {duration} if it has been done before ...")
         start = time.perf_counter()
         yield
         seconds = time.perf_counter() - start
@@ -230,7 +239,7 @@ class Execution:
                 raise RuntimeError(
                     "something in the networks changes with the updates, and each change would compile anew"
                 )
-            with self._timed("half a minute or so, a few seconds"):
+            with self._timed("the update", "half a minute or so, a few seconds"):
                 run = self._compile(options, what)
                 with tracing(), warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # of torch, about its own insides

@@ -13,7 +13,7 @@ from stable_baselines3.common.torch_layers import FlattenExtractor
 from torch import nn
 
 from sb3_softsac import products
-from sb3_softsac.policies import Actor, Critic, SoftSACPolicy
+from sb3_softsac.policies import Actor, Critic, Preprocessing, SoftSACPolicy
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # Who puts another function in the place of one of these gets that one
@@ -55,23 +55,26 @@ class Watch:
     def __init__(self, modules: Iterable[nn.Module], others: Iterable[Iterable[Any]] = ()):
         roots = list(modules)
         within = list(dict.fromkeys(module for root in roots for module in root.modules()))
+        self._modules = within
         self._attributes = [vars(module) for module in within]
         self._n_attributes = list(map(len, self._attributes))
         parts = (attributes[name] for attributes in self._attributes for name in ("_modules", "_parameters"))
         networks = [Attributes(root, ATTRIBUTES) for root in roots]
-        self._collections = [*(some.values() for some in parts if some), *networks, *others]
+        preprocessings = [vars(root)["preprocessing"] for root in roots if "preprocessing" in vars(root)]
+        inputs = [Attributes(each, ("is_box", "scale")) for each in preprocessings if type(each) is Preprocessing]
+        self._collections = [*(some.values() for some in parts if some), *networks, *inputs, *others]
         self._items = list(self._present_items())
         self._hooks = [attributes[name] for attributes in self._attributes for name in HOOKS]
         self._hooks += [getattr(nn.modules.module, f"_global{name}") for name in HOOKS]
         self._parameters = list(dict.fromkeys(parameter for root in roots for parameter in root.parameters()))
 
     def _present_items(self) -> Iterator[Any]:
-        return itertools.chain(itertools.chain.from_iterable(self._collections), (_END,))
+        return itertools.chain(map(type, self._modules), itertools.chain.from_iterable(self._collections), (_END,))
 
     def is_over(self) -> bool:
         """
-        :return: whether a module, a parameter or one of the other items was exchanged, or an attribute added (such as a
-            method that takes the place of the class's)
+        :return: whether a module, its class, a parameter or one of the other items was exchanged, or an attribute added
+            (such as a method that takes the place of the class's)
         """
         return list(map(len, self._attributes)) != self._n_attributes or not all(
             map(is_, self._present_items(), self._items)
@@ -111,7 +114,7 @@ def plain_actor(actor: nn.Module) -> list[nn.Linear] | None:
     ):
         return None
     assert isinstance(actor.log_std, nn.Module)
-    layers = _linear_layers([*actor.latent_pi, actor.mu, actor.log_std], n_last=2)
+    layers = _linear_layers([*_chain(actor.latent_pi), actor.mu, actor.log_std], n_last=2)
     heads_fit = layers is not None and layers[-2].weight.shape == layers[-1].weight.shape
     return layers if layers is not None and heads_fit and _follow_each_other(layers[:-1]) else None
 
@@ -130,8 +133,7 @@ def plain_layers(policy: SoftSACPolicy) -> Layers | None:
     )
     if actor is None or not is_plain:
         return None
-    modules: list[Any] = [*policy.critic.q_networks, *policy.critic_target.q_networks]
-    chains = [_linear_layers(list(chain)) for chain in modules]
+    chains = [_linear_layers(_chain(module)) for network in networks for module in network.q_networks]
     found = [chain for chain in chains if chain is not None]
     if len(found) != len(chains):
         return None
@@ -180,8 +182,19 @@ def _follow_each_other(layers: list[nn.Linear]) -> bool:
 
 def _reads_vectors(network: Actor | Critic) -> bool:
     """Whether a network's features are the observations as they are."""
-    preprocessing = network.preprocessing
-    return preprocessing.is_box and preprocessing.scale is None and type(network.features_extractor) is FlattenExtractor
+    preprocessing, extractor = network.preprocessing, network.features_extractor
+    return (
+        type(preprocessing) is Preprocessing
+        and preprocessing.is_box
+        and preprocessing.scale is None
+        and type(extractor) is FlattenExtractor
+        and type(extractor.flatten) is nn.Flatten
+    )
+
+
+def _chain(module: nn.Module) -> list[nn.Module]:
+    """What is done one after the other, and nothing else; empty if that is not known."""
+    return list(module) if type(module) is nn.Sequential else []
 
 
 def _linear_layers(modules: list[nn.Module], n_last: int = 1) -> list[nn.Linear] | None:

@@ -119,10 +119,9 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
         :param obs: observations of E environments
         :return: a sample of scaled actions, (E, A)
         """
-        if self.actor.training:
-            self.policy.set_training_mode(False)
+        self.policy.set_training_mode(False)  # also of a module that is new
         with th.no_grad():
-            return self.actor(obs)
+            return cast(Any, self.policy).actor(obs)
 
     def _predicts_its_own_way(self) -> bool:
         """Whether a user has replaced SB3's methods."""

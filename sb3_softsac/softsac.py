@@ -89,7 +89,8 @@ class SoftSAC(ResumableAlgorithm):
         environment's units, i.e. log_prob minus the sum of log((high - low) / 2)
     :param max_grad_norm: clip the norm of each network's gradient; None: do not
     :param compile: ``"auto"``: compile the updates if ``learn()`` will do at least ``MIN_COMPILED_UPDATES`` in all;
-        True; False. The result is the same up to rounding. Where it cannot be done, a warning says why
+        True; False. On the CPU, plain actors then explore in C++, too. The result is the same up to rounding. Where it
+        cannot be done, a warning says why
     :param matmul_precision: of the float32 matrix products of the updates, see ``torch.set_float32_matmul_precision``:
         ``"highest"``, ``"high"`` or ``"medium"`` (bfloat16 products); None: what is set in torch (``"highest"``)
     :param buffer_on_device: keep a copy of the replay buffer on the GPU, where the updates gather their minibatches.

@@ -705,14 +705,14 @@ class Update : public torch::CustomClassHolder {
   Floats hidden_delta_;  // gradient of what the actor's last hidden layer made
 };
 
-// Explores. It has memory of its own, so that the few rows of environments stay near
+// Explores: samples actions as torch's actor does. It has memory of its own, so that the few rows of environments stay near
 class Actor : public torch::CustomClassHolder {
  public:
   explicit Actor(Tensors parameters) : actor_(parameters, false) {}
 
   // Scaled actions for observations of E environments (E, ...), (E, A). It draws as torch's randn_like does
   Tensor sample(Tensor observations, double log_std_low, double log_std_high) {
-    TORCH_CHECK(observations.dim() > 0, "observations of no environment");
+    TORCH_CHECK(observations.dim() > 1, "observations that are not vectors or arrays");
     const int64_t n = observations.size(0), n_values = n * actor_.mu.out;
     const Tensor inputs = observations.to(at::kFloat).contiguous();
     check(inputs, n * actor_.layers[0].in);

@@ -179,8 +179,9 @@ def test_the_same_again_with_the_same_number_of_threads() -> None:
 # Actions
 
 
-def assert_same_actions(eager: SoftSAC, plain: SoftSAC, n_envs: int = 3) -> None:
-    obs = th.as_tensor(np.stack([eager.observation_space.sample() for _ in range(n_envs)]))
+def assert_same_actions(eager: SoftSAC, plain: SoftSAC, in_cpp: bool) -> None:
+    obs = th.as_tensor(np.stack([eager.observation_space.sample() for _ in range(3)]))
+    assert plain._execution is not None and (plain._execution.act(obs) is not None) == in_cpp
     results = []
     for model in (eager, plain):
         th.manual_seed(5)
@@ -216,10 +217,50 @@ def test_bounds_of_log_std_that_are_changed(bounds: tuple[float, float]) -> None
     eager, plain = started()
     for model in (eager, plain):
         model.actor.log_std_bounds = bounds
-    assert_same_actions(eager, plain)
+    assert_same_actions(eager, plain, True)
 
 
-@pytest.mark.parametrize("shape", [(2, 2), (2, 4), (6,), ()])
+def test_exchanged_actor_explores() -> None:
+    eager, plain = started()
+    for model in (eager, plain):
+        actor = copy.deepcopy(model.policy.actor)
+        saturate_actor(actor)
+        model.policy.actor = actor
+    assert_same_actions(eager, plain, True)
+    assert plain._explore(th.zeros(1, 3)).min() > 0.9
+
+
+def test_modes_of_modules_that_are_new() -> None:
+    """Dropout is for updates only, whoever did the last one."""
+    _, plain = started()
+    explores, learns = nn.Dropout(0.5), nn.Dropout(0.5)
+    plain.actor.latent_pi.append(explores)
+    plain.critic.q_networks[0].insert(2, learns)
+    obs = th.ones(1, 3)
+    actions = []
+    for _ in range(2):
+        th.manual_seed(0)
+        actions.append(plain._explore(obs))
+        assert not explores.training
+    assert th.equal(*actions)
+    train(plain, 1)
+    assert explores.training and learns.training
+
+
+@pytest.mark.filterwarnings("ignore:The update cannot be compiled")
+def test_actions_do_not_depend_on_what_has_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that is continued does not know of it before its first update."""
+
+    def fail(function: Any, device: th.device) -> Any:
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(execution, "compiled", fail)
+    model = make("adamw", compile=True).learn(SMALL["learning_starts"] + 3)
+    assert model._execution is not None and model._execution.failed
+    assert model._execution.act(th.zeros(1, 3)) is not None
+
+
+@pytest.mark.parametrize("shape", [(2, 2), (2, 4), (3,), (6,), ()])
 def test_observations_that_do_not_fit_draw_nothing(shape: tuple[int, ...]) -> None:
     model = make("defaults")
     before = th.get_rng_state()
@@ -246,13 +287,9 @@ def test_who_explores(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_other_actors_explore_themselves(name: str) -> None:
     model = make(name, compile=True, random_steps=0).learn(5)
     assert model._execution is not None and model._execution._native_actor is not None
-    obs = obs_as_tensor(model._last_obs, model.device)
-    th.manual_seed(0)
-    with th.no_grad():
-        expected = model.actor(obs)
-    th.manual_seed(0)
-    assert model._execution.act(obs) is None
-    assert th.equal(model._explore(obs), expected)
+    before = th.get_rng_state()
+    assert model._execution.act(obs_as_tensor(model._last_obs, model.device)) is None
+    assert th.equal(th.get_rng_state(), before)
 
 
 # State is where it always is
@@ -280,9 +317,13 @@ def move_parameters(model: SoftSAC) -> None:
 
 def saturate(model: SoftSAC) -> None:
     """Actions at their bounds, as far as float32 can tell, with densities that are still exact."""
+    saturate_actor(model.actor)
+
+
+def saturate_actor(actor: policies.Actor) -> None:
     with th.no_grad():
-        model.actor.mu.bias.fill_(30.0)
-        model.actor.log_std.bias.fill_(1.9)
+        actor.mu.bias.fill_(30.0)
+        actor.log_std.bias.fill_(1.9)
 
 
 def exchange_layer(model: SoftSAC) -> None:
@@ -329,6 +370,52 @@ def override_sample(model: SoftSAC) -> None:
 
 def override_targets(model: SoftSAC) -> None:
     model.policy.targets = lambda: []
+
+
+class Bold(policies.Actor):
+    def get_action_dist_params(self, obs: Any) -> Any:
+        mean_actions, log_std, extra = super().get_action_dist_params(obs)
+        return 3.0 * mean_actions, log_std, extra
+
+
+def change_class(model: SoftSAC) -> None:
+    model.actor.__class__ = Bold
+
+
+class Residual(nn.Sequential):
+    def forward(self, inputs: th.Tensor) -> th.Tensor:
+        return 0.5 * super().forward(inputs)
+
+
+def exchange_container(model: SoftSAC) -> None:
+    model.actor.latent_pi = Residual(*model.actor.latent_pi)
+
+
+class Wrapper(nn.Module):
+    """Not a sequence."""
+
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, inputs: th.Tensor) -> th.Tensor:
+        return 0.5 * self.inner(inputs)
+
+
+def wrap_container(model: SoftSAC) -> None:
+    model.actor.latent_pi = Wrapper(model.actor.latent_pi)
+
+
+def exchange_flatten(model: SoftSAC) -> None:
+    model.actor.features_extractor.flatten = nn.Sequential(nn.Flatten(), nn.Tanh())
+
+
+def scale_observations(model: SoftSAC) -> None:
+    model.critic.preprocessing.scale = 2.0
+
+
+def exchange_preprocessing(model: SoftSAC) -> None:
+    model.actor.preprocessing = lambda obs: 0.5 * obs.float()
 
 
 def bound_otherwise(model: SoftSAC) -> None:
@@ -406,6 +493,12 @@ CHANGES: dict[Callable[[SoftSAC], None], bool] = {
     override_sample: False,
     override_targets: False,
     bound_otherwise: False,
+    change_class: False,
+    exchange_container: False,
+    wrap_container: False,
+    exchange_flatten: False,
+    scale_observations: False,
+    exchange_preprocessing: False,
     swap_critics: False,
     change_betas: True,
     decay_from_now_on: False,
@@ -420,6 +513,12 @@ CHANGES: dict[Callable[[SoftSAC], None], bool] = {
 }
 
 
+NOT_ACTING = {
+    *(add_layer, add_hook, parametrize, override_sample, hook_gradient, bound_otherwise, change_class),
+    *(exchange_container, wrap_container, exchange_flatten, exchange_preprocessing),
+}
+
+
 @pytest.mark.filterwarnings("ignore:The update cannot be compiled")
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 def test_changes_in_a_run_take_effect(change: Callable[[SoftSAC], None]) -> None:
@@ -428,7 +527,7 @@ def test_changes_in_a_run_take_effect(change: Callable[[SoftSAC], None]) -> None
         change(model)
         train(model, 3, seed=1)
     assert_same(state(eager), state(plain), atol=3e-5)
-    assert_same_actions(eager, plain)
+    assert_same_actions(eager, plain, change not in NOT_ACTING)
     native_update = plain._execution._native
     assert native_update is not None
     assert native_update.suits(plain._execution._optimizers()) == CHANGES[change]
@@ -440,12 +539,12 @@ def test_hook_that_is_removed() -> None:
     for model in (eager, plain):
         hooks.append(model.actor.mu.register_forward_hook(lambda module, inputs, output: 0.5 * output))
         train(model, 2)
-    assert_same_actions(eager, plain)
+    assert_same_actions(eager, plain, False)
     for model, hook in zip((eager, plain), hooks, strict=True):
         hook.remove()
         train(model, 2)
     assert_same(state(eager), state(plain), atol=3e-5)
-    assert_same_actions(eager, plain)
+    assert_same_actions(eager, plain, True)
     assert plain._execution._native.suits(plain._execution._optimizers())
 
 
@@ -651,7 +750,7 @@ def test_it_cannot_be_built(
     try:
         for n_told in (1, 0):
             model = make("defaults", compile=True, verbose=1)
-            with pytest.warns(UserWarning, match="^The update is compiled by torch alone, which is slower: "):
+            with pytest.warns(UserWarning, match="^SoftSAC's C.. cannot be built, and torch is slower without it: "):
                 model.learn(SMALL["learning_starts"] + 3)
             told = [line for line in capsys.readouterr().out.splitlines() if "ompil" in line]
             assert len([line for line in told if "ten seconds or so" in line]) == n_told
