@@ -9,7 +9,7 @@ moment: each in a process of its own, warmed up, does the steps of one slice (ha
 wait. A round is a slice of each. What slows the machine down for longer than a round slows all arms, and the ratios
 within a round do not know of it. The rates of all rounds are added to a file; ``report`` pools what was measured in
 several sittings, prints the medians of the ratios, with 95% intervals by bootstrap over the rounds, puts the table into
-README.md, and draws ``speed.png``.
+README.md or docs/results.md, and draws ``speed.png``.
 """
 
 import argparse
@@ -29,6 +29,8 @@ from speed import ARMS, CELLS, Settings, make_model, process_of, use_cores
 
 WARMUP_UPDATES = 300
 RUNS = RESULTS / "speed" / "ratios.jsonl"
+# Where the documents have a table of these results, by its name there
+TABLES = {RUNS: "speed", RESULTS / "speed_other_host" / "ratios.jsonl": "speed_other_host"}
 COMPARED = ("sb3", "compiled", "sbx")
 
 
@@ -220,8 +222,8 @@ def report(args: argparse.Namespace) -> None:
     print(text)
     if all("sb3" in row["rates"] for row in rows):
         draw(rows, args.runs.parent / "speed.png")
-    if args.runs.resolve() == RUNS:
-        fill_documents({"speed": text})
+    if (name := TABLES.get(args.runs.resolve())) is not None:
+        fill_documents({name: text})
 
 
 def main() -> None:
