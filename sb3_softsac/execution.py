@@ -1,5 +1,6 @@
 """
-How updates are run: eagerly, in C++, compiled, or as a CUDA graph, with the same result up to rounding.
+How updates are run: eagerly, in C++, compiled, or as a CUDA graph, with the same result up to rounding; and actions of
+exploration, where there is C++ for them.
 
 State stays where it always is, in modules and optimisers: a compiled update reads and writes their tensors in place, so
 that saving, loading and going from one way to another need no conversion.

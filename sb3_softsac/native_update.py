@@ -56,7 +56,7 @@ class NativeActor:
     Explores with the actor of one policy, if it is plain: torch takes many times as long for the small operators.
 
     :param policy: networks
-    :param build: gives the classes that ``update.cpp`` defines, or None
+    :param build: gives the classes that ``update.cpp`` defines, or None; called when a plain actor is first to explore
     """
 
     def __init__(self, policy: SoftSACPolicy, build: Callable[[], Any]):

@@ -46,7 +46,8 @@ class Attributes:
 
 class Watch:
     """
-    Notices when something about modules is no longer what it was, in microseconds: this is asked before each update.
+    Notices when something about modules is no longer what it was, in microseconds: this is asked before each update and
+    action.
 
     :param modules: networks; what is within them is watched, too
     :param others: further collections whose items count
@@ -54,9 +55,8 @@ class Watch:
 
     def __init__(self, modules: Iterable[nn.Module], others: Iterable[Iterable[Any]] = ()):
         roots = list(modules)
-        within = list(dict.fromkeys(module for root in roots for module in root.modules()))
-        self._modules = within
-        self._attributes = [vars(module) for module in within]
+        self._modules = list(dict.fromkeys(module for root in roots for module in root.modules()))
+        self._attributes = [vars(module) for module in self._modules]
         self._n_attributes = list(map(len, self._attributes))
         parts = (attributes[name] for attributes in self._attributes for name in ("_modules", "_parameters"))
         networks = [Attributes(root, ATTRIBUTES) for root in roots]
