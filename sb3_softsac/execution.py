@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
 from sb3_softsac import native
+from sb3_softsac.buffers import rows_of
 from sb3_softsac.cuda_graph import CudaGraph, capture_on
 from sb3_softsac.device_replay import Storage, StoredBatch, gathered
 from sb3_softsac.ent_coef import EntCoef
@@ -34,6 +35,7 @@ from sb3_softsac.gradient_step import (
     LearningRates,
     Noise,
     Optimizers,
+    Outcome,
     Parts,
     UpdateOptions,
     actor_gradients,
@@ -58,11 +60,25 @@ steps are compiled, too."""
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-class Outcome(NamedTuple):
-    """Scalars of one update: their names, and their values in one tensor (M,) on the device."""
+class Minibatches(NamedTuple):
+    """Minibatches of equal size B, one behind the other."""
 
-    names: tuple[str, ...]
-    values: th.Tensor
+    samples: ReplayBatch | StoredBatch  # (n B, ...)
+    n: int
+
+    @property
+    def size(self) -> int:
+        return len(self.samples.numbers if isinstance(self.samples, StoredBatch) else self.samples.rewards) // self.n
+
+    def part(self, first: int, last: int) -> ReplayBatch | StoredBatch:
+        """
+        :param first: first minibatch
+        :param last: one past the last
+        :return: samples of these, which share memory
+        """
+        if (first, last) == (0, self.n):
+            return self.samples
+        return rows_of(self.samples, slice(first * self.size, last * self.size))
 
 
 Result = tuple[th.Tensor, tuple[str, ...], th.Tensor]
@@ -130,7 +146,7 @@ class Execution:
 
     def __call__(
         self,
-        batches: Iterable[ReplayBatch | StoredBatch],
+        draws: Iterable[Minibatches],
         options: UpdateOptions,
         n_updates: int,
         storage: Storage | None = None,
@@ -138,7 +154,7 @@ class Execution:
         """
         Do updates, one for each minibatch.
 
-        :param batches: minibatches on the policy's device; each is asked for when the one before is done
+        :param draws: minibatches on the policy's device; each draw is asked for when the updates before are done
         :param options: constants of the updates
         :param n_updates: updates done before
         :param storage: what the minibatches are gathered from, if they have to be
@@ -150,12 +166,20 @@ class Execution:
             self.policy.set_training_mode(True)
         finite = self._finite
         outcomes: list[Outcome] = []
-        for batch in batches:
-            what = due(options, n_updates + len(outcomes))
-            batch_size = len(batch.numbers if isinstance(batch, StoredBatch) else batch.rewards)
-            noise = draw_noise(self.policy, batch_size, what.actor_updates, finite.device)
-            finite, names, values = self._run(storage, Inputs(batch, noise, finite), options, what)
-            outcomes.append(Outcome(names, values))
+        for minibatches in draws:
+            first = len(outcomes)
+            while (n_done := len(outcomes) - first) < minibatches.n:
+                n_before = n_updates + len(outcomes)
+                result = self._run_native(storage, minibatches, n_done, finite, options, n_before)
+                if result is not None:
+                    finite, those = result
+                    outcomes += those
+                    continue
+                what = due(options, n_before)
+                noise = draw_noise(self.policy, minibatches.size, what.actor_updates, finite.device)
+                inputs = Inputs(minibatches.part(n_done, n_done + 1), noise, finite)
+                finite, names, values = self._run(storage, inputs, options, what)
+                outcomes.append(Outcome(names, values))
         return len(outcomes), means(outcomes, n_updates)
 
     def act(self, observations: TorchObs) -> th.Tensor | None:
@@ -168,16 +192,27 @@ class Execution:
         # Also when updates turned out not to compile: a run that is continued does not know of that before its first
         return None if self._native_actor is None else self._native_actor(observations)
 
-    def _run(self, storage: Storage | None, inputs: Inputs, options: UpdateOptions, what: Due) -> Result:
+    def _run_native(
+        self,
+        storage: Storage | None,
+        minibatches: Minibatches,
+        n_done: int,
+        finite: th.Tensor,
+        options: UpdateOptions,
+        n_updates: int,
+    ) -> tuple[th.Tensor, list[Outcome]] | None:
+        """Do the updates with all minibatches that are left, in C++, or none."""
+        result = None
         if self.compiles and self._native is not None and self._native.suits(self._optimizers()):
-            batch = gathered(inputs.batch, storage)
-            result = self._native(batch, inputs.noise, self._learning_rates, inputs.finite, options, what)
-            if result is not None:
-                self._was_native = True
-                return result
-        if self._was_native:
-            self._was_native = False
+            batch = gathered(minibatches.part(n_done, minibatches.n), storage)
+            whats = [due(options, n_updates + i) for i in range(minibatches.n - n_done)]
+            result = self._native(batch, whats, self._learning_rates, finite, options)
+        if self._was_native and result is None:
             self.policy.set_training_mode(True)
+        self._was_native = result is not None
+        return result
+
+    def _run(self, storage: Storage | None, inputs: Inputs, options: UpdateOptions, what: Due) -> Result:
         # C++ needs the states of all optimisers, also of one that is not due: nothing is compiled until they are there
         if self.compiles and self._has_state(what if self._native is None else Due(1, True)):
             run = self._compiled.get(self._variant(options, what))

@@ -60,6 +60,13 @@ class LearningRates(NamedTuple):
     actor: th.Tensor
 
 
+class Outcome(NamedTuple):
+    """Scalars of one update: their names, and their values in one tensor (M,) on the device."""
+
+    names: tuple[str, ...]
+    values: th.Tensor
+
+
 class AdamGroup(NamedTuple):
     """Parameters of Adam or AdamW with their state, and its options without the learning rate."""
 

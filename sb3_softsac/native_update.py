@@ -15,7 +15,7 @@ from torch.optim import Adam
 
 from sb3_softsac import losses, native, products
 from sb3_softsac.ent_coef import EntCoef
-from sb3_softsac.gradient_step import Due, LearningRates, Noise, Optimizers, Trained, UpdateOptions
+from sb3_softsac.gradient_step import Due, LearningRates, Optimizers, Outcome, Trained, UpdateOptions
 from sb3_softsac.plain_networks import Attributes, Watch, parameters_of, plain_actor, plain_layers, usual_arithmetic
 from sb3_softsac.policies import SoftSACPolicy
 from sb3_softsac.type_aliases import ReplayBatch, TorchObs
@@ -146,23 +146,22 @@ class NativeUpdate:
     def __call__(
         self,
         batch: ReplayBatch,
-        noise: Noise,
+        whats: list[Due],
         learning_rates: LearningRates,
         finite: th.Tensor,
         options: UpdateOptions,
-        what: Due,
-    ) -> tuple[th.Tensor, tuple[str, ...], th.Tensor] | None:
+    ) -> tuple[th.Tensor, list[Outcome]] | None:
         """
-        Do an update that :meth:`suits`, unless the tensors are not those of plain SAC.
+        Do updates that :meth:`suits`, unless the tensors are not those of plain SAC. Noise is drawn as
+        :func:`gradient_step.draw_noise` does.
 
-        :param batch: minibatch
-        :param noise: see :func:`gradient_step.draw_noise`
+        :param batch: one minibatch behind the other
+        :param whats: what each update consists of
         :param learning_rates: of the optimisers
         :param finite: whether all numbers of the updates before were finite
-        :param options: constants of the update
-        :param what: what it consists of
-        :return: whether all numbers have been finite; names and values of the metrics. None if types or sizes do not
-            fit: nothing has then been changed
+        :param options: constants of the updates
+        :return: whether all numbers have been finite, and metrics of each update. None if types or sizes do not fit:
+            nothing has then been drawn or changed
         """
         tensors: list[Any] = [batch.observations, batch.actions, batch.next_observations, batch.dones, batch.rewards]
         if batch.discounts is not None:
@@ -174,16 +173,16 @@ class NativeUpdate:
         numbers += [*self.policy.actor.log_std_bounds, options.ent_coef_loss == "exp"]
         for learning_rate, constants in zip(learning_rates, self._adam, strict=True):
             numbers += [float(learning_rate), *constants]
-        noises = [noise.next_actions, *noise.actions[: what.actor_updates]]
         inputs = [_as_float32(tensor) for tensor in tensors]
+        actor_updates, targets = [what.actor_updates for what in whats], [int(what.targets) for what in whats]
         try:
-            values = self._update.run(inputs, noises, list(map(float, numbers)), what.targets, bool(finite))
+            values = self._update.run(inputs, actor_updates, targets, list(map(float, numbers)), bool(finite))
         except RuntimeError:  # it looks at all tensors before it begins
             return None
-        names: tuple[str, ...] = CRITIC_METRICS
-        if what.actor_updates:
-            names += ACTOR_METRICS if self.ent_coef.log_ent_coef is None else ACTOR_METRICS + ENT_COEF_METRICS
-        return values[CRITIC_METRICS.index("finite")].bool(), names, values[: len(names)]
+        of_actor = ACTOR_METRICS if self.ent_coef.log_ent_coef is None else ACTOR_METRICS + ENT_COEF_METRICS
+        names = [CRITIC_METRICS + of_actor if what.actor_updates else CRITIC_METRICS for what in whats]
+        outcomes = [Outcome(some, row[: len(some)]) for some, row in zip(names, values.unbind(), strict=True)]
+        return outcomes[-1].values[CRITIC_METRICS.index("finite")].bool(), outcomes
 
 
 def _is_plain_adam(trained: Trained) -> bool:

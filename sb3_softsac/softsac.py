@@ -27,15 +27,15 @@ from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 from torch import nn
 
 from sb3_softsac import device_replay, execution, threads
-from sb3_softsac.buffers import ReplayBuffer, rows_of, samples_itself
-from sb3_softsac.device_replay import DeviceReplay, StoredBatch
+from sb3_softsac.buffers import ReplayBuffer, samples_itself
+from sb3_softsac.device_replay import DeviceReplay
 from sb3_softsac.distributions import log_action_scale
 from sb3_softsac.ent_coef import EntCoef, make_ent_coef
-from sb3_softsac.execution import Execution, NotFinite, matmul_precision
+from sb3_softsac.execution import Execution, Minibatches, NotFinite, matmul_precision
 from sb3_softsac.gradient_step import UpdateOptions
 from sb3_softsac.policies import COUNTERPARTS, Actor, CnnPolicy, Critic, MlpPolicy, MultiInputPolicy, SoftSACPolicy
 from sb3_softsac.resumable import ResumableAlgorithm
-from sb3_softsac.type_aliases import ReplayBatch, TorchObs
+from sb3_softsac.type_aliases import TorchObs
 from sb3_softsac.validation import check_action_space, check_options
 
 MIN_COMPILED_UPDATES = 10_000  # Inductor takes as long as it saves in about half as many, C++ in a quarter
@@ -421,9 +421,9 @@ class SoftSAC(ResumableAlgorithm):
         try:
             with matmul_precision(self.matmul_precision):
                 replay = self._present_device_replay()
-                batches = self._batches(gradient_steps, batch_size, replay)
+                draws = self._draws(gradient_steps, batch_size, replay)
                 storage = None if replay is None else replay.update()
-                n_done, means = self._execution(batches, self._update_options(), self._n_updates, storage)
+                n_done, means = self._execution(draws, self._update_options(), self._n_updates, storage)
         except NotFinite as error:
             self._n_updates += error.n_done
             raise
@@ -449,9 +449,7 @@ class SoftSAC(ResumableAlgorithm):
         actions = self._execution.act(obs)
         return super()._explore(obs) if actions is None else actions
 
-    def _batches(
-        self, number: int, batch_size: int, replay: DeviceReplay | None
-    ) -> Iterator[ReplayBatch | StoredBatch]:
+    def _draws(self, number: int, batch_size: int, replay: DeviceReplay | None) -> Iterator[Minibatches]:
         """Minibatches of B; several are drawn at once, which takes half the time, if the buffer is our own."""
         assert self.replay_buffer is not None
         source = self.replay_buffer if replay is None else replay
@@ -459,9 +457,7 @@ class SoftSAC(ResumableAlgorithm):
         at_once = max(1, ROWS_AT_ONCE // batch_size) if samples_itself(self.replay_buffer) else 1
         for first in range(0, number, at_once):
             n = min(at_once, number - first)
-            drawn = source.sample(n * batch_size, env=self._vec_normalize_env)
-            for i in range(n):
-                yield drawn if n == 1 else rows_of(drawn, slice(i * batch_size, (i + 1) * batch_size))
+            yield Minibatches(source.sample(n * batch_size, env=self._vec_normalize_env), n)
 
     def _update_options(self) -> UpdateOptions:
         assert isinstance(self.target_entropy, float)

@@ -1,6 +1,6 @@
-// One update of plain SAC on the CPU, and actions of its actor, see native_update.py. It is compiled behind products.h.
+// Updates of plain SAC on the CPU, and actions of its actor, see native_update.py. It is compiled behind products.h.
 //
-// All threads go through an update together, and wait for each other only where one needs what another has made. What
+// All threads go through the updates together, and wait for each other only where one needs what another has made. What
 // takes longest otherwise is to read what another core has written. So the work of a critic is done by the same threads
 // from beginning to end, as many critics at a time as the threads can be divided among. What several threads share,
 // always the actor, is divided by rows of the minibatch: each computes the gradients of its own rows, and then adds all
@@ -18,6 +18,7 @@
 #include <limits>
 #include <new>
 #include <numeric>
+#include <utility>
 #include <vector>
 
 namespace {
@@ -337,15 +338,27 @@ struct alignas(64) Sums {
   double critic_loss, q_value, target_q, squares, log_prob, min_q, log_std, saturated;
 };
 
-// How far an update has come; each thread knows for itself
+// How far updates have come; each thread knows for itself
 struct Progress {
   bool finite;
   int64_t n_critic_steps, n_ent_coef_steps, n_actor_steps;
 };
 
+// A minibatch, of several that lie one behind the other
 struct Batch {
   int64_t size;
   const float *observations, *actions, *next_observations, *dones, *rewards, *discounts;
+
+  Batch following(int64_t n, int64_t n_observations, int64_t n_actions) const {
+    const int64_t rows = n * size;
+    return {size,
+            observations + rows * n_observations,
+            actions + rows * n_actions,
+            next_observations + rows * n_observations,
+            dones + rows,
+            rewards + rows,
+            discounts ? discounts + rows : nullptr};
+  }
 };
 
 // The order is that of native_update.py
@@ -368,45 +381,55 @@ class Update : public torch::CustomClassHolder {
     }
   }
 
-  // Does an update. The batch is observations, actions, next observations, dones, rewards and maybe discounts; the
-  // noise is that of the next actions and of each update of the actor
-  Tensor run(Tensors batch, Tensors noise, std::vector<double> options, bool with_targets, bool finite) {
+  // Does updates, each with its own minibatch: the batch is observations, actions, next observations, dones, rewards
+  // and maybe discounts of all. Each has a number of updates of the actor, and moves the targets (1) or not (0). Noise
+  // is drawn as gradient_step.py does, when all has been looked at
+  Tensor run(Tensors batch, std::vector<int64_t> actor_updates, std::vector<int64_t> with_targets,
+             std::vector<double> options, bool finite) {
     TORCH_CHECK(options.size() * sizeof(double) == sizeof(Options), options.size(), " options");
     std::memcpy(&options_, options.data(), sizeof(Options));
-    const int64_t n = batch[0].size(0), n_observations = critics_[0].layers[0].in - n_actions_;
+    const int64_t n_updates = actor_updates.size(), n_rows = batch[0].size(0), size = n_rows / n_updates;
+    const int64_t n_observations = critics_[0].layers[0].in - n_actions_;
     const int64_t widths[] = {n_observations, n_actions_, n_observations, 1, 1, 1};
     const float* data[6] = {};
     for (size_t i = 0; i < batch.size(); i++) {
-      check(batch[i], n * widths[i]);
+      check(batch[i], n_rows * widths[i]);
       data[i] = batch[i].const_data_ptr<float>();
     }
-    batch_ = {n, data[0], data[1], data[2], data[3], data[4], data[5]};
-    std::vector<const float*> noise_data;
-    for (const Tensor& tensor : noise) {
-      check(tensor, n * n_actions_);
-      noise_data.push_back(tensor.const_data_ptr<float>());
-    }
+    const Batch first{size, data[0], data[1], data[2], data[3], data[4], data[5]};
     find_tensors();
-    reserve();
-    Tensor metrics = at::empty({N_METRICS}, batch[0].options());
-    metrics_ = metrics.mutable_data_ptr<float>();
-#pragma omp parallel num_threads(at::get_num_threads())
+    reserve(size);
+    const int64_t n_draws = std::accumulate(actor_updates.begin(), actor_updates.end(), n_updates);
+    const Tensor drawn = at::empty({n_draws, size, n_actions_}, batch[0].options());
+    for (int64_t i = 0; i < n_draws; i++) drawn.select(0, i).normal_();
+    Tensor metrics = at::empty({n_updates, N_METRICS}, batch[0].options());
+    float* of_update = metrics.mutable_data_ptr<float>();
+    const float* noise = drawn.const_data_ptr<float>();
+    Progress done;
+#pragma omp parallel num_threads(at::get_num_threads()) firstprivate(noise, of_update)
     {
       const Team team(omp_get_thread_num(), omp_get_num_threads(), critics_.size());
 #pragma omp single
       reserve_for(team);  // there may be fewer threads than were asked for
       Progress progress{finite, 0, 0, 0};
-      critic_update(team, noise_data[0], progress);
-      for (size_t i = 1; i < noise_data.size(); i++) actor_update(team, noise_data[i], progress);
-      if (with_targets && progress.finite) update_targets(team);
-      if (team.thread == 0) progress_ = progress;
+      for (int64_t i = 0; i < n_updates; i++, of_update += N_METRICS) {
+        const Batch minibatch = first.following(i, n_observations, n_actions_);
+        const auto draw = [&] { return std::exchange(noise, noise + size * n_actions_); };
+        const float* noise_of_pi = actor_updates[i] > 0 ? draw() : nullptr;
+        critic_update(team, minibatch, draw(), progress, of_update);
+        for (int64_t k = 0; k < actor_updates[i]; k++) {
+          actor_update(team, minibatch, k == 0 ? noise_of_pi : draw(), progress, of_update);
+        }
+        if (with_targets[i] && progress.finite) update_targets(team);
+        if (team.thread == 0) of_update[FINITE] = progress.finite;
+      }
+      if (team.thread == 0) done = progress;
     }
     for (Critic& critic : critics_) {
-      each_parameter(critic.layers, [&](Parameter& parameter) { parameter.count(progress_.n_critic_steps); });
+      each_parameter(critic.layers, [&](Parameter& parameter) { parameter.count(done.n_critic_steps); });
     }
-    actor_.each_parameter([&](Parameter& parameter) { parameter.count(progress_.n_actor_steps); });
-    if (learns_ent_coef_) ent_coef_.count(progress_.n_ent_coef_steps);
-    metrics_[FINITE] = progress_.finite;
+    actor_.each_parameter([&](Parameter& parameter) { parameter.count(done.n_actor_steps); });
+    if (learns_ent_coef_) ent_coef_.count(done.n_ent_coef_steps);
     return metrics;
   }
 
@@ -440,8 +463,8 @@ class Update : public torch::CustomClassHolder {
     sums_.resize(team.n_threads);
   }
 
-  void reserve() {
-    const int64_t n = batch_.size, n_values = n * n_actions_, n_inputs = critics_[0].layers[0].in;
+  void reserve(int64_t n) {
+    const int64_t n_values = n * n_actions_, n_inputs = critics_[0].layers[0].in;
     actor_.reserve(n);
     for (Floats* values : {&inputs_, &pi_inputs_}) values->resize(n * n_inputs);
     for (Floats* values : {&log_std_values_, &std_, &pi_actions_, &densities_, &mean_delta_, &log_std_delta_}) {
@@ -459,13 +482,14 @@ class Update : public torch::CustomClassHolder {
     }
   }
 
-  void critic_update(const Team& team, const float* noise, Progress& progress) {
-    const Range rows = team.of_all(batch_.size), of_critic = team.of_critic(batch_.size);
+  void critic_update(const Team& team, const Batch& batch, const float* noise, Progress& progress, float* metrics) {
+    const Range rows = team.of_all(batch.size), of_critic = team.of_critic(batch.size);
+#pragma omp barrier
     Sums& sums = sums_[team.thread] = {};
     const float ent_coef = coefficient(), log_action_scale = options_.log_action_scale;
 
-    sample(batch_.next_observations, noise, rows);
-    join(batch_.observations, batch_.actions, inputs_.data(), rows);
+    sample(batch.next_observations, noise, rows);
+    join(batch.observations, batch.actions, inputs_.data(), rows);
 #pragma omp barrier
     each_critic(team, [&](Critic& critic) {
       critic.evaluate(critic.target, pi_inputs_.data(), of_critic, critic.next_q);
@@ -474,11 +498,11 @@ class Update : public torch::CustomClassHolder {
 #pragma omp barrier
     each_critic(team, [&](Critic& critic) {
       for (int64_t i = of_critic.begin; i < of_critic.end; i++) {
-        const float discount = batch_.discounts ? batch_.discounts[i] : float(options_.gamma);
+        const float discount = batch.discounts ? batch.discounts[i] : float(options_.gamma);
         const float next_value = least(i, &Critic::next_q) - ent_coef * (log_prob_[i] - log_action_scale);
-        const float target_q = batch_.rewards[i] + (1.0f - batch_.dones[i]) * discount * next_value;
+        const float target_q = batch.rewards[i] + (1.0f - batch.dones[i]) * discount * next_value;
         const float error = critic.q[i] - target_q;
-        critic.made.back()[i] = error / batch_.size;
+        critic.made.back()[i] = error / batch.size;
         sums.critic_loss += 0.5 * error * error;
         sums.q_value += critic.q[i];
         sums.target_q += target_q;
@@ -495,39 +519,39 @@ class Update : public torch::CustomClassHolder {
     });
 #pragma omp barrier
     const Sums all = total(team);
-    const double norm = std::sqrt(all.squares), loss = all.critic_loss / batch_.size;
+    const double norm = std::sqrt(all.squares), loss = all.critic_loss / batch.size;
     progress.finite = progress.finite && std::isfinite(float(loss) + float(norm));
     if (progress.finite) {
       each_critic(team, [&](Critic& critic) {
         each_parameter(critic.layers, [&](Parameter& parameter) {
-          parameter.update(options_.critic, factor(norm), 0, team.member, team.size);
+          parameter.update(options_.critic, factor(norm), progress.n_critic_steps, team.member, team.size);
         });
       });
       progress.n_critic_steps++;
     }
     if (team.thread == 0) {
-      metrics_[CRITIC_LOSS] = loss;
-      metrics_[Q_VALUE] = all.q_value / (batch_.size * critics_.size());
-      metrics_[TARGET_Q_VALUE] = all.target_q / (batch_.size * critics_.size());
-      metrics_[CRITIC_GRAD_NORM] = norm;
-      metrics_[ENT_COEF] = ent_coef;
+      metrics[CRITIC_LOSS] = loss;
+      metrics[Q_VALUE] = all.q_value / (batch.size * critics_.size());
+      metrics[TARGET_Q_VALUE] = all.target_q / (batch.size * critics_.size());
+      metrics[CRITIC_GRAD_NORM] = norm;
+      metrics[ENT_COEF] = ent_coef;
     }
   }
 
-  void actor_update(const Team& team, const float* noise, Progress& progress) {
-    const Range rows = team.of_all(batch_.size), of_critic = team.of_critic(batch_.size);
+  void actor_update(const Team& team, const Batch& batch, const float* noise, Progress& progress, float* metrics) {
+    const Range rows = team.of_all(batch.size), of_critic = team.of_critic(batch.size);
 #pragma omp barrier
     Sums& sums = sums_[team.thread] = {};
-    const float log_ent_coef = *ent_coef_.data, ent_coef = coefficient(), n = batch_.size;
+    const float log_ent_coef = *ent_coef_.data, ent_coef = coefficient(), n = batch.size;
     const float low = options_.log_std_low, high = options_.log_std_high;
 
-    sample(batch_.observations, noise, rows);
+    sample(batch.observations, noise, rows);
 #pragma omp barrier
     each_critic(team, [&](Critic& critic) {
       critic.evaluate(critic.layers, pi_inputs_.data(), of_critic, critic.q);
     });
 #pragma omp barrier
-    each_critic(team, [&](Critic& critic) { differentiate_actions(critic, of_critic); });
+    each_critic(team, [&](Critic& critic) { differentiate_actions(critic, of_critic, batch.size); });
 #pragma omp barrier
     // The density's part: d log_prob / du = 2 tanh(u), d log_prob / d log_std = -1, where u = mean + std noise
     for (int64_t i = rows.begin * n_actions_; i < rows.end * n_actions_; i++) {
@@ -549,7 +573,7 @@ class Update : public torch::CustomClassHolder {
     actor_.log_std.differentiate(hidden, log_std_delta_.data(), rows, team.thread);
     actor_.mu.backward(mean_delta_.data(), rows, {}, hidden_delta_.data());
     actor_.log_std.backward(log_std_delta_.data(), rows, {.relu_of = hidden, .adds = true}, hidden_delta_.data());
-    actor_.backward(hidden_delta_.data(), rows, batch_.observations, team.thread);
+    actor_.backward(hidden_delta_.data(), rows, batch.observations, team.thread);
 #pragma omp barrier
     actor_.each_parameter([&](Parameter& parameter) {
       sums.squares += parameter.add_gradients(team.thread, team.n_threads);
@@ -569,7 +593,7 @@ class Update : public torch::CustomClassHolder {
         }
         progress.n_ent_coef_steps++;
       }
-      if (team.thread == 0) metrics_[ENT_COEF_LOSS] = ent_coef_loss;
+      if (team.thread == 0) metrics[ENT_COEF_LOSS] = ent_coef_loss;
     }
     progress.finite = progress.finite && std::isfinite(float(loss) + float(norm));
     if (progress.finite) {
@@ -579,11 +603,11 @@ class Update : public torch::CustomClassHolder {
       progress.n_actor_steps++;
     }
     if (team.thread == 0) {
-      metrics_[ACTOR_LOSS] = loss;
-      metrics_[ENTROPY] = -log_prob;
-      metrics_[LOG_STD] = all.log_std / (n * n_actions_);
-      metrics_[SATURATED_ACTIONS] = all.saturated / (n * n_actions_);
-      metrics_[ACTOR_GRAD_NORM] = norm;
+      metrics[ACTOR_LOSS] = loss;
+      metrics[ENTROPY] = -log_prob;
+      metrics[LOG_STD] = all.log_std / (n * n_actions_);
+      metrics[SATURATED_ACTIONS] = all.saturated / (n * n_actions_);
+      metrics[ACTOR_GRAD_NORM] = norm;
     }
   }
 
@@ -648,16 +672,16 @@ class Update : public torch::CustomClassHolder {
     return least;
   }
 
-  // Gradient of the actor's loss through a critic. There is none where another one's Q-value is the least: those rows
-  // are left out
-  void differentiate_actions(Critic& critic, Range rows) {
+  // Gradient of the actor's loss through a critic, for some rows of B. There is none where another critic's Q-value is
+  // the least: those rows are left out
+  void differentiate_actions(Critic& critic, Range rows, int64_t batch_size) {
     Range own{rows.begin, rows.begin};
     for (int64_t row = rows.begin; row < rows.end; row++) {
       const float min_q = least(row, &Critic::q);
       if (critic.q[row] > min_q) continue;
       int64_t n_least = 0;  // they share it
       for (const Critic& other : critics_) n_least += !(other.q[row] > min_q);
-      critic.made.back()[own.end] = -1.0f / (batch_.size * n_least);
+      critic.made.back()[own.end] = -1.0f / (batch_size * n_least);
       critic.rows[own.end++] = row;
     }
     for (size_t i = 0; i + 1 < critic.layers.size(); i++) {
@@ -695,10 +719,7 @@ class Update : public torch::CustomClassHolder {
   int64_t n_actions_;
 
   Options options_;
-  Batch batch_;
-  Progress progress_;
   std::vector<Sums> sums_;
-  float* metrics_;
   Floats inputs_, pi_inputs_;  // of critics, (B, O + A)
   Floats log_std_values_, std_, pi_actions_, densities_, mean_delta_, log_std_delta_;  // (B, A)
   Floats log_prob_;      // (B)

@@ -35,6 +35,7 @@ from twins import (
 )
 
 from sb3_softsac import SoftSAC, execution, losses, native, native_update, policies, products
+from sb3_softsac.execution import Minibatches
 from sb3_softsac.native_update import NativeActor, classes, error_of_build
 
 pytestmark = pytest.mark.skipif(not native.suits_processor(), reason="the code is for processors with AVX2 or AVX-512")
@@ -173,6 +174,24 @@ def test_the_same_again_with_the_same_number_of_threads() -> None:
         model.train(gradient_steps=20, batch_size=64)
         assert is_native(model)
         results.append(state(model))
+    assert_identical(*results)
+
+
+@pytest.mark.parametrize("name", [*PLAIN, *OTHERS])
+def test_minibatches_at_once_are_the_same_as_one_by_one(name: str) -> None:
+    """To the last bit, with the first update of a run among them, which is torch's."""
+    case = CASES[name] if name in PLAIN else OTHERS[name]
+    results = []
+    for at_once in (1, 7):
+        model = make("defaults", **{**case, "compile": True, "batch_size": 45})
+        model.learn(SMALL["learning_starts"])
+        batch = model.replay_buffer.sample(7 * 45)
+        parts = [Minibatches(batch, 7).part(i, i + at_once) for i in range(0, 7, at_once)]
+        th.manual_seed(0)
+        options, run = model._update_options(), model._present_execution()
+        outcome = run((Minibatches(part, at_once) for part in parts), options, model._n_updates)
+        assert run._was_native
+        results.append({**state(model), "n": outcome[0], **outcome[1]})
     assert_identical(*results)
 
 

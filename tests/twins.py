@@ -13,7 +13,7 @@ from stable_baselines3.common.torch_layers import FlattenExtractor
 from torch import nn
 
 from sb3_softsac import SoftSAC
-from sb3_softsac.execution import Execution
+from sb3_softsac.execution import Execution, Minibatches
 
 SMALL: dict[str, Any] = {"learning_starts": 20, "buffer_size": 300, "batch_size": 8, "device": "cpu", "seed": 0}
 # A zero gradient's rounding must not become a whole step of Adam
@@ -131,12 +131,16 @@ def train(model: SoftSAC, n: int, seed: int = 0) -> None:
 
 
 def poison(monkeypatch: pytest.MonkeyPatch, at: int, name: str) -> None:
-    """From now on, the batch of this number in each ``train()`` has NaN in this tensor."""
+    """From now on, the minibatch of this number, of those drawn at once for a ``train()``, has NaN in this tensor."""
     run = Execution.__call__
 
-    def poisoned(self: Execution, batches: Iterable[Any], *args: Any) -> Any:
-        nan = float("nan")
-        numbered = enumerate(batches, 1)
-        return run(self, (b._replace(**{name: getattr(b, name) * nan}) if i == at else b for i, b in numbered), *args)
+    def poisoned(self: Execution, draws: Iterable[Minibatches], *args: Any) -> Any:
+        return run(self, map(with_nan, draws), *args)
+
+    def with_nan(minibatches: Minibatches) -> Minibatches:
+        samples, size = minibatches.samples, minibatches.size
+        tensor = getattr(samples, name).clone()
+        tensor[(at - 1) * size : at * size] *= float("nan")
+        return minibatches._replace(samples=samples._replace(**{name: tensor}))
 
     monkeypatch.setattr(Execution, "__call__", poisoned)
