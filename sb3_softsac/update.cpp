@@ -154,7 +154,7 @@ struct Parameter {
   void update(const Adam& adam, float factor, int64_t n_before, int64_t member, int64_t size) const {
     const double number = steps + n_before + 1;
     const double correction1 = 1.0 - std::pow(adam.beta1, number), correction2 = 1.0 - std::pow(adam.beta2, number);
-    const Vec step_size(float(-adam.learning_rate / correction1)), root(float(std::sqrt(correction2)));
+    const Vec step_size(float(-adam.learning_rate / correction1)), per_root(float(1.0 / std::sqrt(correction2)));
     const Vec eps(float(adam.eps)), scale(factor);
     const Vec rate2(float(1.0 - adam.beta2)), kept2(float(adam.beta2));
     const float* gradient = gradients[0].data();
@@ -164,7 +164,7 @@ struct Parameter {
       const Vec second = at::vec::fmadd(rate2 * g, g, kept2 * Vec::loadu(v + i, n));
       first.store(m + i, n);
       second.store(v + i, n);
-      (Vec::loadu(data + i, n) + step_size * first / (second.sqrt() / root + eps)).store(data + i, n);
+      (Vec::loadu(data + i, n) + step_size * first / at::vec::fmadd(second.sqrt(), per_root, eps)).store(data + i, n);
     });
   }
 
