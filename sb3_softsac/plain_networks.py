@@ -46,8 +46,8 @@ class Attributes:
 
 class Watch:
     """
-    Notices when something about modules is no longer what it was, in microseconds: this is asked before each update and
-    action.
+    Notices when something about modules is no longer what it was, in microseconds: this is asked before updates and
+    each action.
 
     :param modules: networks; what is within them is watched, too
     :param others: further collections whose items count

@@ -450,7 +450,7 @@ class SoftSAC(ResumableAlgorithm):
         return super()._explore(obs) if actions is None else actions
 
     def _draws(self, number: int, batch_size: int, replay: DeviceReplay | None) -> Iterator[Minibatches]:
-        """Minibatches of B; several are drawn at once, which takes half the time, if the buffer is our own."""
+        """Minibatches of B; several at once if the buffer is our own: drawing takes half the time, and C++ one call."""
         assert self.replay_buffer is not None
         source = self.replay_buffer if replay is None else replay
         # Not if a user's class or function does it: it is asked as SB3 asks it
