@@ -172,8 +172,8 @@ class Execution:
                 n_before = n_updates + len(outcomes)
                 result = self._run_native(storage, minibatches, n_done, finite, options, n_before)
                 if result is not None:
-                    finite, those = result
-                    outcomes += those
+                    finite, done = result
+                    outcomes += done
                     continue
                 what = due(options, n_before)
                 noise = draw_noise(self.policy, minibatches.size, what.actor_updates, finite.device)
@@ -199,14 +199,15 @@ class Execution:
         n_done: int,
         finite: th.Tensor,
         options: UpdateOptions,
-        n_updates: int,
+        n_before: int,
     ) -> tuple[th.Tensor, list[Outcome]] | None:
-        """Do the updates with all minibatches that are left, in C++, or none."""
+        """Do updates with the minibatches that are left, in C++: many of them, or none."""
         result = None
         if self.compiles and self._native is not None and self._native.suits(self._optimizers()):
-            batch = gathered(minibatches.part(n_done, minibatches.n), storage)
-            whats = [due(options, n_updates + i) for i in range(minibatches.n - n_done)]
-            result = self._native(batch, whats, self._learning_rates, finite, options)
+            n = min(minibatches.n - n_done, self._native.n_at_once(minibatches.size))
+            batch = gathered(minibatches.part(n_done, n_done + n), storage)
+            dues = [due(options, n_before + i) for i in range(n)]
+            result = self._native(batch, dues, self._learning_rates, finite, options)
         if self._was_native and result is None:
             self.policy.set_training_mode(True)
         self._was_native = result is not None
@@ -230,7 +231,7 @@ class Execution:
         try:
             if error_of_build.cache_info().currsize:  # known from another model
                 return classes()
-            with self._timed("SoftSAC's C++", "ten seconds or so, one"):
+            with self._timed("SoftSAC's C++", "ten to thirty seconds, one"):
                 return classes()
         except Exception as error:
             warnings.warn(

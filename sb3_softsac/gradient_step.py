@@ -117,7 +117,7 @@ def due(options: UpdateOptions, n_updates: int) -> Due:
 
 def draw_noise(policy: SoftSACPolicy, batch_size: int, n_actor_updates: int, device: th.device) -> Noise:
     """
-    Draw from torch's random state, in the order of SB3's ``SAC.train``.
+    Draw from torch's random state, in the order of SB3's ``SAC.train``. So does ``update.cpp``.
 
     :param policy: the policy
     :param batch_size: B

@@ -21,6 +21,7 @@ from sb3_softsac.policies import SoftSACPolicy
 from sb3_softsac.type_aliases import ReplayBatch, TorchObs
 
 SOURCE = Path(__file__).with_name("update.cpp")
+MAX_WORK = 1 << 31  # of one call: transitions times weights, for each of which there are ten operations
 CRITIC_METRICS = ("critic_loss", "q_value", "target_q_value", "critic_grad_norm", "ent_coef", "finite")
 ACTOR_METRICS = ("actor_loss", "entropy", "log_std", "saturated_actions", "actor_grad_norm")
 ENT_COEF_METRICS = ("ent_coef_loss",)
@@ -75,12 +76,10 @@ class NativeActor:
         actor = self.policy.actor
         if actor is not self._looked_at or self._watch.is_over():
             self._look_at(actor)
-        if self._actor is None or self._watch.sees_hooks() or not usual_arithmetic():
+        is_vector = isinstance(observations, th.Tensor)
+        if self._actor is None or not is_vector or self._watch.sees_hooks() or not usual_arithmetic():
             return None
-        try:
-            return self._actor.sample(observations, *actor.log_std_bounds)
-        except RuntimeError:  # it looks at all tensors before it draws
-            return None
+        return self._actor.sample(observations, *actor.log_std_bounds)
 
     def _look_at(self, actor: th.nn.Module) -> None:
         self._looked_at, self._watch, self._actor = actor, Watch([actor]), None
@@ -103,6 +102,7 @@ class NativeUpdate:
         self.ent_coef = ent_coef
         self._build = build
         self._update: Any = None
+        self._n_weights = 1  # that are trained
         self._adam: list[list[float]] = []  # beta1, beta2 and eps of each optimiser
         self._optimizers: Optimizers | None = None
         self._watch = Watch([])
@@ -140,13 +140,21 @@ class NativeUpdate:
             ent_coef = _with_states(optimizers.ent_coef, [self.ent_coef.log_ent_coef])
         if all([actor, *of_critics, ent_coef]) and (classes := self._build()) is not None:
             self._adam = [[0.0] * 3 if part is None else _constants(part) for part in optimizers]
+            self._n_weights = sum(tensor.numel() for part in trained for tensor in part.parameters)
             targets = list(map(parameters_of, layers.targets))
             self._update = classes.Update(actor, of_critics, targets, ent_coef)
+
+    def n_at_once(self, batch_size: int) -> int:
+        """
+        :param batch_size: B
+        :return: updates to ask for at once, so that a run can be interrupted after a quarter of a second or so
+        """
+        return max(1, MAX_WORK // (batch_size * self._n_weights))
 
     def __call__(
         self,
         batch: ReplayBatch,
-        whats: list[Due],
+        dues: list[Due],
         learning_rates: LearningRates,
         finite: th.Tensor,
         options: UpdateOptions,
@@ -156,7 +164,7 @@ class NativeUpdate:
         :func:`gradient_step.draw_noise` does.
 
         :param batch: one minibatch behind the other
-        :param whats: what each update consists of
+        :param dues: what each update consists of
         :param learning_rates: of the optimisers
         :param finite: whether all numbers of the updates before were finite
         :param options: constants of the updates
@@ -174,13 +182,12 @@ class NativeUpdate:
         for learning_rate, constants in zip(learning_rates, self._adam, strict=True):
             numbers += [float(learning_rate), *constants]
         inputs = [_as_float32(tensor) for tensor in tensors]
-        actor_updates, targets = [what.actor_updates for what in whats], [int(what.targets) for what in whats]
-        try:
-            values = self._update.run(inputs, actor_updates, targets, list(map(float, numbers)), bool(finite))
-        except RuntimeError:  # it looks at all tensors before it begins
+        actor_updates, targets = [due.actor_updates for due in dues], [int(due.targets) for due in dues]
+        values = self._update.run(inputs, actor_updates, targets, list(map(float, numbers)), bool(finite))
+        if values is None:
             return None
         of_actor = ACTOR_METRICS if self.ent_coef.log_ent_coef is None else ACTOR_METRICS + ENT_COEF_METRICS
-        names = [CRITIC_METRICS + of_actor if what.actor_updates else CRITIC_METRICS for what in whats]
+        names = [CRITIC_METRICS + of_actor if due.actor_updates else CRITIC_METRICS for due in dues]
         outcomes = [Outcome(some, row[: len(some)]) for some, row in zip(names, values.unbind(), strict=True)]
         return outcomes[-1].values[CRITIC_METRICS.index("finite")].bool(), outcomes
 

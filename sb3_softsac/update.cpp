@@ -18,6 +18,7 @@
 #include <limits>
 #include <new>
 #include <numeric>
+#include <optional>
 #include <utility>
 #include <vector>
 
@@ -66,9 +67,9 @@ void reserve_values(Floats& values, size_t n) {
   if (values.size() < n) values.resize(n);
 }
 
-void check(const Tensor& tensor, int64_t n) {
-  const bool is_plain = tensor.device().is_cpu() && tensor.scalar_type() == at::kFloat && tensor.is_contiguous();
-  TORCH_CHECK(is_plain && tensor.numel() == n, "a tensor is not a contiguous one of ", n, " float32 on the CPU");
+// Whether it is a contiguous one of n float32 on the CPU
+bool is_plain(const Tensor& tensor, int64_t n) {
+  return tensor.device().is_cpu() && tensor.scalar_type() == at::kFloat && tensor.is_contiguous() && tensor.numel() == n;
 }
 
 // Calls f(first, n) for each vector of up to LANES elements.
@@ -115,16 +116,17 @@ struct Parameter {
     exp_avg = tensors[1], exp_avg_sq = tensors[2], step = tensors[3];
   }
 
-  // Tensors may have been moved since they were looked at last
-  void find() {
+  // Tensors may have been moved or changed since they were looked at last. Returns whether they are still plain
+  bool find() {
     for (const Tensor& tensor : {value, exp_avg, exp_avg_sq, step}) {
-      if (tensor.defined()) check(tensor, tensor.is_same(step) ? 1 : n_elements);
+      if (tensor.defined() && !is_plain(tensor, tensor.is_same(step) ? 1 : n_elements)) return false;
     }
     data = value.mutable_data_ptr<float>();
-    if (!step.defined()) return;
+    if (!step.defined()) return true;
     m = exp_avg.mutable_data_ptr<float>();
     v = exp_avg_sq.mutable_data_ptr<float>();
     steps = *step.const_data_ptr<float>();
+    return true;
   }
 
   void reserve(int64_t team_size) {
@@ -382,28 +384,28 @@ class Update : public torch::CustomClassHolder {
   }
 
   // Does updates, each with its own minibatch: the batch is observations, actions, next observations, dones, rewards
-  // and maybe discounts of all. Each has a number of updates of the actor, and moves the targets (1) or not (0). Noise
-  // is drawn as gradient_step.py does, when all has been looked at
-  Tensor run(Tensors batch, std::vector<int64_t> actor_updates, std::vector<int64_t> with_targets,
-             std::vector<double> options, bool finite) {
+  // and maybe discounts of all. Each has a number of updates of the actor, and moves the targets (1) or not (0). Returns
+  // their metrics, or nothing if tensors are not plain or do not fit: then nothing has been drawn or changed
+  std::optional<Tensor> run(Tensors batch, std::vector<int64_t> actor_updates, std::vector<int64_t> with_targets,
+                            std::vector<double> options, bool finite) {
     TORCH_CHECK(options.size() * sizeof(double) == sizeof(Options), options.size(), " options");
     std::memcpy(&options_, options.data(), sizeof(Options));
-    const int64_t n_updates = actor_updates.size(), n_rows = batch[0].size(0), size = n_rows / n_updates;
     const int64_t n_observations = critics_[0].layers[0].in - n_actions_;
     const int64_t widths[] = {n_observations, n_actions_, n_observations, 1, 1, 1};
+    const int64_t n_updates = actor_updates.size(), n_rows = batch[3].numel(), size = n_rows / n_updates;
     const float* data[6] = {};
     for (size_t i = 0; i < batch.size(); i++) {
-      check(batch[i], n_rows * widths[i]);
+      if (!is_plain(batch[i], size * n_updates * widths[i])) return std::nullopt;
       data[i] = batch[i].const_data_ptr<float>();
     }
+    if (!find_tensors()) return std::nullopt;
     const Batch first{size, data[0], data[1], data[2], data[3], data[4], data[5]};
-    find_tensors();
     reserve(size);
+    Tensor metrics = at::empty({n_updates, N_METRICS}, batch[0].options());
+    float* of_update = metrics.mutable_data_ptr<float>();
     const int64_t n_draws = std::accumulate(actor_updates.begin(), actor_updates.end(), n_updates);
     const Tensor drawn = at::empty({n_draws, size, n_actions_}, batch[0].options());
     for (int64_t i = 0; i < n_draws; i++) drawn.select(0, i).normal_();
-    Tensor metrics = at::empty({n_updates, N_METRICS}, batch[0].options());
-    float* of_update = metrics.mutable_data_ptr<float>();
     const float* noise = drawn.const_data_ptr<float>();
     Progress done;
 #pragma omp parallel num_threads(at::get_num_threads()) firstprivate(noise, of_update)
@@ -414,6 +416,7 @@ class Update : public torch::CustomClassHolder {
       Progress progress{finite, 0, 0, 0};
       for (int64_t i = 0; i < n_updates; i++, of_update += N_METRICS) {
         const Batch minibatch = first.following(i, n_observations, n_actions_);
+        // In the order of gradient_step.draw_noise
         const auto draw = [&] { return std::exchange(noise, noise + size * n_actions_); };
         const float* noise_of_pi = actor_updates[i] > 0 ? draw() : nullptr;
         critic_update(team, minibatch, draw(), progress, of_update);
@@ -444,14 +447,15 @@ class Update : public torch::CustomClassHolder {
     for (size_t i = team.first_critic; i < critics_.size(); i += team.n_teams) f(critics_[i]);
   }
 
-  void find_tensors() {
-    const auto find = [](Parameter& parameter) { parameter.find(); };
+  bool find_tensors() {
+    bool found = ent_coef_.find();
+    const auto find = [&](Parameter& parameter) { found = parameter.find() && found; };
     actor_.each_parameter(find);
     for (Critic& critic : critics_) {
       each_parameter(critic.layers, find);
       each_parameter(critic.target, find);
     }
-    ent_coef_.find();
+    return found;
   }
 
   void reserve_for(const Team& team) {
@@ -484,7 +488,7 @@ class Update : public torch::CustomClassHolder {
 
   void critic_update(const Team& team, const Batch& batch, const float* noise, Progress& progress, float* metrics) {
     const Range rows = team.of_all(batch.size), of_critic = team.of_critic(batch.size);
-#pragma omp barrier
+#pragma omp barrier  // others may be adding up the sums of the update before, or writing the actor
     Sums& sums = sums_[team.thread] = {};
     const float ent_coef = coefficient(), log_action_scale = options_.log_action_scale;
 
@@ -540,7 +544,7 @@ class Update : public torch::CustomClassHolder {
 
   void actor_update(const Team& team, const Batch& batch, const float* noise, Progress& progress, float* metrics) {
     const Range rows = team.of_all(batch.size), of_critic = team.of_critic(batch.size);
-#pragma omp barrier
+#pragma omp barrier  // others may be adding up the sums of the update before, or writing the actor
     Sums& sums = sums_[team.thread] = {};
     const float log_ent_coef = *ent_coef_.data, ent_coef = coefficient(), n = batch.size;
     const float low = options_.log_std_low, high = options_.log_std_high;
@@ -731,13 +735,15 @@ class Actor : public torch::CustomClassHolder {
  public:
   explicit Actor(Tensors parameters) : actor_(parameters, false) {}
 
-  // Scaled actions for observations of E environments (E, ...), (E, A). It draws as torch's randn_like does
-  Tensor sample(Tensor observations, double log_std_low, double log_std_high) {
-    TORCH_CHECK(observations.dim() > 1, "observations that are not vectors or arrays");
+  // Scaled actions for observations of E environments (E, ...), (E, A). It draws as torch's randn_like does. Nothing if
+  // tensors are not plain or do not fit: then nothing has been drawn
+  std::optional<Tensor> sample(Tensor observations, double log_std_low, double log_std_high) {
+    if (observations.dim() < 2) return std::nullopt;
     const int64_t n = observations.size(0), n_values = n * actor_.mu.out;
     const Tensor inputs = observations.to(at::kFloat).contiguous();
-    check(inputs, n * actor_.layers[0].in);
-    actor_.each_parameter([](Parameter& parameter) { parameter.find(); });
+    bool found = is_plain(inputs, n * actor_.layers[0].in);
+    actor_.each_parameter([&](Parameter& parameter) { found = parameter.find() && found; });
+    if (!found) return std::nullopt;
     actor_.reserve(n);
     actor_.evaluate(inputs.const_data_ptr<float>(), {0, n});
     Tensor actions = at::randn({n, actor_.mu.out}, inputs.options());

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import signal
 import statistics
 import subprocess
 import sys
@@ -34,7 +35,7 @@ from twins import (
     twins,
 )
 
-from sb3_softsac import SoftSAC, execution, losses, native, native_update, policies, products
+from sb3_softsac import SoftSAC, execution, losses, native, native_update, policies, products, softsac
 from sb3_softsac.execution import Minibatches
 from sb3_softsac.native_update import NativeActor, classes, error_of_build
 
@@ -177,14 +178,16 @@ def test_the_same_again_with_the_same_number_of_threads() -> None:
     assert_identical(*results)
 
 
+@pytest.mark.parametrize("n_threads", [1, 2, 3])
 @pytest.mark.parametrize("name", [*PLAIN, *OTHERS])
-def test_minibatches_at_once_are_the_same_as_one_by_one(name: str) -> None:
+def test_minibatches_at_once_are_the_same_as_one_by_one(name: str, n_threads: int) -> None:
     """To the last bit, with the first update of a run among them, which is torch's."""
     case = CASES[name] if name in PLAIN else OTHERS[name]
     results = []
     for at_once in (1, 7):
         model = make("defaults", **{**case, "compile": True, "batch_size": 45})
         model.learn(SMALL["learning_starts"])
+        th.set_num_threads(n_threads)
         batch = model.replay_buffer.sample(7 * 45)
         parts = [Minibatches(batch, 7).part(i, i + at_once) for i in range(0, 7, at_once)]
         th.manual_seed(0)
@@ -193,6 +196,81 @@ def test_minibatches_at_once_are_the_same_as_one_by_one(name: str) -> None:
         assert run._was_native
         results.append({**state(model), "n": outcome[0], **outcome[1]})
     assert_identical(*results)
+
+
+@pytest.mark.parametrize("pieces", ["draws", "calls"])
+@pytest.mark.parametrize("poisoned", [False, True])
+def test_pieces_make_no_difference(monkeypatch: pytest.MonkeyPatch, pieces: str, poisoned: bool) -> None:
+    """Seven updates in pieces of three, whether the buffer is asked three times or C++."""
+    results: list[dict[str, Any]] = []
+    for in_pieces in (False, True):
+        _, model = started(policy_kwargs={**TAME, "net_arch": [8]}, tau=0.5)
+        n_weights = sum(p.numel() for p in [*model.actor.parameters(), *model.critic.parameters()])
+        error = None
+        with monkeypatch.context() as patch:
+            if in_pieces and pieces == "draws":
+                patch.setattr(softsac, "ROWS_AT_ONCE", 3 * 8)
+            elif in_pieces:
+                patch.setattr(native_update, "MAX_WORK", int(3.5 * 8 * n_weights))
+            if poisoned:
+                poison(patch, 2, "rewards")
+            calls = count_calls(patch, model)
+            try:
+                train(model, 7)
+            except ValueError as raised:
+                error = str(raised)
+        assert calls == ([3, 3, 1] if in_pieces else [7])
+        assert (error is not None) == poisoned
+        results.append({**state(model), "n": model._n_updates, "error": error, **model.logger.name_to_value})
+    assert_identical(*results)
+
+
+def count_calls(monkeypatch: pytest.MonkeyPatch, model: SoftSAC) -> list[int]:
+    """The numbers of updates that C++ is asked for from now on, one for each call."""
+    assert model._execution is not None and model._execution._native is not None
+    updates, calls = model._execution._native, []
+
+    class Counting:
+        def run(self, batch: Any, actor_updates: list[int], *args: Any) -> Any:
+            calls.append(len(actor_updates))
+            return native.run(batch, actor_updates, *args)
+
+    native = updates._update
+    monkeypatch.setattr(updates, "_update", Counting())
+    return calls
+
+
+def test_how_much_is_done_at_once() -> None:
+    """32 updates of the usual size, but no more than a user wants to wait for when a run is to end."""
+    for width, low, high in ((256, 32, 60), (1024, 1, 4)):
+        model = make("defaults", compile=True, batch_size=256, policy_kwargs={"net_arch": [width, width]})
+        model.learn(SMALL["learning_starts"] + 2)
+        assert is_native(model)
+        assert low <= model._execution._native.n_at_once(256) <= high
+
+
+class Timeout(RuntimeError):
+    pass
+
+
+def test_errors_of_signal_handlers_end_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python calls them when C++ has returned: what they raise does not mean that C++ has refused."""
+
+    def end(*args: Any) -> None:
+        raise Timeout
+
+    monkeypatch.setattr(native_update, "MAX_WORK", 1 << 40)  # all in one call, of a tenth of a second at least
+    model = make("defaults", compile=True, policy_kwargs={"net_arch": [256, 256]}, batch_size=256)
+    model.learn(SMALL["learning_starts"] + 2)
+    assert is_native(model)
+    before = signal.signal(signal.SIGALRM, end)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+        with pytest.raises(Timeout):
+            model.train(gradient_steps=64, batch_size=256)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        signal.signal(signal.SIGALRM, before)
 
 
 # Actions
@@ -585,7 +663,7 @@ def test_it_goes_on_where_sb3_has_been(tmp_path: Path) -> None:
 @pytest.mark.parametrize("at", [1, 3])
 @pytest.mark.parametrize("name", ["rewards", "observations", "next_observations", "actions"])
 def test_nan_stops_the_run_with_all_as_it_was(monkeypatch: pytest.MonkeyPatch, name: str, at: int) -> None:
-    eager, plain = started()
+    eager, plain = started(tau=0.5)
     with monkeypatch.context() as patch:
         poison(patch, at, name)
         for model in (eager, plain):
@@ -772,7 +850,7 @@ def test_it_cannot_be_built(
             with pytest.warns(UserWarning, match="^SoftSAC's C.. cannot be built, and torch is slower without it: "):
                 model.learn(SMALL["learning_starts"] + 3)
             told = [line for line in capsys.readouterr().out.splitlines() if "ompil" in line]
-            assert len([line for line in told if "ten seconds or so" in line]) == n_told
+            assert len([line for line in told if "SoftSAC's C++" in line]) == n_told
             assert len([line for line in told if "half a minute or so" in line]) == 1
             assert len([line for line in told if line.startswith("Compiled in ")]) == 1
             assert model._execution._compiled

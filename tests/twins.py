@@ -44,7 +44,7 @@ SGD = {"net_arch": [16], "optimizer_class": th.optim.SGD}
 CASES: dict[str, dict[str, Any]] = {
     "defaults": {},
     "fixed_ent_coef": {"ent_coef": 0.2},
-    "delays": {"policy_delay": 2, "target_update_interval": 3},
+    "delays": {"policy_delay": 2, "target_update_interval": 3, "tau": 0.5},
     "compensation": {"policy_delay": 2, "policy_delay_compensation": True},
     "actor_target": {"use_actor_target": True},
     "gsde": {"use_sde": True},
