@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 ALGO = "softsac"
 EXCLUDED = "excluded_options"
+FRAME_STACK = "stable_baselines3.common.vec_env.VecFrameStack"
 CHECKPOINTS = "checkpoints"  # folder within that of a run
 
 
@@ -67,6 +68,7 @@ OWN_OPTIONS: "dict[str, Callable[[Trial, str], Any]]" = {
     "separate_log_std_net": lambda trial, name: trial.suggest_categorical(name, [False, True]),
     "weight_init": lambda trial, name: trial.suggest_categorical(name, [None, "xavier", "orthogonal"]),
 }
+OWN_RATES = ("qf_learning_rate", "ent_coef_learning_rate")
 POLICY_OPTIONS = ("log_std_bounding", "separate_log_std_net", "weight_init")
 NOT_WITH_SDE = ("log_std_bounding", "separate_log_std_net")
 NOT_WITH_FIXED_ENT_COEF = ("ent_coef_learning_rate", "ent_coef_loss", "entropy_space")
@@ -137,6 +139,7 @@ def patch(module: ModuleType) -> None:
     """
     if module.__name__ == "rl_zoo3.utils":
         module.ALGOS[ALGO] = SoftSAC
+        _patch_store_dict(module.StoreDict)
     elif module.__name__ == "rl_zoo3.hyperparams_opt":
         module.HYPERPARAMS_SAMPLER[ALGO] = sample_softsac_params
         module.HYPERPARAMS_CONVERTER[ALGO] = convert_softsac_params
@@ -152,12 +155,47 @@ def _patch_manager(manager: Any) -> None:
 
     @wraps(original_schedules)
     def _preprocess_schedules(hyperparams: dict[str, Any]) -> dict[str, Any]:
-        for name in ("qf_learning_rate", "ent_coef_learning_rate"):
-            if isinstance(hyperparams.get(name), str):
-                hyperparams[name] = original_schedules({"learning_rate": hyperparams[name]})["learning_rate"]
+        for name in OWN_RATES:
+            if isinstance(value := hyperparams.get(name), str):
+                try:
+                    hyperparams[name] = original_schedules({"learning_rate": value})["learning_rate"]
+                except ValueError as error:
+                    raise ValueError(
+                        f"{name}={value!r} is not valid: it must be a number >= 0, or a linear schedule to zero such "
+                        "as 'lin_1e-3'."
+                    ) from error
         return original_schedules(hyperparams)
 
     manager._preprocess_schedules = staticmethod(_preprocess_schedules)
+
+
+def _patch_store_dict(action: Any) -> None:
+    """
+    ``-params`` evaluates its values as Python, and most shells take the quotes of ``qf_learning_rate:'lin_1e-3'`` away:
+    a rate that is no Python is text.
+    """
+    original = action.__call__
+    if getattr(original, "_knows_softsac", False):
+        return
+
+    @wraps(original)
+    def replacement(self: Any, parser: Any, namespace: Any, values: list[str], *args: Any) -> None:
+        original(self, parser, namespace, [_quoted(value) for value in values], *args)
+
+    vars(replacement)["_knows_softsac"] = True
+    action.__call__ = replacement
+
+
+def _quoted(argument: str) -> str:
+    name, _, value = argument.partition(":")
+    if name not in (*OWN_RATES, "learning_rate"):
+        return argument
+    try:
+        ast.literal_eval(value)
+        return argument
+    except (ValueError, SyntaxError):
+        is_text = value.startswith("lin_") or name in OWN_RATES
+        return f"{name}:{value!r}" if is_text else argument
 
 
 def _replace_method(manager: Any, name: str, method: Callable[..., Any]) -> None:
@@ -178,6 +216,21 @@ def _init(original: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -
         self.config = own_config(arguments.get("config"))
         given = arguments.get("hyperparams") or {}
         self._asks_for_n_timesteps = arguments.get("n_timesteps", 0) > 0 or "n_timesteps" in given
+
+
+def _read_hyperparameters(original: Callable[..., Any], self: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """
+    The zoo stacks frames on top of VecNormalize, and no replay buffer can normalise what was stacked after that (SB3
+    issue 693, zoo issue 480). As a ``vec_env_wrapper`` they are stacked below; it is saved so, for enjoy and others.
+    """
+    hyperparams, saved = original(self)
+    if self.algo == ALGO and hyperparams.get("normalize") and hyperparams.get("frame_stack"):
+        for each in (hyperparams, saved):
+            wrappers = each.get("vec_env_wrapper") or []
+            wrappers = wrappers if isinstance(wrappers, list) else [wrappers]
+            each["vec_env_wrapper"] = [*wrappers, {FRAME_STACK: {"n_stack": each.pop("frame_stack")}}]
+        print("frame_stack: frames are stacked below VecNormalize, as a vec_env_wrapper")
+    return hyperparams, saved
 
 
 def _create_callbacks(original: Callable[..., None], self: Any) -> None:
@@ -262,6 +315,7 @@ def _objective(original: Callable[..., float], self: Any, trial: "Trial") -> flo
 
 METHODS: dict[str, Callable[..., Any]] = {
     "__init__": _init,
+    "read_hyperparameters": _read_hyperparameters,
     "create_callbacks": _create_callbacks,
     "setup_experiment": _setup_experiment,
     "_load_pretrained_agent": _load_pretrained_agent,

@@ -492,8 +492,7 @@ class ReplayBuffer(SB3ReplayBuffer):
             if rows.shape != shape and (*rows.shape, 1) != shape:
                 raise ValueError(
                     f"An observation has the shape {rows.shape[1:]}, the observation space {shape[1:]}, for {shape[0]} "
-                    "environment(s). VecNormalize, if in use, must be the outermost wrapper, VecTransposeImage and "
-                    "VecFrameStack below it, as in VecNormalize(VecTransposeImage(env))."
+                    "environment(s). VecNormalize, if in use, must be the outermost wrapper."
                 )
             return rows.reshape(shape).astype(storage.dtype)
 

@@ -3,6 +3,8 @@ Counters and records of SB3's callbacks, and the random states of the environmen
 a resumed run come when they would have come, and begin as they would have begun.
 """
 
+import hashlib
+import json
 import os
 import warnings
 from collections.abc import Iterator
@@ -11,8 +13,10 @@ from typing import Any
 from stable_baselines3.common.callbacks import (
     BaseCallback,
     CallbackList,
+    ConvertCallback,
     EvalCallback,
     EventCallback,
+    ProgressBarCallback,
     StopTrainingOnMaxEpisodes,
     StopTrainingOnNoModelImprovement,
 )
@@ -28,6 +32,11 @@ STATE = (
     *("evaluations_results", "evaluations_timesteps", "evaluations_length", "evaluations_successes"),
     *("_is_success_buffer", "last_best_mean_reward", "no_improvement_evals", "_episodes_seen", "_timesteps_counter"),
 )
+# Callbacks that nothing depends on: those that hold others, or have no state
+STATELESS: tuple[type[Any], ...] = (CallbackList, ConvertCallback, ProgressBarCallback)
+OF_EVERY_CALLBACK = vars(ConvertCallback(lambda *_: True)).keys() | {"model", "eval_env", "callback_on_new_best"}
+KNOWN_PACKAGES = ("stable_baselines3", "sb3_contrib", "rl_zoo3", "sb3_softsac")
+OFFER = "give its class get_state() and set_state(state)"
 
 
 def capture(callback: BaseCallback | None) -> list[Any]:
@@ -44,47 +53,96 @@ def capture(callback: BaseCallback | None) -> list[Any]:
         # A callback that saves the model is called before those that come after it in the list
         is_late = sees_all_steps and callback is not None and each.num_timesteps < callback.num_timesteps
         try:
-            states.append([_name(each), encode([state, own], type(each).__name__), env, is_late])
+            states.append([_name(each), encode([state, own], type(each).__name__), env, is_late, _digests(each)])
         except NotEncodable as error:
             warnings.warn(f"The state of a callback is not saved: {error}.", stacklevel=2)
     return states
 
 
-def restore(callback: BaseCallback | None, states: list[Any], counts_anew: bool) -> list[BaseCallback]:
+def restore(
+    callback: BaseCallback | None, states: list[Any], counts_anew: bool
+) -> tuple[list[BaseCallback], list[str]]:
     """
     :param callback: the callback of ``learn()``; each takes the first state that is left of its class
     :param states: what :func:`capture` has returned
     :param counts_anew: what has ended the run may not end what is trained now at once; False: it is the same run
-    :return: evaluations that have not seen the last step, as a callback before them in the list had saved the model
+    :return: evaluations that have not seen the last step, as a callback before them in the list had saved the model;
+        and what could not be restored, a sentence each
     """
     late: list[BaseCallback] = []
+    lost: list[str] = []
     left = list(states)
+    without_state = []
     for each, _ in _walk(callback):
-        for i, (name, tree, env, is_late) in enumerate(left):
-            if name != _name(each):
-                continue
-            del left[i]
-            state, own = decode(tree)
-            vars(each).update({k: v for k, v in state.items() if k in STATE and k in vars(each)})
-            if own is not None and offers_state(each):
-                each.set_state(own)  # type: ignore[attr-defined]
-            if counts_anew:
-                _count_anew(each)
-            if isinstance(each, EvalCallback):
-                # It may have saved its best model before it noted how good that is
-                each.best_mean_reward = max(each.best_mean_reward, each.last_mean_reward)
-                folder = each.best_model_save_path
-                if folder is not None and not os.path.exists(os.path.join(folder, "best_model.zip")):
-                    each.best_mean_reward = -float("inf")  # a new folder gets a best model of its own
-            if is_late and isinstance(each, EvalCallback):
-                late.append(each)
-            elif is_late:
-                each.n_calls += 1  # what the environment answered is no longer known
-            eval_env = getattr(each, "eval_env", None)
-            if env is not None and isinstance(eval_env, VecEnv) and eval_env is not each.training_env:
-                env_state.restore(eval_env, env, mid_episode=True)  # where it cannot, evaluations begin as in a new run
-            break
-    return late
+        i = next((i for i, (name, *_) in enumerate(left) if name == _name(each)), None)
+        if i is None:
+            without_state += [] if isinstance(each, STATELESS) else [type(each).__name__]
+            continue
+        lost += [f"{type(each).__name__}: {reason}" for reason in _restore_one(each, left[i], counts_anew, late)]
+        del left[i]
+    # A callback may have been left out or added knowingly; with both, it may be one whose class has another name now
+    unused = [name for name, *_ in left if name not in map(_name_of, STATELESS)]
+    if unused and without_state:
+        lost.append(f"{', '.join(without_state)} begins anew, since the file has states of {', '.join(unused)} only")
+    return late, lost
+
+
+def _restore_one(each: BaseCallback, saved: list[Any], counts_anew: bool, late: list[BaseCallback]) -> list[str]:
+    """
+    :param saved: what :func:`capture` has returned of it
+    :param late: evaluations that have not seen the last step: it is added, if it is one
+    :return: what could not be restored
+    """
+    _, tree, env, is_late, *digests = saved  # files of before had no digests
+    state, own = decode(tree)
+    lost = [f"it has no {name} here" for name in state if name not in vars(each)]
+    vars(each).update({name: value for name, value in state.items() if name in STATE and name in vars(each)})
+    if own is not None:
+        if offers_state(each):
+            each.set_state(own)  # type: ignore[attr-defined]
+        else:
+            lost.append("it has no set_state(state) for what its get_state() returned")
+    elif digests and (changed := _changed(digests[0], _digests(each))):
+        lost.append(f"{', '.join(changed)} had other values, which only the callback can keep: {OFFER}")
+    if counts_anew:
+        _count_anew(each)
+    if isinstance(each, EvalCallback):
+        # It may have saved its best model before it noted how good that is
+        each.best_mean_reward = max(each.best_mean_reward, each.last_mean_reward)
+        folder = each.best_model_save_path
+        if folder is not None and not os.path.exists(os.path.join(folder, "best_model.zip")):
+            each.best_mean_reward = -float("inf")  # a new folder gets a best model of its own
+    if is_late and isinstance(each, EvalCallback):
+        late.append(each)
+    elif is_late:
+        each.n_calls += 1  # what the environment answered is no longer known
+    eval_env = getattr(each, "eval_env", None)
+    if env is not None and isinstance(eval_env, VecEnv) and eval_env is not each.training_env:
+        reasons = env_state.restore(eval_env, env, mid_episode=True)
+        lost += [f"its evaluations may differ: {reason}" for reason in reasons]
+    return lost
+
+
+def _digests(callback: BaseCallback) -> dict[str, str | None]:
+    """
+    Of attributes that a class of the user's has, and that are not saved since nobody knows which are settings: only
+    whether they have changed can be told. None: of what is not plain data.
+    """
+    if _name(callback).partition(".")[0] in KNOWN_PACKAGES or offers_state(callback):
+        return {}
+    digests: dict[str, str | None] = {}
+    for name, value in vars(callback).items():
+        if name in STATE or name in OF_EVERY_CALLBACK:
+            continue
+        try:
+            digests[name] = hashlib.sha256(json.dumps(encode(value)).encode()).hexdigest()[:16]
+        except NotEncodable:
+            digests[name] = None
+    return digests
+
+
+def _changed(there: dict[str, str | None], here: dict[str, str | None]) -> list[str]:
+    return sorted(name for name, digest in there.items() if here.get(name, "missing") != digest)
 
 
 def _own_state(callback: BaseCallback) -> Any:
@@ -134,4 +192,8 @@ def _walk(callback: BaseCallback | None, sees_all_steps: bool = True) -> Iterato
 
 
 def _name(callback: BaseCallback) -> str:
-    return f"{type(callback).__module__}.{type(callback).__qualname__}"
+    return _name_of(type(callback))
+
+
+def _name_of(cls: type[Any]) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"

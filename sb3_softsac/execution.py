@@ -137,7 +137,6 @@ class Execution:
         self._known_networks: list[th.nn.Module] = []
         self._known_tensors: list[th.Tensor] = []  # of the two
         self._states: list[Any] = []  # that are looked up, kept so that no other has their identity
-        self._stepped: dict[int, list[bool]] = {}  # what was not frozen in an optimiser's last step of its own
         device = policy.device
         self._finite = th.ones((), dtype=th.bool, device=device)
         rates = (critic := th.zeros((), device=device), th.zeros_like(critic), th.zeros_like(critic))
@@ -223,9 +222,12 @@ class Execution:
             result = self._first_run(storage, inputs, options, what)
             if result is not None:
                 return result
-        self._stepped.update((id(optimizer), _trainable(optimizer)) for optimizer in self._involved(what))
         run = with_gathering(self._make_update(EAGER, options, what))
-        return run(Held(self._optimizers(), storage), inputs)
+        result = run(Held(self._optimizers(), storage), inputs)
+        for optimizer in self._involved(what) if result[0] else ():
+            for parameter in _trainable(optimizer) if has_pure_step(optimizer) else ():
+                _ = optimizer.state[parameter]  # empty if it has no gradient; tells it from one that was frozen
+        return result
 
     def _build_native(self) -> Any:
         try:
@@ -330,7 +332,7 @@ class Execution:
             (
                 id(optimizer.state),
                 list(map(id, optimizer.state.values())),
-                _trainable(optimizer),
+                list(map(id, _trainable(optimizer))),
                 [list(map(group.get, ADAM_OPTIONS)) for group in optimizer.param_groups],
                 has_pure_step(optimizer),
             )
@@ -349,12 +351,11 @@ class Execution:
 
     def _has_state(self, what: Due) -> bool:
         """
-        Optimisers make their state in a step of their own. What then has none, has no gradient; or it was frozen.
+        Optimisers make their state in a step of their own. What has no entry in it then was frozen in all steps. This
+        is read from the optimisers alone, so that a run that is continued compiles the same updates.
         """
         return all(
-            not has_pure_step(optimizer)
-            or all(optimizer.state.get(p) for g in optimizer.param_groups for p in g["params"] if p.requires_grad)
-            or (optimizer.state and self._stepped.get(id(optimizer)) == _trainable(optimizer))
+            not has_pure_step(optimizer) or all(parameter in optimizer.state for parameter in _trainable(optimizer))
             for optimizer in self._involved(what)
         )
 
@@ -412,8 +413,8 @@ def with_gathering(update: Update) -> Run:
     return run
 
 
-def _trainable(optimizer: Optimizer) -> list[bool]:
-    return [p.requires_grad for group in optimizer.param_groups for p in group["params"]]
+def _trainable(optimizer: Optimizer) -> list[th.Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
 
 
 @contextmanager

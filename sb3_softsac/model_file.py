@@ -31,6 +31,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.buffers import ReplayBuffer as SB3ReplayBuffer
 from stable_baselines3.common.save_util import load_from_pkl, recursive_getattr
 from stable_baselines3.common.utils import get_system_info
+from torch import nn
 
 from sb3_softsac import files, replay_state
 from sb3_softsac.archive import DAMAGE, ArchiveReader, ArchiveWriter, CheckpointError, naming
@@ -70,14 +71,19 @@ def write_data(archive: ArchiveWriter, attributes: dict[str, Any]) -> None:
     archive.add_json("data", trees)
 
 
-def plain_infos(infos: "deque[Any] | None") -> "deque[Any] | None":
+def plain_infos(infos: "deque[Any] | None", name: str) -> "deque[Any] | None":
     """
     :param infos: SB3's ``ep_info_buffer`` (a dict for each episode) or ``ep_success_buffer``
+    :param name: its name
     :return: the same, without what a ``Monitor`` has added by its ``info_keywords`` that is not plain data
     """
     if infos is None or _is_plain(list(infos)):
         return infos
     kept = [{k: v for k, v in info.items() if _is_plain(v)} if isinstance(info, dict) else info for info in infos]
+    lost = {key for info, rest in zip(infos, kept, strict=True) if isinstance(info, dict) for key in info.keys() - rest}
+    if lost:
+        text = f"{', '.join(sorted(lost))} of {name} (Monitor's info_keywords) is not plain data, and not saved."
+        warnings.warn(text, stacklevel=4)
     return deque(kept, maxlen=infos.maxlen)
 
 
@@ -188,6 +194,36 @@ def read_parameters(archive: ArchiveReader, model: BaseAlgorithm, optional: set[
                 if variable.shape != value.shape:
                     raise CheckpointError(f"{name} in {archive.name} has the shape {tuple(value.shape)}.")
                 variable.data = value.data
+
+
+def frozen_parameters(policy: nn.Module) -> list[str]:
+    """
+    :param policy: networks
+    :return: names of the parameters that are not trained, which state dicts do not tell
+    """
+    return [name for name, parameter in policy.named_parameters() if not parameter.requires_grad]
+
+
+def freeze(policy: nn.Module, names: list[str] | None, what: str) -> None:
+    """
+    Train as many parameters as were trained before.
+
+    :param policy: networks
+    :param names: what :func:`frozen_parameters` has returned; None: of a file that does not say
+    :param what: name of the file
+    """
+    if names is None:
+        return
+    added = sorted(set(frozen_parameters(policy)) - set(names))
+    if added:  # by the constructor of a network: that may be new, and is wanted
+        warnings.warn(
+            f"The continuation may differ: {', '.join(added)} is frozen here, and was trained in {what}.", stacklevel=4
+        )
+    parameters = dict(policy.named_parameters())
+    for name in names:
+        if name not in parameters:
+            raise CheckpointError(f"{what} has a frozen parameter {name}, which the policy lacks.")
+        parameters[name].requires_grad_(False)
 
 
 def write_replay(archive: ArchiveWriter, buffer: SB3ReplayBuffer) -> None:
@@ -379,6 +415,7 @@ def machine(device: th.device, n_threads: int | None) -> dict[str, Any]:
         "device": device.type,
         "torch": th.__version__,
         "threads of torch": n_threads,
+        "precision of float32 products": th.get_float32_matmul_precision(),
         "vector instructions": th.backends.cpu.get_cpu_capability(),
         "architecture": platform.machine(),
         "numpy": np.__version__,

@@ -25,6 +25,7 @@ from torch import nn
 
 from sb3_softsac import distributions
 from sb3_softsac.type_aliases import PolicySample, TorchObs
+from sb3_softsac.validation import check_image_sizes
 
 LOG_STD_BOUNDS = (-20.0, 2.0)  # SB3's clamp
 WEIGHT_INITS = (None, "xavier", "orthogonal")
@@ -269,6 +270,8 @@ class SoftSACPolicy(sb3_policies.SACPolicy):
             raise ValueError(f"weight_init={weight_init!r} is unknown: use one of {WEIGHT_INITS}.")
         if not isinstance(n_critics, int | np.integer) or n_critics < 1:
             raise ValueError(f"n_critics={n_critics!r} is not valid: it must be an integer >= 1.")
+        extractor = features_extractor_class or self.default_features_extractor
+        check_image_sizes(observation_space, extractor, normalize_images)
         # SACPolicy.__init__ builds the networks, so what they are built from is set before it
         self.log_std_kwargs: dict[str, Any] = {
             "log_std_bounds": log_std_bounds,
@@ -287,7 +290,7 @@ class SoftSACPolicy(sb3_policies.SACPolicy):
             log_std_init,
             use_expln,
             clip_mean,
-            features_extractor_class or self.default_features_extractor,
+            extractor,
             features_extractor_kwargs,
             normalize_images,
             optimizer_class,

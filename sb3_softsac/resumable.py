@@ -10,6 +10,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 
@@ -35,18 +36,26 @@ from stable_baselines3.common.utils import (
     obs_as_tensor,
     should_collect_more_steps,
 )
-from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.vec_env import (
+    VecEnv,
+    VecTransposeImage,
+    unwrap_vec_normalize,
+    unwrap_vec_wrapper,
+)
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 from stable_baselines3.sac.policies import SACPolicy
 
 from sb3_softsac import callback_state, env_state, model_file, replay_state
 from sb3_softsac.archive import ArchiveReader, ArchiveWriter, CheckpointError, naming
+from sb3_softsac.buffers import map_obs
 from sb3_softsac.model_file import ModelFile
 from sb3_softsac.run_folder import RunFolder
 from sb3_softsac.state_codec import NotEncodable, decode, encode
 from sb3_softsac.type_aliases import TorchObs
+from sb3_softsac.validation import check_wrappers
 
 LOGGER_STATE = ("name_to_value", "name_to_count", "name_to_excluded")
+NOT_SAVED = "not_saved"  # names of what was logged besides
 
 Self = TypeVar("Self", bound="ResumableAlgorithm")
 
@@ -56,6 +65,7 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
 
     actor: Any
     random_steps: int | None
+    replay_buffer: SB3ReplayBuffer | None = None  # also when it has been deleted
 
     # What a plain save() leaves out; ("replay_buffer",) keeps files small
     save_exclude: tuple[str, ...] = ()
@@ -156,20 +166,39 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
         """
         args = env, callback, train_freq, replay_buffer, action_noise, learning_starts, log_interval
         rollout = self._collect_rollout(*args)
-        while rollout.continue_training and self._lacks_transitions(replay_buffer):
+        told = None
+        while rollout.continue_training and (lack := self._lack_of(replay_buffer)) is not None:
             if self.num_timesteps >= self._total_timesteps:
-                warnings.warn(
-                    f"Nothing was learned: the run went on without its replay buffer, and ended before the new one had "
-                    f"learning_starts={self.learning_starts} transitions. Lower it at load(), or train for longer.",
-                    stacklevel=3,
-                )
+                warnings.warn(f"Nothing was learned, since training has ended before {lack}", stacklevel=3)
                 return rollout._replace(continue_training=False)  # ends here, without an update
+            if lack != told:
+                self._say(f"Updates begin later, since they are due before {lack}")
+                told = lack
             rollout = self._collect_rollout(*args)
         return rollout
 
-    def _lacks_transitions(self, buffer: SB3ReplayBuffer) -> bool:
-        few = not buffer.full and buffer.size() * self.n_envs <= self.learning_starts < self.num_timesteps
-        return few and self._num_timesteps_at_start > 0
+    def _lack_of(self, buffer: SB3ReplayBuffer) -> str | None:
+        """
+        :return: what the replay buffer has to hold before there can be updates, and what a user can do; None: it does,
+            or no updates are due
+        """
+        if self.num_timesteps <= self.learning_starts or self.gradient_steps == 0:
+            return None
+        if isinstance(buffer, HerReplayBuffer) and not np.any(buffer.ep_length > 0):
+            return (
+                "the first episode has, which HerReplayBuffer needs: let learning_starts be larger than the number of "
+                "steps of an episode, times the number of environments."
+            )
+        if self._num_timesteps_at_start > 0 and not buffer.full and buffer.size() * self.n_envs <= self.learning_starts:
+            return (
+                f"a run that goes on without its replay buffer has learning_starts={self.learning_starts} transitions "
+                "in the new one. Lower it at load(), or train for longer."
+            )
+        return None
+
+    def _say(self, text: str) -> None:
+        if self.verbose >= 1:
+            print(text)
 
     def _collect_rollout(
         self,
@@ -207,10 +236,11 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
             actions, buffer_actions = self._sample_action(learning_starts, action_noise, env.num_envs)
             self._mid_step = True
             new_obs, rewards, dones, infos = env.step(actions)
+            new_obs = map_obs(_with_usual_strides, new_obs)
             self.num_timesteps += env.num_envs
             num_collected_steps += 1
             self._update_info_buffer(infos, dones)
-            self._store_transition(replay_buffer, buffer_actions, new_obs, rewards, dones, infos)  # type: ignore[arg-type]
+            self._store_transition(replay_buffer, buffer_actions, new_obs, rewards, dones, infos)
             self._update_current_progress_remaining(self.num_timesteps, self._total_timesteps)
             self._on_step()
             must_log = False
@@ -236,6 +266,41 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
         callback.on_rollout_end()
         self._rollout = None
         return RolloutReturn(num_collected_steps * env.num_envs, num_collected_episodes, continue_training=True)
+
+    def _store_transition(
+        self,
+        replay_buffer: SB3ReplayBuffer,
+        buffer_action: np.ndarray,
+        new_obs: Any,
+        reward: np.ndarray,
+        dones: np.ndarray,
+        infos: list[dict[str, Any]],
+    ) -> None:
+        # SB3's fails where VecNormalize is below VecTransposeImage, which is where it puts the latter (issues 724 and
+        # 819), and with VecNormalize(norm_obs=False) over discrete observations
+        normalize, last_obs, new_original_obs = self._vec_normalize_env, self._last_obs, new_obs
+        if normalize is not None:
+            last_obs, new_original_obs = self._last_original_obs, self._original_obs()
+            reward = normalize.get_original_reward()
+        next_obs = deepcopy(new_original_obs)
+        for i in np.flatnonzero(dones).tolist():
+            terminal_obs = infos[i].get("terminal_observation")
+            if terminal_obs is not None:
+                terminal_obs = terminal_obs if normalize is None else normalize.unnormalize_obs(terminal_obs)
+                map_obs(lambda rows, obs, i=i: rows.__setitem__(i, obs), next_obs, terminal_obs)
+        replay_buffer.add(last_obs, next_obs, buffer_action, reward, dones, infos)  # type: ignore[arg-type]
+        self._last_obs, self._last_original_obs = new_obs, new_original_obs
+
+    def _original_obs(self) -> Any:
+        """
+        :return: observations as they were before VecNormalize, laid out as the model's
+        """
+        assert self.env is not None and self._vec_normalize_env is not None
+        obs = self._vec_normalize_env.get_original_obs()
+        transpose = unwrap_vec_wrapper(self.env, VecTransposeImage)
+        if transpose is not None and unwrap_vec_normalize(transpose) is self._vec_normalize_env:
+            obs = transpose.transpose_observations(obs)
+        return map_obs(_with_usual_strides, obs)
 
     def _run_after_step(self) -> None:
         while self.after_step:  # a signal may add to it at any time
@@ -298,7 +363,9 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
                 stacklevel=3,
             )
             self._unread = None
+        self._setup_replay_buffer()  # one that was deleted begins anew
         env_state.prepare(self.env)
+        resets = reset_num_timesteps or self._last_obs is None
         # SB3 resets the noise here. That would tear an episode that goes on; a vectorised one is left as it is.
         noise = self.action_noise
         goes_on = not reset_num_timesteps and self._last_obs is not None
@@ -317,17 +384,47 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
                 self.action_noise = noise
             if own_logger is not None:
                 self._custom_logger = False
+        if resets:
+            self._last_obs = map_obs(_with_usual_strides, self._last_obs)
+            if self._vec_normalize_env is not None:
+                self._last_original_obs = self._original_obs()
         if self.tensorboard_log is not None and self.logger.dir is not None:
             self._tensorboard_run = os.path.basename(self.logger.dir)
-        if self._callback_states is not None and not reset_num_timesteps:
-            self._late_callbacks = callback_state.restore(self._callback, self._callback_states, self._counts_anew)
-        if self._pending_log is not None and not reset_num_timesteps:
-            for name in LOGGER_STATE:
-                getattr(self.logger, name).update(self._pending_log.get(name, {}))
-        if self._random_states is not None and not reset_num_timesteps:
-            model_file.restore_random_states(self._random_states, self.device)
+        if not reset_num_timesteps:
+            self._restore_at_learn()
         self._callback_states = self._pending_log = self._random_states = None
         return total_timesteps, self._callback
+
+    def _restore_at_learn(self) -> None:
+        """What a file says of callbacks, the logger and random states: ``load()`` has not had them yet."""
+        lost: list[str] = []
+        if self._callback_states is not None:
+            self._late_callbacks, lost = callback_state.restore(
+                self._callback, self._callback_states, self._counts_anew
+            )
+        if self._pending_log is not None:
+            for name in LOGGER_STATE:
+                getattr(self.logger, name).update(self._pending_log.get(name, {}))
+            lost += [f"{name} had been logged, and could not be saved" for name in self._pending_log.get(NOT_SAVED, ())]
+        if self._random_states is not None:
+            model_file.restore_random_states(self._random_states, self.device)
+        if lost:
+            warnings.warn(f"The continuation may differ: {'; '.join(lost)}.", stacklevel=4)
+
+    def _init_callback(self, callback: MaybeCallback, progress_bar: bool = False) -> BaseCallback:
+        for each in callback if isinstance(callback, list) else [callback]:
+            for inner in callback_state.walk(each) if isinstance(each, BaseCallback) else ():
+                if isinstance(eval_env := getattr(inner, "eval_env", None), VecEnv):
+                    # As the training environment: SB3 compares the two, and their VecNormalize, wrapper by wrapper
+                    vars(inner)["eval_env"] = self._wrap_env(eval_env, self.verbose)
+                    env_state.prepare(eval_env)
+        return super()._init_callback(callback, progress_bar)
+
+    @staticmethod
+    def _wrap_env(env: GymEnv, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:
+        wrapped = OffPolicyAlgorithm._wrap_env(env, verbose, monitor_wrapper)
+        check_wrappers(wrapped)
+        return wrapped
 
     def _logger_of_own_run(self) -> Logger | None:
         """SB3 continues the newest run of a TensorBoard folder, which may be another's."""
@@ -415,7 +512,7 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
             attributes = {name: value for name, value in vars(self).items() if name not in skipped}
             for name in ("ep_info_buffer", "ep_success_buffer"):
                 if name in attributes:
-                    attributes[name] = model_file.plain_infos(attributes[name])
+                    attributes[name] = model_file.plain_infos(attributes[name], name)
             model_file.write_data(archive, attributes)
             model_file.write_parameters(archive, self)
             if replay is not None and not rows_elsewhere:
@@ -428,6 +525,7 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
                     "random": self._random_states or model_file.random_states(self.device),
                     "exploration": encode(self._exploration_state()),
                     "env": self._env_state(),
+                    "frozen": model_file.frozen_parameters(self.policy),
                     "mid_step": self._mid_step,
                     "callbacks": self._callback_states or callback_state.capture(self._callback),
                     "log": self._log_state(),
@@ -497,12 +595,12 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
             if print_system_info:
                 _print_system_info(file.archive)
             data = model_file.read_data(file.archive, custom_objects, kwargs, allow_pickle)
-            _check_policy_kwargs(data, kwargs)
+            _check_data(data, kwargs, file.name)
             if env is not None:
-                env = cls._wrap_env(env, data["verbose"])
+                env = cls._wrap_env(env, data.get("verbose", 0))
                 check_for_correct_spaces(env, data["observation_space"], data["action_space"])
             same_envs = env is not None and env.num_envs == data["n_envs"]
-            goes_on = same_envs and not force_reset
+            goes_on = same_envs and not force_reset and "_last_obs" in data
             if env is not None:
                 data["n_envs"] = env.num_envs
             if not goes_on:
@@ -524,6 +622,7 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
             model._setup_model()
             model.seed = seed
             model_file.read_parameters(file.archive, model, {"ent_coef_optimizer"} if "ent_coef" in kwargs else set())
+            model_file.freeze(model.policy, file.index.get("frozen"), file.name)
             if model.use_sde:
                 model.policy.reset_noise()  # type: ignore[operator]
             # The zoo says buffer_size=1 when it only wants to watch
@@ -578,6 +677,8 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
                 reasons.append("it was saved when a step was interrupted")
             elif reasons and not goes_on and self._vec_normalize_env is not None:
                 warnings.warn(f"Not all of VecNormalize may be restored: {'; '.join(reasons)}.", stacklevel=3)
+            elif reasons and not goes_on:
+                self._say(f"Not all of the environment's state is restored: {'; '.join(reasons)}")
             if self._vec_normalize_env is None and env_state.is_normalized(state):
                 warnings.warn(
                     "The model was trained with VecNormalize, but the environment is not wrapped in it: its "
@@ -596,7 +697,7 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
         if not force_reset and (reasons or not goes_on):
             warnings.warn(
                 "The run continues with a new episode, not in the middle of the old one, because "
-                + ("; ".join(reasons) or "the number of environments has changed"),
+                + ("; ".join(reasons) or "the file was saved without _last_obs"),
                 stacklevel=3,
             )
             self._last_obs, self._rollout = None, None
@@ -612,17 +713,19 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
                 buffer.truncate_last_trajectory()
 
     def _log_state(self) -> Any:
-        """What has been recorded since the logger was dumped last; pictures and the like are left out."""
+        """What has been recorded since the logger was dumped last; of pictures and the like, their names."""
         logger = getattr(self, "_logger", None)
         if self._pending_log is not None:  # of a file, not yet handed to a logger
             return encode(self._pending_log)
         if logger is None:
             return None
-        state: dict[str, dict[str, Any]] = {name: {} for name in LOGGER_STATE}
+        state: dict[str, Any] = {name: {} for name in LOGGER_STATE} | {NOT_SAVED: []}
         for name in LOGGER_STATE:
             for key, value in getattr(logger, name).items():
-                with suppress(NotEncodable):
+                try:
                     state[name][key] = encode(value)
+                except NotEncodable:
+                    state[NOT_SAVED].append(key)
         return state
 
     def save_replay_buffer(self, path: str | Path | BinaryIO) -> None:  # type: ignore[override]
@@ -675,19 +778,41 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
         return {name: value for name, value in vars(self).items() if name not in here}
 
 
-def _check_policy_kwargs(data: dict[str, Any], kwargs: dict[str, Any]) -> None:
-    for name in ("policy_class", "policy_kwargs", "observation_space", "action_space", "verbose", "n_envs"):
-        if name not in data:
-            raise CheckpointError(f"data has no {name}: it is not a model's.")
-    sde = {"use_sde": data.get("use_sde", False)}  # SB3 adds it to what the user passes
-    data["policy_kwargs"] = {**sde, **data["policy_kwargs"]}
-    if "policy_kwargs" in kwargs:
-        given = kwargs.pop("policy_kwargs") or {}
-        if {**sde, **given} != data["policy_kwargs"]:
-            raise ValueError(
-                f"policy_kwargs={given} differs from what the file was saved with: {data['policy_kwargs']}. Leave it "
-                "out, or make a new model and use set_parameters()."
-            )
+def _with_usual_strides(obs: np.ndarray) -> np.ndarray:
+    """
+    A convolution rounds differently where the strides are those of images with channels last, as after a transposition,
+    and a file does not keep them. NumPy calls them contiguous if there is one channel, and PyTorch does not.
+    """
+    return obs.copy() if obs.ndim > 2 else obs
+
+
+def _check_data(data: dict[str, Any], kwargs: dict[str, Any], name: str) -> None:
+    """
+    Fill in what a file may lack.
+
+    :param data: attributes of a model; what ``save(exclude=...)`` left out gets the constructor's default, or is among
+        the next
+    :param kwargs: attributes to change; ``policy_kwargs``, which cannot be changed, are removed
+    :param name: of the file
+    :raises CheckpointError: if something is missing that has no default
+    """
+    required = ("policy_class", "observation_space", "action_space", "n_envs")
+    missing = [each for each in required if each not in data and each not in kwargs]
+    if missing:
+        arguments = ", ".join(f"{each}=..." for each in missing)
+        raise CheckpointError(
+            f"data in {name} has no {' and no '.join(missing)}: unless it is not a model's, save(exclude=...) has left "
+            f"that out, and there is no default. Pass {arguments} to load()."
+        )
+    data.update({each: kwargs[each] for each in required if each not in data})
+    sde = {"use_sde": kwargs.get("use_sde", data.get("use_sde", False))}  # SB3 adds it to what the user passes
+    is_given, given = "policy_kwargs" in kwargs, kwargs.pop("policy_kwargs", None) or {}
+    data["policy_kwargs"] = {**sde, **data.get("policy_kwargs", given)}
+    if is_given and {**sde, **given} != data["policy_kwargs"]:
+        raise ValueError(
+            f"policy_kwargs={given} differs from what the file was saved with: {data['policy_kwargs']}. Leave it "
+            "out, or make a new model and use set_parameters()."
+        )
 
 
 def _print_system_info(archive: ArchiveReader) -> None:

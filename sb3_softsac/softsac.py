@@ -404,10 +404,6 @@ class SoftSAC(ResumableAlgorithm):
             return int(self.num_threads)
         return None if self._threads is None else min(self._threads, threads.n_cores())
 
-    def _say(self, text: str) -> None:
-        if self.verbose >= 1:
-            print(text)
-
     def train(self, gradient_steps: int, batch_size: int = 64) -> None:
         """
         Do some updates on freshly sampled minibatches and log their means.
@@ -506,10 +502,15 @@ class SoftSAC(ResumableAlgorithm):
         ]
 
     def _set_exploration_state(self, state: list[list[th.Tensor]]) -> None:
+        """:raises ValueError: if the matrices are not of this actor"""
+        # A target actor that is new has none in the file, and one that is no longer wanted has them in vain
         for dist, (matrix, matrices) in zip(self._noise_distributions(), state, strict=False):
-            for name, value in (("exploration_mat", matrix), ("exploration_matrices", matrices)):
-                if getattr(dist, name).shape == value.shape:  # else the number of environments has changed
-                    setattr(dist, name, value.to(self.device))
+            shape = dist.exploration_mat.shape
+            # There is one for each environment of the rollout in progress; a new rollout draws new ones
+            if matrix.shape != shape or matrices.shape[1:] != shape:
+                found = tuple(matrix.shape), tuple(matrices.shape)
+                raise ValueError(f"exploration matrices have the shapes {found}, not {tuple(shape)} each")
+            dist.exploration_mat, dist.exploration_matrices = matrix.to(self.device), matrices.to(self.device)
 
     def get_parameters(self) -> dict[str, dict[str, Any]]:
         """

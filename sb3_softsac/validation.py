@@ -6,8 +6,14 @@ from typing import Any
 
 import numpy as np
 from gymnasium import spaces
+from stable_baselines3.common.preprocessing import is_image_space
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, CombinedExtractor, NatureCNN
+from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecTransposeImage, unwrap_vec_normalize
 
-WIDE_ACTION_BOUNDS = 10.0
+MIN_IMAGE_SIZE = 36  # of NatureCNN's three layers: ((36 - 8) / 4 + 1 - 4) / 2 + 1 = 3, the last one's kernel
+
+MEANINGLESS_BOUND = 100.0
+"""Isaac Lab's bounds of actions of about 1, for want of others. A few torques, in N m, are as large."""
 
 
 def check_action_space(action_space: spaces.Space[Any]) -> None:
@@ -30,14 +36,59 @@ def check_action_space(action_space: spaces.Space[Any]) -> None:
             "environment, for instance in gymnasium.wrappers.TransformAction with a bounded Box, or use "
             "gymnasium.wrappers.RescaleAction(env, -1, 1) once the bounds are finite."
         )
-    width = float((high.astype(np.float64) - low).max())
-    if width > WIDE_ACTION_BOUNDS:
+    if (low <= -MEANINGLESS_BOUND).all() and (high >= MEANINGLESS_BOUND).all():
         warnings.warn(
-            f"The action bounds are up to {width:g} wide. SoftSAC explores the whole range from the first step; if the "
-            "useful actions are a small part of it, narrow the bounds.",
+            f"All actions have the bounds {low.max():g} and {high.min():g} or wider ones. SoftSAC explores the whole "
+            "range from the first step, and learns next to nothing where useful actions are a small part of it. If the "
+            "bounds mean something, as those of torques, all is well. If they stand for 'no bounds', as Isaac Lab's "
+            "+-100 did, narrow them: SB3's users took 3% at first, and then the 2.5th and 97.5th percentiles of the "
+            "actions of a trained PPO agent (https://araffin.github.io/post/tune-sac-isaac-sim/).",
             UserWarning,
             stacklevel=3,
         )
+
+
+def check_wrappers(env: VecEnv) -> None:
+    """
+    :param env: with all its wrappers
+    :raises ValueError: if a wrapper above VecNormalize changes what it has normalised: the replay buffer holds
+        observations as they were before, and normalises them when they are sampled (SB3 issue 693)
+    """
+    normalize = unwrap_vec_normalize(env)
+    while normalize is not None and env is not normalize:
+        assert isinstance(env, VecEnvWrapper)
+        is_other = env.observation_space != env.venv.observation_space
+        if is_other and not isinstance(env, VecTransposeImage):
+            name = type(env).__name__
+            raise ValueError(
+                f"{name} is wrapped around VecNormalize and changes its observations, so that the replay buffer could "
+                f"not normalise them: wrap the other way round, VecNormalize({name}(env, ...))."
+            )
+        env = env.venv
+
+
+def check_image_sizes(space: spaces.Space[Any], extractor: type[BaseFeaturesExtractor], normalize_images: bool) -> None:
+    """
+    :param space: observation space, images with channels first
+    :param extractor: class of the features extractor
+    :param normalize_images: as in the policy
+    :raises ValueError: if an image is too small for SB3's ``NatureCNN``; torch would say that a kernel is too large
+    """
+    if extractor not in (NatureCNN, CombinedExtractor):
+        return
+    parts = space.spaces.items() if isinstance(space, spaces.Dict) else [("", space)]
+    for key, part in parts:
+        if not is_image_space(part, normalized_image=not normalize_images):
+            continue
+        height, width = part.shape[1:]  # type: ignore[index]
+        if min(height, width) < MIN_IMAGE_SIZE:
+            name = f"observation_space[{key!r}]" if key else "observation_space"
+            least = f"{MIN_IMAGE_SIZE} x {MIN_IMAGE_SIZE}"
+            raise ValueError(
+                f"{name} is an image of {height} x {width} pixels, and NatureCNN needs {least} at least. Enlarge it, "
+                "for instance with gymnasium.wrappers.ResizeObservation(env, (84, 84)), or pass a network of your own: "
+                "policy_kwargs=dict(features_extractor_class=...)."
+            )
 
 
 def check_options(model: Any) -> None:

@@ -299,12 +299,17 @@ def close(model: SoftSAC) -> None:
     model.env.close()
 
 
-def in_new_process(function: Callable[..., Any], *args: Any) -> Any:
-    """What a function of this module returns in a process that has done nothing before."""
+def new_process() -> ProcessPoolExecutor:
+    """A process that has done nothing before."""
     context = mp.get_context("forkserver" if "forkserver" in mp.get_all_start_methods() else "spawn")
     if hasattr(context, "set_forkserver_preload"):
-        context.set_forkserver_preload([__name__])
-    with ProcessPoolExecutor(1, context) as pool:
+        context.set_forkserver_preload(["resume_script", "mixes"])
+    return ProcessPoolExecutor(1, context)
+
+
+def in_new_process(function: Callable[..., Any], *args: Any) -> Any:
+    """What a function of the tests' modules returns in a process that has done nothing before."""
+    with new_process() as pool:
         return pool.submit(function, *args).result()
 
 
@@ -335,7 +340,8 @@ def snapshot(model: SoftSAC, evaluation: EvalCallback | None = None) -> dict[str
         ]  # fmt: skip
     normalize = model.get_vec_normalize_env()
     if normalize is not None:
-        statistics = [normalize.ret_rms, *([normalize.obs_rms] if not isinstance(normalize.obs_rms, dict) else [])]
+        of_obs = vars(normalize).get("obs_rms", {})  # missing with norm_obs=False
+        statistics = [normalize.ret_rms, *(of_obs.values() if isinstance(of_obs, dict) else [of_obs])]
         state["normalize"] = [[vars(rms) for rms in statistics], normalize.returns]
     # Fixed actions, through the end of an episode and past it
     random_actions = np.random.default_rng(0)

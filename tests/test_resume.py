@@ -1131,7 +1131,8 @@ def test_infos_of_a_monitor_that_are_not_plain(tmp_path: Path) -> None:
     env = Monitor(Odd(gym.make("Pendulum-v1", max_episode_steps=EPISODE)), info_keywords=("odd", "even"))
     model = make_model(env)
     model.learn(2 * EPISODE)
-    model.save(tmp_path / "model.zip")  # without a warning
+    with pytest.warns(UserWarning, match=r"odd of ep_info_buffer \(Monitor's info_keywords\) is not plain data"):
+        model.save(tmp_path / "model.zip")
     loaded = load(tmp_path / "model.zip")
     assert loaded.ep_info_buffer is not None and len(loaded.ep_info_buffer) == 2
     assert [set(info) for info in loaded.ep_info_buffer] == [{"r", "l", "t", "even"}] * 2

@@ -473,9 +473,12 @@ def test_nan_action_bounds() -> None:
         SoftSAC("MlpPolicy", BoxActions(space))
 
 
-def test_wide_action_bounds_warn() -> None:
-    with pytest.warns(UserWarning, match="40 wide"):
-        SoftSAC("MlpPolicy", BoxActions(spaces.Box(-20.0, 20.0, (1,))), **SMALL)
+def test_bounds_that_stand_for_none_warn() -> None:
+    """Isaac Lab's +-100; and not the torques of a robot, of which one may be as large."""
+    with pytest.warns(UserWarning, match=r"-100 and 100 .* percentiles"):
+        SoftSAC("MlpPolicy", BoxActions(spaces.Box(-100.0, 100.0, (2,))), **SMALL)
+    torques = np.array([20.0, 80.0, 360.0], dtype=np.float32)
+    SoftSAC("MlpPolicy", BoxActions(spaces.Box(-torques, torques)), **SMALL)
 
 
 def test_uneven_action_bounds_are_kept() -> None:
