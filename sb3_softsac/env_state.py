@@ -24,6 +24,7 @@ import signal
 import sys
 import time
 import types
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -57,6 +58,7 @@ from sb3_softsac.object_state import (
     restore_own,
     restore_spaces,
     set_global_random_states,
+    settings_of,
     short_name,
 )
 from sb3_softsac.state_codec import NotEncodable, decode, encode
@@ -169,6 +171,7 @@ def _restore_vec_env(chain: list[Any], state: dict[str, Any], mid_episode: bool)
     if mid_episode:
         try:
             _restore_exactly(chain, layers)
+            _tell_other_settings(chain, layers)
         except Exception as error:
             reasons.append(describe_error(error))
     if not mid_episode or reasons:
@@ -188,6 +191,17 @@ def _restore_vec_env(chain: list[Any], state: dict[str, Any], mid_episode: bool)
         if isinstance(options[i], dict):
             base._options[i] = options[i]
     return reasons
+
+
+def _tell_other_settings(chain: list[Any], layers: list[dict[str, Any]]) -> None:
+    for obj, layer in zip(chain, layers, strict=True):
+        here = settings_of(obj)
+        there = {name: value for name, value in layer.get("settings", {}).items() if name in here}
+        others = [name for name in there if there[name] != here[name]]
+        if others:
+            said = [f"{name}={decode(here[name])} (was {decode(there[name])})" for name in others]
+            text = f"The continuation may differ: {short_name(obj)} has {', '.join(said)}."
+            warnings.warn(text, stacklevel=5)
 
 
 def _restore_statistics(chain: list[Any], state: dict[str, Any]) -> None:

@@ -70,6 +70,12 @@ STATE: dict[type, tuple[tuple[str, ...], tuple[str, ...] | None]] = {
     **dict.fromkeys((VecVideoRecorder, RecordVideo, RenderCollection, HumanRendering), ((), ())),
 }
 ALL: tuple[tuple[str, ...], None] = ((), None)
+# Of classes that do not say what they were made with: a continued run has those of the new object, and says so
+SETTINGS: dict[type, tuple[str, ...]] = {
+    VecNormalize: (
+        *("training", "norm_obs", "norm_reward", "clip_obs", "clip_reward", "gamma", "epsilon", "norm_obs_keys"),
+    ),
+}
 # As soon as rl_zoo3 is imported gym.make() uses its own; in a VecEnv they are the same
 SAME_CLASSES = {"rl_zoo3.gym_patches.PatchedTimeLimit": "gymnasium.wrappers.common.TimeLimit"}
 # The checker compares the data of the first two steps by identity, which no file can keep: its checks count as done
@@ -167,7 +173,7 @@ def capture_object(chain: list[Any], index: int, seen: dict[int, tuple[Any, ...]
         "lasting": lasting,
         "episode": episode,
     }
-    layer |= {"spaces": {}, "constant": [], "unreadable": unreadable}
+    layer |= {"spaces": {}, "constant": [], "unreadable": unreadable, "settings": settings_of(obj)}
     has_own = offers_state(obj)
     if has_own:
         try:
@@ -493,6 +499,13 @@ def _names_in(cls: Any) -> frozenset[str]:
             if isinstance(function, types.FunctionType):
                 names.update(function.__code__.co_names)
     return frozenset(names)
+
+
+def settings_of(obj: Any) -> dict[str, Any]:
+    """
+    :return: JSON tree of those in ``SETTINGS``
+    """
+    return {name: encode(vars(obj)[name]) for name in SETTINGS.get(type(obj), ()) if name in vars(obj)}
 
 
 def offers_state(obj: Any) -> bool:

@@ -595,6 +595,7 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
             if print_system_info:
                 _print_system_info(file.archive)
             data = model_file.read_data(file.archive, custom_objects, kwargs, allow_pickle)
+            has_policy_kwargs = "policy_kwargs" in data or "policy_kwargs" in kwargs
             _check_data(data, kwargs, file.name)
             if env is not None:
                 env = cls._wrap_env(env, data.get("verbose", 0))
@@ -609,51 +610,29 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
             if not same_envs and isinstance(noise, VectorizedActionNoise):
                 data["action_noise"] = noise.base_noise
 
-            model = cls(policy=data["policy_class"], env=env, device=device, _init_setup_model=False)  # type: ignore[arg-type, call-arg]
-            vars(model).update(data)
-            random_steps = model.learning_starts if model.random_steps is None else model.random_steps
-            model._warmed_up = model._warmed_up or model.num_timesteps >= random_steps
-            model._loaded = True
-            vars(model).update(kwargs)
             restores_random_states = env is not None and "random" in file.index and "seed" not in kwargs
-            seed = model.seed
-            if restores_random_states:
-                model.seed = None  # no seeding on the way
-            model._setup_model()
-            model.seed = seed
-            model_file.read_parameters(file.archive, model, {"ent_coef_optimizer"} if "ent_coef" in kwargs else set())
+            model = cls(policy=data["policy_class"], env=env, device=device, _init_setup_model=False)  # type: ignore[arg-type, call-arg]
+            model._set_up(data, kwargs, is_seeded=not restores_random_states)
+            try:
+                optional = {"ent_coef_optimizer"} if "ent_coef" in kwargs else set()
+                model_file.read_parameters(file.archive, model, optional)
+            except CheckpointError as error:
+                hint = "" if has_policy_kwargs else " The file has no policy_kwargs: pass policy_kwargs=... to load()."
+                raise CheckpointError(f"{error}{hint}") from error
             model_file.freeze(model.policy, file.index.get("frozen"), file.name)
             if model.use_sde:
                 model.policy.reset_noise()  # type: ignore[operator]
             # The zoo says buffer_size=1 when it only wants to watch
             wants_replay = "replay_buffer" not in (custom_objects or {}) and kwargs.get("buffer_size") != 1
-            reads_replay = wants_replay and file.replay is not None
             if env is None:
-                model._unread = file.name if reads_replay else None
+                model._unread = file.name if wants_replay and file.replay is not None else None
                 model._unread_statistics = env_state.statistics(file.index.get("env")), model._n_updates
                 return model
-            if wants_replay and file.replay is None and file.index.get("replay") is not None:
-                complete = [str(path) for path in RunFolder(Path(file.name).parent).model_files()]
-                raise CheckpointError(
-                    f"{file.name} is part of a checkpoint that was never completed, or lies in another folder: the "
-                    f"rows of its replay buffer are missing. Load {' or '.join(complete) or 'another file'} instead, "
-                    "or go on without them: custom_objects={'replay_buffer': None}."
-                )
-
             with naming(f"the state of the run in {file.name}"):
-                if reads_replay:
-                    file.restore_replay(model.replay_buffer)  # type: ignore[arg-type]
+                if wants_replay:
+                    model._restore_replay(file)
                 if file.run is not None:
-                    # Rows that were laid out anew are not those of the segments
-                    buffer = model.replay_buffer if reads_replay else None
-                    if (
-                        buffer is not None
-                        and file.replay
-                        and file.replay["description"] != replay_state.describe(buffer)
-                    ):
-                        buffer = None
-                    file.run[0].continues(file.run[1], buffer)
-                    model.run_folders = {file.run[0].path.resolve(): file.run[0]}
+                    model._continue_folder(file, reads_replay=wants_replay and file.replay is not None)
                 model._restore_envs(file, goes_on, force_reset)
                 if kwargs.get("seed") is not None:
                     model.set_random_seed(model.seed)
@@ -664,6 +643,48 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
                     model_file.restore_random_states(file.index["random"], model.device)
                     model._random_states = file.index["random"] if model._last_obs is not None else None
             return model
+
+    def _set_up(self, data: dict[str, Any], kwargs: dict[str, Any], is_seeded: bool) -> None:
+        """
+        Make networks and buffer of a new model.
+
+        :param data: its attributes, from a file
+        :param kwargs: attributes that are changed
+        :param is_seeded: seed random states on the way
+        """
+        vars(self).update(data)
+        random_steps = self.learning_starts if self.random_steps is None else self.random_steps
+        self._warmed_up = self._warmed_up or self.num_timesteps >= random_steps
+        for name in ("ep_info_buffer", "ep_success_buffer"):
+            if getattr(self, name) is None:  # SB3 makes both or none
+                setattr(self, name, deque(maxlen=self._stats_window_size))
+        self._loaded = True
+        vars(self).update(kwargs)
+        seed = self.seed
+        self.seed = seed if is_seeded else None
+        self._setup_model()
+        self.seed = seed
+
+    def _restore_replay(self, file: ModelFile) -> None:
+        if file.replay is not None:
+            file.restore_replay(self.replay_buffer)  # type: ignore[arg-type]
+        elif file.index.get("replay") is not None:
+            complete = [str(path) for path in RunFolder(Path(file.name).parent).model_files()]
+            raise CheckpointError(
+                f"{file.name} is part of a checkpoint that was never completed, or lies in another folder: the rows "
+                f"of its replay buffer are missing. Load {' or '.join(complete) or 'another file'} instead, or go on "
+                "without them: custom_objects={'replay_buffer': None}."
+            )
+
+    def _continue_folder(self, file: ModelFile, reads_replay: bool) -> None:
+        """The next checkpoints in the file's folder take over what has not changed since."""
+        assert file.run is not None
+        folder, manifest = file.run
+        buffer = self.replay_buffer if reads_replay else None
+        if buffer is not None and file.replay and file.replay["description"] != replay_state.describe(buffer):
+            buffer = None  # rows that were laid out anew are not those of the segments
+        folder.continues(manifest, buffer)
+        self.run_folders = {folder.path.resolve(): folder}
 
     def _restore_envs(self, file: ModelFile, goes_on: bool, force_reset: bool) -> None:
         assert self.env is not None

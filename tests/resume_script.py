@@ -143,6 +143,13 @@ CASES: dict[str, Case] = {
         partial(pendulum, 4), steps=200, stops=(20, 72),
         kwargs={"use_sde": True, "use_sde_at_warmup": True, "use_actor_target": True},
     ),
+    # In mid-rollout, with an exploration matrix for each environment
+    "gsde_envs": Case(
+        partial(vec_env, "Hopper-v5", 2), steps=800, stops=(602,), kwargs={"use_sde": True, "train_freq": 4}
+    ),
+    "gsde_sampling_envs": Case(
+        partial(pendulum, 2), stops=(62, 78), kwargs={"use_sde": True, "train_freq": 2, "sde_sample_freq": 3}
+    ),
     "normal_noise": Case(stops=STOPS, kwargs={"action_noise": noise(NormalActionNoise, 1)}),
     "ou_noise": Case(stops=STOPS, kwargs={"action_noise": noise(OrnsteinUhlenbeckActionNoise, 1)}),
     "vectorised_noise": Case(

@@ -14,14 +14,15 @@ from stable_baselines3 import SAC, HerReplayBuffer
 from stable_baselines3.common.buffers import ReplayBuffer as SB3ReplayBuffer
 from stable_baselines3.common.callbacks import CheckpointCallback, EvalCallback
 from stable_baselines3.common.env_util import make_vec_env
-from stable_baselines3.common.envs import BitFlippingEnv, IdentityEnvBox, SimpleMultiObsEnv
+from stable_baselines3.common.envs import BitFlippingEnv, FakeImageEnv, IdentityEnvBox, SimpleMultiObsEnv
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.noise import NormalActionNoise
 from stable_baselines3.common.save_util import load_from_zip_file
+from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.utils import set_random_seed
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
-from sb3_softsac import ReplayBuffer, SoftSAC
+from sb3_softsac import CheckpointError, ReplayBuffer, SoftSAC
 from sb3_softsac.policies import CnnPolicy, MultiInputPolicy, SoftSACPolicy
 
 SMALL: dict[str, Any] = {
@@ -476,3 +477,99 @@ def test_identity_env_is_solved() -> None:
     model.learn(1500)
     mean_return, _ = evaluate_policy(model, model.get_env(), n_eval_episodes=20)
     assert mean_return > 90.0
+
+
+# --- Idioms -----------------------------------------------------------------------------------------------------------
+
+
+def test_deleted_replay_buffer(tmp_path: pathlib.Path) -> None:
+    """SB3's tests delete it before they load it; whatever else is done then sees that there is none."""
+    model = make_model()
+    model.learn(40)
+    model.save_replay_buffer(tmp_path / "buffer")
+    kept = model.replay_buffer
+    del model.replay_buffer
+    assert model.replay_buffer is None
+    model.save(tmp_path / "model")
+    model.load_replay_buffer(tmp_path / "buffer")
+    assert isinstance(model.replay_buffer, ReplayBuffer) and isinstance(kept, ReplayBuffer)
+    np.testing.assert_array_equal(model.replay_buffer.observations, kept.observations)
+    del model.replay_buffer
+    model.learn(40, reset_num_timesteps=False)  # a new one
+    assert model.replay_buffer.size() == 40
+
+
+def test_whatever_has_a_default_can_be_excluded(tmp_path: pathlib.Path) -> None:
+    model = make_model(policy_kwargs={}, seed=None)
+    model.learn(25)
+    model.save(tmp_path / "whole")
+    data, _, _ = load_from_zip_file(tmp_path / "whole.zip")
+    assert data is not None
+    names = sorted(data)
+    required = {"policy_class", "observation_space", "action_space", "n_envs"}
+    assert required < set(names) and len(names) > 50
+    for name in names:
+        model.save(tmp_path / "part", exclude=[name])
+        if name in required:
+            with pytest.raises(CheckpointError, match=rf"no {name}.*Pass {name}=\.\.\. to load"):
+                SoftSAC.load(tmp_path / "part", env=model.env, device="cpu")
+            loaded = SoftSAC.load(tmp_path / "part", env=model.env, device="cpu", **{name: getattr(model, name)})
+        else:
+            loaded = SoftSAC.load(tmp_path / "part", env=model.env, device="cpu")
+            SoftSAC.load(tmp_path / "part", device="cpu")
+        assert_same(everything(loaded), everything(model))
+        loaded.learn(5)
+    model = make_model(verbose=1)
+    model.save(tmp_path / "part", exclude=["verbose", "policy_kwargs"])
+    with pytest.raises(
+        CheckpointError, match=r"The file has no policy_kwargs: pass policy_kwargs=\.\.\. to load"
+    ):  # other networks than the default's
+        SoftSAC.load(tmp_path / "part", device="cpu")
+    loaded = SoftSAC.load(tmp_path / "part", device="cpu", policy_kwargs={"net_arch": [16]})
+    assert loaded.verbose == 0 and loaded.policy.net_arch == [16]
+    assert_same(everything(loaded), everything(model))
+
+
+def test_without_its_last_observation_an_episode_does_not_go_on(tmp_path: pathlib.Path) -> None:
+    model = make_model()
+    model.learn(25)
+    model.save(tmp_path / "model", exclude=["_last_obs"])
+    with pytest.warns(UserWarning, match="new episode.*saved without _last_obs"):
+        SoftSAC.load(tmp_path / "model", env=gym.make("Pendulum-v1"), device="cpu", force_reset=False)
+
+
+@pytest.mark.parametrize("verbose", [0, 1])
+def test_her_waits_for_the_first_episode(verbose: int, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where SB3 stops with an error."""
+    env = BitFlippingEnv(n_bits=12, continuous=True, max_steps=30)
+    her: dict[str, Any] = {"replay_buffer_class": HerReplayBuffer, "learning_starts": 5, "seed": 0}
+    model = SoftSAC("MultiInputPolicy", env, device="cpu", batch_size=8, verbose=verbose, **her)
+    model.learn(50)
+    assert model._n_updates == 50 - 29  # the first one at the end of the episode
+    said = capsys.readouterr().out
+    assert said.count("Updates begin later, since they are due before the first episode has") == verbose
+
+
+def test_her_without_an_episode_has_learned_nothing() -> None:
+    env = gym.wrappers.TimeLimit(BitFlippingEnv(n_bits=12, continuous=True, max_steps=10**6), 10**6)
+    her: dict[str, Any] = {"replay_buffer_class": HerReplayBuffer, "learning_starts": 5, "seed": 0}
+    model = SoftSAC("MultiInputPolicy", env, device="cpu", batch_size=8, **her)
+    with pytest.warns(UserWarning, match="Nothing was learned, since training has ended before the first episode has"):
+        model.learn(20)
+    assert model._n_updates == 0 and model.num_timesteps == 20
+
+
+def test_small_images() -> None:
+    with pytest.raises(
+        ValueError, match=r"observation_space is an image of 20 x 40 pixels.*36 x 36.*ResizeObs.*extrac"
+    ):
+        SoftSAC("CnnPolicy", FakeImageEnv(screen_height=20, screen_width=40, n_channels=1, discrete=False))
+    env = SimpleMultiObsEnv(discrete_actions=False)
+    env.observation_space["img"] = gym.spaces.Box(0, 255, (35, 64, 3), dtype=np.uint8)  # type: ignore[index]
+    with pytest.raises(ValueError, match=r"observation_space\['img'\] is an image of 35 x 64 pixels"):
+        SoftSAC("MultiInputPolicy", env)
+    least = FakeImageEnv(screen_height=36, screen_width=36, n_channels=1, discrete=False)
+    SoftSAC("CnnPolicy", least, buffer_size=10)
+    # A network of one's own takes what it can
+    small = FakeImageEnv(screen_height=20, screen_width=40, n_channels=1, discrete=False)
+    SoftSAC("CnnPolicy", small, buffer_size=10, policy_kwargs={"features_extractor_class": FlattenExtractor})
