@@ -21,7 +21,6 @@ import torch as th
 from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
-from sb3_softsac import native
 from sb3_softsac.buffers import rows_of
 from sb3_softsac.cuda_graph import CudaGraph, capture_on
 from sb3_softsac.device_replay import Storage, StoredBatch, gathered
@@ -46,7 +45,7 @@ from sb3_softsac.gradient_step import (
     trained,
     update,
 )
-from sb3_softsac.native_update import NativeActor, NativeUpdate, classes, error_of_build
+from sb3_softsac.native_update import MISFIT, NativeActor, NativeUpdate, classes, error_of_build
 from sb3_softsac.policies import SoftSACPolicy
 from sb3_softsac.type_aliases import ReplayBatch, TorchObs
 
@@ -123,12 +122,12 @@ class Execution:
         self.compile_seconds = 0.0  # spent until now
         self.failed = False  # it was tried in vain
         self._say = say
-        is_native = compile and BACKEND == "inductor" and policy.device.type == "cpu" and native.suits_processor()
+        is_native = compile and BACKEND == "inductor" and policy.device.type == "cpu"
         build = functools.cache(self._build_native)
         self._native = NativeUpdate(policy, ent_coef, build) if is_native else None
         self._native_actor = NativeActor(policy, build) if is_native else None
         self._was_native = False  # the last update
-        self._told: set[str] = set()  # of compilations, to the user
+        self._told: set[str] = set()  # to the user
         self._compiled: dict[Variant, Run] = {}
         self._n_compilations: dict[Variant, int] = defaultdict(int)
         self._trained: Optimizers | None = None
@@ -202,11 +201,15 @@ class Execution:
     ) -> tuple[th.Tensor, list[Outcome]] | None:
         """Do updates with the minibatches that are left, in C++: many of them, or none."""
         result = None
-        if self.compiles and self._native is not None and self._native.suits(self._optimizers()):
-            n = min(minibatches.n - n_done, self._native.n_at_once(minibatches.size))
-            batch = gathered(minibatches.part(n_done, n_done + n), storage)
-            dues = [due(options, n_before + i) for i in range(n)]
-            result = self._native(batch, dues, self._learning_rates, finite, options)
+        if self.compiles and self._native is not None:
+            reason = self._native.reason_against(self._optimizers())
+            if reason is None:
+                n = min(minibatches.n - n_done, self._native.n_at_once(minibatches.size))
+                batch = gathered(minibatches.part(n_done, n_done + n), storage)
+                dues = [due(options, n_before + i) for i in range(n)]
+                result = self._native(batch, dues, self._learning_rates, finite, options)
+            if result is None:
+                self._say_declined(reason or MISFIT)
         if self._was_native and result is None:
             self.policy.set_training_mode(True)
         self._was_native = result is not None
@@ -214,7 +217,7 @@ class Execution:
 
     def _run(self, storage: Storage | None, inputs: Inputs, options: UpdateOptions, what: Due) -> Result:
         # C++ needs the states of all optimisers, also of one that is not due: nothing is compiled until they are there
-        if self.compiles and self._has_state(what if self._native is None else Due(1, True)):
+        if self.compiles and (self._has_state(what) if self._native is None else self._has_state()):
             run = self._compiled.get(self._variant(options, what))
             if run is not None:
                 with suppress(th._dynamo.exc.TorchDynamoException):  # it has to be compiled anew
@@ -244,14 +247,22 @@ class Execution:
     @contextmanager
     def _timed(self, what: str, duration: str) -> Iterator[None]:
         """Tell the user of a compilation, unless there has been one like it, and count its time if it succeeds."""
-        if what not in self._told:
-            self._told.add(what)
-            self._say(f"Compiling {what}: {duration} if it has been done before ...")
+        self._say_once(f"Compiling {what}: {duration} if it has been done before ...")
         start = time.perf_counter()
         yield
         seconds = time.perf_counter() - start
         self.compile_seconds += seconds
         self._say(f"Compiled in {seconds:.1f} s")
+
+    def _say_once(self, text: str) -> None:
+        if text not in self._told:
+            self._told.add(text)
+            self._say(text)
+
+    def _say_declined(self, reason: str) -> None:
+        text = f"Updates are not run by SoftSAC's C++, but compiled by torch: {reason}"
+        if text not in self._told and self._has_state():  # else this one is eager, and C++ may do the next
+            self._say_once(text)
 
     def _make_update(self, parts: Parts, options: UpdateOptions, what: Due) -> Update:
         policy, ent_coef, learning_rates = self.policy, self.ent_coef, self._learning_rates
@@ -349,7 +360,7 @@ class Execution:
             self._states = [[optimizer.state, *optimizer.state.values()] for optimizer in optimizers]
         return self._trained
 
-    def _has_state(self, what: Due) -> bool:
+    def _has_state(self, what: Due = Due(1, True)) -> bool:  # noqa: B008
         """
         Optimisers make their state in a step of their own. What has no entry in it then was frozen in all steps. This
         is read from the optimisers alone, so that a run that is continued compiles the same updates.

@@ -1,6 +1,6 @@
 """
-The networks of plain SAC, which our C++ computes: what they have to be, and whether they have been changed since they
-were looked at.
+The networks of plain SAC, which our C++ computes: what they have to be, what else there is if they are not, and whether
+they have been changed since they were looked at.
 """
 
 import itertools
@@ -19,10 +19,24 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 # Who puts another function in the place of one of these gets that one
 OWN_METHODS = ("forward", "extract_features", "get_action_dist_params", "sample", "targets")
 # Of actors and critics, besides their parts
-ATTRIBUTES = ("use_sde", "separate_log_std_net", "log_std_bounding", "preprocessing", "q_networks")
+ATTRIBUTES = ("use_sde", "separate_log_std_net", "preprocessing", "q_networks")
 
 _END = object()
 _hooks_of_gradient = attrgetter("_backward_hooks")
+
+
+class NotPlain(Exception):
+    """There is something that our C++ does not do; the message says what."""
+
+
+def require(condition: bool, otherwise: str) -> None:
+    """
+    :param condition: holds for plain SAC
+    :param otherwise: what there is, if it does not hold
+    :raises NotPlain: if it does not hold
+    """
+    if not condition:
+        raise NotPlain(otherwise)
 
 
 class Layers(NamedTuple):
@@ -100,46 +114,47 @@ def usual_arithmetic() -> bool:
     return products.exact_products_are_wanted() and not th.is_autocast_enabled("cpu")
 
 
-def plain_actor(actor: nn.Module) -> list[nn.Linear] | None:
+def plain_actor(actor: nn.Module) -> list[nn.Linear]:
     """
     :param actor: any actor
-    :return: its linear layers, with mu and log_std at the end; None if there is more to it
+    :return: its linear layers, with mu and log_std at the end
+    :raises NotPlain: if there is more to it
     """
-    if (
-        type(actor) is not Actor
-        or actor.use_sde
-        or actor.separate_log_std_net
-        or actor.log_std_bounding != "clamp"
-        or not _reads_vectors(actor)
-    ):
-        return None
+    require(type(actor) is Actor, f"the actor's class is {type(actor).__name__}")
+    assert isinstance(actor, Actor)
+    require(not actor.use_sde, "the actor uses gSDE (use_sde)")
+    require(not actor.separate_log_std_net, "the actor has a separate network for log_std (separate_log_std_net)")
+    _require_vectors(actor, "actor")
     assert isinstance(actor.log_std, nn.Module)
-    layers = _linear_layers([*_chain(actor.latent_pi), actor.mu, actor.log_std], n_last=2)
-    heads_fit = layers is not None and layers[-2].weight.shape == layers[-1].weight.shape
-    return layers if layers is not None and heads_fit and _follow_each_other(layers[:-1]) else None
+    layers = _linear_layers([*_chain(actor.latent_pi, "actor"), actor.mu, actor.log_std], "actor", n_last=2)
+    require(
+        layers[-2].weight.shape == layers[-1].weight.shape and _follow_each_other(layers[:-1]),
+        "the sizes of the actor's layers do not fit",
+    )
+    return layers
 
 
-def plain_layers(policy: SoftSACPolicy) -> Layers | None:
+def plain_layers(policy: SoftSACPolicy) -> Layers:
     """
     :param policy: any policy
-    :return: its linear layers; None if there is more to it
+    :return: its linear layers
+    :raises NotPlain: if there is more to it
     """
-    actor = plain_actor(policy.actor)
-    networks = (policy.critic, policy.critic_target)
-    is_plain = (
-        policy.actor_target is None
-        and type(policy).targets is SoftSACPolicy.targets
-        and all(type(network) is Critic and _reads_vectors(network) for network in networks)
+    require(policy.actor_target is None, "there is a target actor (use_actor_target)")
+    require(
+        type(policy).targets is SoftSACPolicy.targets, f"the policy's class {type(policy).__name__} overrides targets()"
     )
-    if actor is None or not is_plain:
-        return None
-    chains = [_linear_layers(_chain(module)) for network in networks for module in network.q_networks]
-    found = [chain for chain in chains if chain is not None]
-    if len(found) != len(chains):
-        return None
-    n_critics = len(policy.critic.q_networks)
-    layers = Layers(actor, found[:n_critics], found[n_critics:])
-    return layers if _fit(layers) and _are_in_order(layers, policy) else None
+    layers = Layers(plain_actor(policy.actor), _plain_critics(policy.critic), _plain_critics(policy.critic_target))
+    require(_fit(layers), "the sizes of the layers of actor, critics and target critics do not fit")
+    require(_are_in_order(layers, policy), "the critics are not in the order of their parameters")
+    return layers
+
+
+def _plain_critics(network: nn.Module) -> list[list[nn.Linear]]:
+    require(type(network) is Critic, f"the critic's class is {type(network).__name__}")
+    assert isinstance(network, Critic)
+    _require_vectors(network, "critic")
+    return [_linear_layers(_chain(module, "critic"), "critic") for module in network.q_networks]
 
 
 def parameters_of(layers: Iterable[nn.Linear]) -> list[th.Tensor]:
@@ -180,30 +195,38 @@ def _follow_each_other(layers: list[nn.Linear]) -> bool:
     return all(b.weight.shape[1] == a.weight.shape[0] for a, b in itertools.pairwise(layers))
 
 
-def _reads_vectors(network: Actor | Critic) -> bool:
-    """Whether a network's features are the observations as they are."""
+def _require_vectors(network: Actor | Critic, name: str) -> None:
+    """The network's features have to be the observations as they are."""
     preprocessing, extractor = network.preprocessing, network.features_extractor
-    return (
-        type(preprocessing) is Preprocessing
-        and preprocessing.is_box
-        and preprocessing.scale is None
-        and type(extractor) is FlattenExtractor
-        and type(extractor.flatten) is nn.Flatten
-    )
+    require(type(preprocessing) is Preprocessing, f"the {name} has its own preprocessing of observations")
+    require(preprocessing.is_box, f"the observation space is {type(preprocessing.space).__name__}, not Box")
+    require(preprocessing.scale is None, "observations are images")
+    _require_type(extractor, FlattenExtractor, name)
+    _require_type(extractor.flatten, nn.Flatten, name)
 
 
-def _chain(module: nn.Module) -> list[nn.Module]:
-    """What is done one after the other, and nothing else; empty if that is not known."""
-    return list(module) if type(module) is nn.Sequential else []
+def _require_type(module: Any, expected: type[nn.Module], name: str) -> None:
+    found = type(module)
+    require(found is expected, f"the {name} has {found.__name__} where C++ knows {expected.__name__} only")
 
 
-def _linear_layers(modules: list[nn.Module], n_last: int = 1) -> list[nn.Linear] | None:
-    """Linear layers that have relu between them, with ``n_last`` at the end; None if there is anything else."""
+def _chain(module: nn.Module, name: str) -> list[nn.Module]:
+    """What is done one after the other, and nothing else."""
+    _require_type(module, nn.Sequential, name)
+    assert isinstance(module, nn.Sequential)
+    return list(module)
+
+
+def _linear_layers(modules: list[nn.Module], name: str, n_last: int = 1) -> list[nn.Linear]:
+    """Linear layers that have relu between them, with ``n_last`` at the end."""
     hidden, last = modules[:-n_last], modules[-n_last:]
-    kinds = [type(module) for module in hidden]
-    if not hidden or kinds != [nn.Linear, nn.ReLU] * (len(hidden) // 2) or any(type(m) is not nn.Linear for m in last):
-        return None
+    require(len(hidden) > 0, f"the {name} has no hidden layers")
+    for module, expected in [*zip(hidden, itertools.cycle((nn.Linear, nn.ReLU))), *((m, nn.Linear) for m in last)]:
+        _require_type(module, expected, name)
+    require(len(hidden) % 2 == 0, f"the {name} has a hidden layer without ReLU")
     layers = [module for module in modules if isinstance(module, nn.Linear)]
-    tensors = parameters_of(layers)
-    is_plain = all(t is not None and t.dtype == th.float32 and t.is_contiguous() and t.numel() for t in tensors)
-    return layers if is_plain and all(len(layer.bias) == len(layer.weight) for layer in layers) else None
+    require(all(layer.bias is not None for layer in layers), f"the {name} has a layer without bias")
+    are_plain = all(t.dtype == th.float32 and t.is_contiguous() and t.numel() for t in parameters_of(layers))
+    require(are_plain, f"parameters of the {name} are not contiguous float32")
+    require(all(len(layer.bias) == len(layer.weight) for layer in layers), f"the {name}'s biases do not fit")
+    return layers

@@ -99,8 +99,31 @@ void column_sums(const float* weights, const float* matrix, int64_t columns, Ran
   });
 }
 
+// The order of numbers in this struct and the next is that of native_update.py
 struct Adam {
-  double learning_rate, beta1, beta2, eps;
+  double learning_rate, beta1, beta2, eps, weight_decay, is_decoupled;
+};
+
+// What keeps log_std within bounds, as in policies.Actor
+struct LogStdBounds {
+  double low, high, is_tanh;
+
+  Vec log_std(const Vec& raw) const {
+    if (is_tanh == 0.0) return at::vec::clamp(raw, Vec(float(low)), Vec(float(high)));
+    return Vec(float(low)) + half_width() * (raw.tanh() + Vec(1.0f));
+  }
+
+  // By raw, from that by log_std
+  Vec gradient(const Vec& raw, const Vec& by_log_std) const {
+    if (is_tanh == 0.0) {
+      return Vec::blendv(by_log_std, Vec(0.0f), (raw < Vec(float(low))) | (raw > Vec(float(high))));
+    }
+    const Vec squashed = raw.tanh();
+    return by_log_std * half_width() * (Vec(1.0f) - squashed * squashed);
+  }
+
+ private:
+  Vec half_width() const { return Vec(float(0.5 * (high - low))); }
 };
 
 // A parameter with Adam's state and its gradient, of which each member of a team has its own rows' part
@@ -152,21 +175,26 @@ struct Parameter {
     return sum_of(squares);
   }
 
-  // torch.optim.Adam's step, `n_before` steps after the last that was counted, with the gradient times a factor
+  // The step of torch.optim.Adam or AdamW, `n_before` steps after the last that was counted, with the gradient times a
+  // factor
   void update(const Adam& adam, float factor, int64_t n_before, int64_t member, int64_t size) const {
     const double number = steps + n_before + 1;
     const double correction1 = 1.0 - std::pow(adam.beta1, number), correction2 = 1.0 - std::pow(adam.beta2, number);
     const Vec step_size(float(-adam.learning_rate / correction1)), per_root(float(1.0 / std::sqrt(correction2)));
     const Vec eps(float(adam.eps)), scale(factor);
     const Vec rate2(float(1.0 - adam.beta2)), kept2(float(adam.beta2));
+    const bool decays = adam.weight_decay != 0.0, is_decoupled = adam.is_decoupled != 0.0;
+    const Vec decay(float(adam.weight_decay)), kept(float(1.0 - adam.learning_rate * adam.weight_decay));
     const float* gradient = gradients[0].data();
     each_vector(elements_of(member, size), [&](int64_t i, int64_t n) {
-      const Vec g = Vec::loadu(gradient + i, n) * scale;
+      Vec value = Vec::loadu(data + i, n), g = Vec::loadu(gradient + i, n) * scale;
+      if (decays && is_decoupled) value = value * kept;
+      if (decays && !is_decoupled) g = at::vec::fmadd(decay, value, g);
       const Vec first = lerp(Vec::loadu(m + i, n), g, float(1.0 - adam.beta1));
       const Vec second = at::vec::fmadd(rate2 * g, g, kept2 * Vec::loadu(v + i, n));
       first.store(m + i, n);
       second.store(v + i, n);
-      (Vec::loadu(data + i, n) + step_size * first / at::vec::fmadd(second.sqrt(), per_root, eps)).store(data + i, n);
+      (value + step_size * first / at::vec::fmadd(second.sqrt(), per_root, eps)).store(data + i, n);
     });
   }
 
@@ -331,7 +359,8 @@ struct Critic : Network {
 
 // What an update is told besides tensors, in the order of native_update.py
 struct Options {
-  double gamma, tau, target_entropy, log_action_scale, max_grad_norm, log_std_low, log_std_high, ent_coef_loss_is_exp;
+  double gamma, tau, target_entropy, log_action_scale, max_grad_norm, ent_coef_loss_is_exp;
+  LogStdBounds log_std_bounds;
   Adam critic, ent_coef, actor;
 };
 
@@ -547,7 +576,7 @@ class Update : public torch::CustomClassHolder {
 #pragma omp barrier  // others may be adding up the sums of the update before, or writing the actor
     Sums& sums = sums_[team.thread] = {};
     const float log_ent_coef = *ent_coef_.data, ent_coef = coefficient(), n = batch.size;
-    const float low = options_.log_std_low, high = options_.log_std_high;
+    const LogStdBounds bounds = options_.log_std_bounds;
 
     sample(batch.observations, noise, rows);
 #pragma omp barrier
@@ -559,15 +588,18 @@ class Update : public torch::CustomClassHolder {
 #pragma omp barrier
     // The density's part: d log_prob / du = 2 tanh(u), d log_prob / d log_std = -1, where u = mean + std noise
     for (int64_t i = rows.begin * n_actions_; i < rows.end * n_actions_; i++) {
-      const float action = pi_actions_[i], raw = actor_.raw_log_std[i];
+      const float action = pi_actions_[i];
       float delta = 2.0f * ent_coef / n * action;
       for (const Critic& critic : critics_) delta += critic.gradient_of_actions[i] * (1.0f - action * action);
-      const bool is_clamped = raw < low || raw > high;
       mean_delta_[i] = delta;
-      log_std_delta_[i] = is_clamped ? 0.0f : delta * std_[i] * noise[i] - ent_coef / n;
+      log_std_delta_[i] = delta * std_[i] * noise[i] - ent_coef / n;
       sums.log_std += log_std_values_[i];
       sums.saturated += std::abs(action) > SATURATED;
     }
+    each_vector({rows.begin * n_actions_, rows.end * n_actions_}, [&](int64_t i, int64_t n) {
+      const Vec raw = Vec::loadu(&actor_.raw_log_std[i], n), delta = Vec::loadu(&log_std_delta_[i], n);
+      bounds.gradient(raw, delta).store(&log_std_delta_[i], n);
+    });
     for (int64_t i = rows.begin; i < rows.end; i++) {
       sums.log_prob += log_prob_[i] - float(options_.log_action_scale);
       sums.min_q += least(i, &Critic::q);
@@ -640,9 +672,10 @@ class Update : public torch::CustomClassHolder {
   // The actor's actions for some observations, with log-densities; both together are inputs of critics
   void sample(const float* observations, const float* noise, Range rows) {
     actor_.evaluate(observations, rows);
-    const Vec low(float(options_.log_std_low)), high(float(options_.log_std_high)), half(0.5f), two(2.0f);
+    const LogStdBounds bounds = options_.log_std_bounds;
+    const Vec half(0.5f), two(2.0f);
     each_vector({rows.begin * n_actions_, rows.end * n_actions_}, [&](int64_t i, int64_t n) {
-      const Vec log_std = at::vec::clamp(Vec::loadu(&actor_.raw_log_std[i], n), low, high), std = log_std.exp();
+      const Vec log_std = bounds.log_std(Vec::loadu(&actor_.raw_log_std[i], n)), std = log_std.exp();
       const Vec sample = Vec::loadu(noise + i, n), u = Vec::loadu(&actor_.mean[i], n) + std * sample, x = u * Vec(-2.0f);
       const Vec softplus = Vec::blendv(x.exp().log1p(), x, x > Vec(20.0f));
       const Vec log_det = two * (Vec(LOG_2) - u - softplus);
@@ -737,7 +770,7 @@ class Actor : public torch::CustomClassHolder {
 
   // Scaled actions for observations of E environments (E, ...), (E, A). It draws as torch's randn_like does. Nothing if
   // tensors are not plain or do not fit: then nothing has been drawn
-  std::optional<Tensor> sample(Tensor observations, double log_std_low, double log_std_high) {
+  std::optional<Tensor> sample(Tensor observations, double low, double high, double is_tanh) {
     if (observations.dim() < 2) return std::nullopt;
     const int64_t n = observations.size(0), n_values = n * actor_.mu.out;
     const Tensor inputs = observations.to(at::kFloat).contiguous();
@@ -748,9 +781,9 @@ class Actor : public torch::CustomClassHolder {
     actor_.evaluate(inputs.const_data_ptr<float>(), {0, n});
     Tensor actions = at::randn({n, actor_.mu.out}, inputs.options());
     float* values = actions.mutable_data_ptr<float>();  // the noise, until each is replaced
-    const Vec low(static_cast<float>(log_std_low)), high(static_cast<float>(log_std_high));
+    const LogStdBounds bounds{low, high, is_tanh};
     each_vector({0, n_values}, [&](int64_t i, int64_t n) {
-      const Vec std = at::vec::clamp(Vec::loadu(&actor_.raw_log_std[i], n), low, high).exp();
+      const Vec std = bounds.log_std(Vec::loadu(&actor_.raw_log_std[i], n)).exp();
       (Vec::loadu(&actor_.mean[i], n) + std * Vec::loadu(values + i, n)).tanh().store(values + i, n);
     });
     return actions;
