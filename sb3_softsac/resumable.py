@@ -65,7 +65,6 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
 
     actor: Any
     random_steps: int | None
-    replay_buffer: SB3ReplayBuffer | None = None  # also when it has been deleted
 
     # What a plain save() leaves out; ("replay_buffer",) keeps files small
     save_exclude: tuple[str, ...] = ()
@@ -96,6 +95,10 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
     def _setup_replay_buffer(self) -> None:
         """Make the replay buffer, unless there is one, or no environment."""
         raise NotImplementedError
+
+    def _note_deleted_buffer(self) -> None:
+        """After SB3's idiom ``del model.replay_buffer`` there is none, and everything but the user may ask for it."""
+        vars(self).setdefault("replay_buffer", None)
 
     def _known_threads(self) -> int | None:
         """Threads of torch that the run keeps to; None: to be chosen at the next ``learn()``."""
@@ -363,6 +366,7 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
                 stacklevel=3,
             )
             self._unread = None
+        self._note_deleted_buffer()
         self._setup_replay_buffer()  # one that was deleted begins anew
         env_state.prepare(self.env)
         resets = reset_num_timesteps or self._last_obs is None
@@ -453,6 +457,7 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
         :param force_reset: reset it before training
         """
         super().set_env(env, force_reset)
+        self._note_deleted_buffer()
         if force_reset:
             self._rollout = None
         self._setup_replay_buffer()
@@ -487,6 +492,7 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
         :param rows_elsewhere: the rows of the replay buffer are saved apart
         :return: size of the file in bytes, and its SHA-256
         """
+        self._note_deleted_buffer()
         exclude = set(exclude) - set(include)
         skipped = {*self._excluded_save_params(), *exclude} - set(include)
         skipped.update(name.split(".")[0] for names in self._get_torch_save_params() for name in names)
@@ -775,6 +781,7 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
         """
         assert self.env is not None, "You must pass an environment at load time, before its replay buffer"
         self._unread = None
+        self._note_deleted_buffer()
         self.replay_buffer, before = None, self.replay_buffer
         self._setup_replay_buffer()
         buffer = cast(SB3ReplayBuffer, self.replay_buffer)

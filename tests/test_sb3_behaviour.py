@@ -489,7 +489,10 @@ def test_deleted_replay_buffer(tmp_path: pathlib.Path) -> None:
     model.save_replay_buffer(tmp_path / "buffer")
     kept = model.replay_buffer
     del model.replay_buffer
-    assert model.replay_buffer is None
+    with pytest.raises(AttributeError):
+        _ = model.replay_buffer
+    model.load_replay_buffer(tmp_path / "buffer")
+    del model.replay_buffer
     model.save(tmp_path / "model")
     model.load_replay_buffer(tmp_path / "buffer")
     assert isinstance(model.replay_buffer, ReplayBuffer) and isinstance(kept, ReplayBuffer)
