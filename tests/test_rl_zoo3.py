@@ -425,3 +425,34 @@ def test_a_fault_of_ours_is_one_line(tmp_path: Path) -> None:
     assert "'sac'" in output and "softsac'" not in output
     assert output.count("sb3_softsac: the RL Zoo runs without SoftSAC: RuntimeError: broken") == 1
     assert "Traceback" not in output
+
+
+def test_rates_without_quotes(tmp_path: Path) -> None:
+    """The shell takes them away, and the zoo evaluates what is left as Python: a NameError."""
+    rates = ["learning_rate:lin_1e-3", "qf_learning_rate:lin_2e-3", "ent_coef_learning_rate:3e-4"]
+    run_module("rl_zoo3.train", *SHORT, "-n", "150", "-params", *ONE_STEP, *rates, cwd=tmp_path)
+    data = saved_data(tmp_path / "logs" / "softsac" / "Pendulum-v1_1" / "Pendulum-v1.zip")
+    assert "SimpleLinearSchedule" in str(data["learning_rate"]) and "SimpleLinearSchedule" in str(
+        data["qf_learning_rate"]
+    )
+
+
+@pytest.mark.parametrize("rate", ["lin_x", "fast", "lin_1e-3_2"])
+def test_rate_that_is_none(rate: str, tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match=rf"ValueError: qf_learning_rate='{rate}' is not valid.*'lin_1e-3'"):
+        run_module("rl_zoo3.train", *SHORT, "-n", "150", "-params", f"qf_learning_rate:{rate}", cwd=tmp_path)
+
+
+def test_frames_stacked_below_vec_normalize(tmp_path: Path) -> None:
+    """``normalize`` with ``frame_stack`` (SB3 issue 693, zoo issue 480): train, evaluate, enjoy and continue."""
+    options = [*ONE_STEP, "learning_starts:50", "buffer_size:1000", "normalize:True", "frame_stack:3"]
+    evaluations = ["--eval-freq", "100", "--eval-episodes", "1", "--save-replay-buffer"]
+    run_module("rl_zoo3.train", *SHORT, *evaluations, "-n", "200", "-params", *options, cwd=tmp_path)
+    run = tmp_path / "logs" / "softsac" / "Pendulum-v1_1"
+    assert "VecFrameStack" in (run / "Pendulum-v1" / "config.yml").read_text()
+    output = run_module("rl_zoo3.enjoy", *WATCH, "-f", "logs", "--no-render", cwd=tmp_path)
+    assert "Loading running average" in output
+    continued = ["-n", "100", "-i", str(run / "Pendulum-v1.zip")]
+    output = run_module("rl_zoo3.train", *SHORT, *continued, "-params", *options, cwd=tmp_path)
+    assert "Continuing at step 200" in output and "new episode" not in output
+    assert saved_data(tmp_path / "logs" / "softsac" / "Pendulum-v1_2" / "Pendulum-v1.zip")["num_timesteps"] == 300
