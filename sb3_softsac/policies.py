@@ -27,6 +27,10 @@ from sb3_softsac import distributions
 from sb3_softsac.type_aliases import PolicySample, TorchObs
 
 LOG_STD_BOUNDS = (-20.0, 2.0)  # SB3's clamp
+BATCH_NORMS = (
+    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
+    *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
+)
 WEIGHT_INITS = (None, "xavier", "orthogonal")
 
 
@@ -364,11 +368,12 @@ class SoftSACPolicy(sb3_policies.SACPolicy):
 
 def _set_training_mode(module: nn.Module, mode: bool) -> None:
     """``module.train(mode)`` without torch's check of each assignment."""
-    if type(module).train is not nn.Module.train:
+    children = vars(module).get("_modules")
+    if type(module).train is not nn.Module.train or children is None:  # torch's own name, which may move
         module.train(mode)
         return
     vars(module)["training"] = mode
-    for child in vars(module)["_modules"].values():
+    for child in children.values():
         if child is not None:
             _set_training_mode(child, mode)
 
@@ -417,6 +422,17 @@ def init_weights(network: nn.Module, weight_init: str) -> None:
 def running_statistics(network: nn.Module) -> list[th.Tensor]:
     """
     :param network: actor or critic
-    :return: its batch-norm running means and variances, which targets copy instead of averaging (SB3 issue 996)
+    :return: the buffers of its batch norms, their counters too, which targets copy instead of averaging (SB3 issue
+        996); of other modules, as in SB3, those that are called ``running_...``
     """
-    return [buffer for name, buffer in network.named_buffers() if "running_" in name]
+    return [
+        buffer
+        for prefix, module in network.named_modules()
+        for name, buffer in module.named_buffers(prefix, recurse=False)
+        if "running_" in name or _is_batch_norm(module)
+    ]
+
+
+def _is_batch_norm(module: nn.Module) -> bool:
+    # sb3-contrib's BatchRenorm, wherever it is: importing it would import all of sb3-contrib's algorithms
+    return isinstance(module, BATCH_NORMS) or any(cls.__name__ == "BatchRenorm" for cls in type(module).__mro__)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
+from sb3_contrib.common.torch_layers import BatchRenorm1d
 from stable_baselines3 import SAC
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.logger import Logger
@@ -487,8 +488,16 @@ def assert_falls_back(eager: SoftSAC, compiled: SoftSAC, reason: str) -> None:
     assert not compiled._compiles
 
 
+class Renormed(NormExtractor):
+    """sb3-contrib's BatchRenorm looks at its counter in each forward."""
+
+    def __init__(self, observation_space: Any):
+        super().__init__(observation_space)
+        self.norm = BatchRenorm1d(self.features_dim)
+
+
 @pytest.mark.usefixtures("only_traced")
-@pytest.mark.parametrize("extractor", [Printing, Asking, Foreign, OnlyEager])
+@pytest.mark.parametrize("extractor", [Printing, Asking, Foreign, OnlyEager, Renormed])
 def test_extractor_that_cannot_be_compiled(extractor: type[NormExtractor]) -> None:
     """Also the running statistics of its batch norm, and the random numbers of its dropout, are the eager run's."""
     policy_kwargs = {**TAME, "features_extractor_class": extractor}

@@ -7,14 +7,16 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
+from sb3_contrib.common.torch_layers import BatchRenorm1d
 from stable_baselines3.common.envs import FakeImageEnv, SimpleMultiObsEnv
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.preprocessing import preprocess_obs
-from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, FlattenExtractor
 from stable_baselines3.sac import policies as sb3_policies
 from torch import nn
 
 from sb3_softsac import CnnPolicy, MlpPolicy, MultiInputPolicy, SoftSAC, SoftSACPolicy, distributions
+from sb3_softsac.gradient_step import pure_update_targets, update_targets
 
 OBSERVATION_SPACE = spaces.Box(-1.0, 1.0, (4,))
 ACTION_SPACE = spaces.Box(np.array([-2.0, 0.0], dtype=np.float32), np.array([2.0, 3.0], dtype=np.float32))
@@ -270,6 +272,61 @@ def test_train_and_eval_mode() -> None:
     assert th.equal(before, model.actor.features_extractor.norm.running_mean)
     model.train(gradient_steps=1, batch_size=8)
     assert not th.equal(before, model.actor.features_extractor.norm.running_mean)
+
+
+class OwnNorm(nn.Module):
+    """No batch norm of torch's, and its statistics are called as SB3 expects them."""
+
+    def __init__(self, n: int):
+        super().__init__()
+        self.register_buffer("running_scale", th.ones(n))
+        self.register_buffer("constant", th.ones(n))
+
+    def forward(self, x: th.Tensor) -> th.Tensor:
+        return x * self.running_scale
+
+
+class NormedExtractor(FlattenExtractor):
+    def __init__(self, observation_space: spaces.Box, norm: type[nn.Module]):
+        super().__init__(observation_space)
+        self.norm = norm(3)
+
+    def forward(self, obs: th.Tensor) -> th.Tensor:
+        return self.norm(super().forward(obs))
+
+
+UPDATES_OF_TARGETS = {
+    "eager": update_targets,
+    "pure": pure_update_targets,
+    "compiled": th.compile(pure_update_targets, fullgraph=True, backend="eager"),
+}
+
+
+@pytest.mark.parametrize("how", UPDATES_OF_TARGETS)
+@pytest.mark.parametrize("norm", [nn.BatchNorm1d, BatchRenorm1d, OwnNorm])
+def test_targets_copy_statistics(norm: type[nn.Module], how: str) -> None:
+    """Also BatchRenorm's, which have names of their own, and the counter that ends its warm-up."""
+    kwargs = {"features_extractor_class": NormedExtractor, "features_extractor_kwargs": {"norm": norm}}
+    policy = SoftSAC("MlpPolicy", "Pendulum-v1", policy_kwargs=kwargs, use_actor_target=True, **SMALL).policy
+    for finite in (False, True):
+        for network, _ in policy.targets():
+            for i, buffer in enumerate(network.features_extractor.norm.buffers()):
+                buffer.fill_(i + 2)
+        UPDATES_OF_TARGETS[how](policy, 0.1, th.tensor(finite))
+        for network, target in policy.targets():
+            copies = dict(target.features_extractor.norm.named_buffers())
+            for name, buffer in network.features_extractor.norm.named_buffers():
+                assert th.equal(copies[name], buffer) == (finite and name != "constant"), name
+                assert copies[name].dtype == buffer.dtype
+
+
+def test_batch_renorm_in_targets_does_what_it_does_in_predictions() -> None:
+    kwargs = {"features_extractor_class": NormedExtractor, "features_extractor_kwargs": {"norm": BatchRenorm1d}}
+    model = SoftSAC("MlpPolicy", "Pendulum-v1", tau=1.0, policy_kwargs=kwargs, **SMALL).learn(30)
+    norm, target = model.critic.features_extractor.norm, model.critic_target.features_extractor.norm
+    assert norm.steps > 0
+    x = th.randn(5, 3)
+    assert th.equal(target(x), norm.train(False)(x))
 
 
 @pytest.mark.parametrize("share", [False, True])
