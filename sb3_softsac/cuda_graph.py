@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch as th
-from torch.utils import _pytree as pytree
 
 Capture = Callable[[Callable[[], Any]], tuple[Callable[[], None], Any]]
 """Takes a function without arguments; returns what replays it, and the outputs that a replay fills."""
@@ -24,6 +23,43 @@ def capture_on(device: th.device) -> Capture:
         return graph.replay, outputs
 
     return capture
+
+
+def map_leaves(function: Callable[[Any], Any], tree: Any) -> Any:
+    """
+    :param function: takes what is neither a tuple, a list nor a dict
+    :param tree: tuples, named ones too, lists and dicts, within each other
+    :return: the same with the function's results
+    """
+    if isinstance(tree, dict):
+        return {key: map_leaves(function, part) for key, part in tree.items()}
+    if isinstance(tree, tuple | list):
+        parts = [map_leaves(function, part) for part in tree]
+        return type(tree)(*parts) if hasattr(tree, "_fields") else type(tree)(parts)
+    return function(tree)
+
+
+def leaves(tree: Any) -> list[Any]:
+    """
+    :param tree: see :func:`map_leaves`
+    :return: what its tuples, lists and dicts hold
+    """
+    found: list[Any] = []
+    map_leaves(found.append, tree)
+    return found
+
+
+def _clone(leaf: Any) -> Any:
+    return leaf.clone() if isinstance(leaf, th.Tensor) else leaf
+
+
+def _layout(tree: Any) -> Any:
+    """What two trees of inputs have to agree in, for one to be copied into the other."""
+    if isinstance(tree, dict):
+        return {key: _layout(part) for key, part in tree.items()}, list(tree)
+    if isinstance(tree, tuple | list):
+        return type(tree), *map(_layout, tree)
+    return None if tree is None else (tree.shape, tree.dtype)
 
 
 class CudaGraph:
@@ -48,22 +84,20 @@ class CudaGraph:
         self._warm = self._failed = False
         self._replay: Callable[[], None] | None = None
         self._outputs: Any = None
-        self._inputs: list[th.Tensor | None] = []
+        self._inputs: tuple[Any, ...] = ()
         self._key: Any = None
 
     def __call__(self, held: Any, *args: Any) -> Any:
         if not self._warm or self._failed:  # libraries set themselves up in the first run, which cannot be captured
             self._warm = True
             return self.function(held, *args)
-        inputs, spec = pytree.tree_flatten(args)
-        key = spec, [(x.shape, x.dtype) for x in inputs if x is not None], self._addresses(held)
+        key = _layout(args), self._addresses(held)
         if key != self._key:
-            self._inputs = [None if x is None else x.clone() for x in inputs]
-            own_args = pytree.tree_unflatten(self._inputs, spec)
+            own_args = self._inputs = map_leaves(_clone, args)
             try:
                 self._replay, self._outputs = self._capture(lambda: self.function(held, *own_args))
             except RuntimeError as error:  # CUDA's, or too little memory. Nothing has been run
-                self._failed, self._replay, self._outputs, self._inputs = True, None, None, []
+                self._failed, self._replay, self._outputs, self._inputs = True, None, None, ()
                 warnings.warn(
                     f"The update cannot be captured in a CUDA graph and runs without one, which is slower: {error}",
                     stacklevel=2,
@@ -72,10 +106,10 @@ class CudaGraph:
             self._key = key
             self.n_captures += 1
         else:
-            for own, new in zip(self._inputs, inputs, strict=True):
+            for own, new in zip(leaves(self._inputs), leaves(args), strict=True):
                 if own is not None:
                     own.copy_(new, non_blocking=True)
         assert self._replay is not None
         self._replay()
         # The next replay overwrites them
-        return pytree.tree_map(lambda x: x.clone() if isinstance(x, th.Tensor) else x, self._outputs)
+        return map_leaves(_clone, self._outputs)

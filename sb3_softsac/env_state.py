@@ -36,7 +36,6 @@ from stable_baselines3.common.vec_env import (
     VecEnv,
     VecNormalize,
 )
-from stable_baselines3.common.vec_env.subproc_vec_env import _worker
 
 from sb3_softsac.env_replay import RECORDER, prepare_env, replay_episode
 from sb3_softsac.object_state import (
@@ -232,13 +231,7 @@ def _is_alive(process: Any, remote: Any) -> bool:
 def _in_worker(operation: str, *args: Any) -> Any:
     run, when_failed = OPERATIONS[operation]
     try:
-        # The environment is a local variable of SB3's worker function, which is among our callers
-        frame: types.FrameType | None = sys._getframe()
-        while frame is not None and frame.f_code is not _worker.__code__:
-            frame = frame.f_back
-        if frame is None:
-            raise RuntimeError("stable_baselines3's worker function is not among the callers")
-        result = run(frame.f_locals["env"], *args)
+        result = run(_env_of_worker(), *args)
         # The main process has its own, which are the caller's business
         if operation == "capture":
             result["process"] = encode(global_random_states())
@@ -247,6 +240,17 @@ def _in_worker(operation: str, *args: Any) -> Any:
         return result
     except Exception as error:  # it would end the worker
         return when_failed(describe_error(error))
+
+
+def _env_of_worker() -> gym.Env:
+    """The environment is a local variable of SB3's worker function, which is among our callers."""
+    frame: types.FrameType | None = sys._getframe()
+    while frame is not None and frame.f_globals.get("__name__") != SubprocVecEnv.__module__:
+        frame = frame.f_back
+    found = [] if frame is None else [value for value in frame.f_locals.values() if isinstance(value, gym.Env)]
+    if len(found) != 1:
+        raise ValueError("the environment is not where this version of SoftSAC looks for it in SB3's worker processes")
+    return found[0]
 
 
 def _survive_signals(_env: gym.Env, numbers: list[int]) -> None:

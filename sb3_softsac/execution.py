@@ -14,16 +14,15 @@ import types
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch as th
 from torch.optim import Optimizer
-from torch.utils import _pytree as pytree
 
-from sb3_softsac import native
+from sb3_softsac import native, plain_networks, upstream
 from sb3_softsac.buffers import rows_of
-from sb3_softsac.cuda_graph import CudaGraph, capture_on
+from sb3_softsac.cuda_graph import CudaGraph, capture_on, leaves
 from sb3_softsac.device_replay import Storage, StoredBatch, gathered
 from sb3_softsac.ent_coef import EntCoef
 from sb3_softsac.gradient_step import (
@@ -43,6 +42,8 @@ from sb3_softsac.gradient_step import (
     draw_noise,
     due,
     has_pure_step,
+    is_plain_adam,
+    moved_names,
     trained,
     update,
 )
@@ -124,6 +125,9 @@ class Execution:
         self.failed = False  # it was tried in vain
         self._say = say
         is_native = compile and BACKEND == "inductor" and policy.device.type == "cpu" and native.suits_processor()
+        for name in plain_networks.moved_names() if is_native else ():
+            is_native = False
+            upstream.say_moved(name, "neither updates nor actions are computed in C++, which is faster.")
         build = functools.cache(self._build_native)
         self._native = NativeUpdate(policy, ent_coef, build) if is_native else None
         self._native_actor = NativeActor(policy, build) if is_native else None
@@ -218,8 +222,11 @@ class Execution:
         if self.compiles and self._has_state(what if self._native is None else Due(1, True)):
             run = self._compiled.get(self._variant(options, what))
             if run is not None:
-                with suppress(th._dynamo.exc.TorchDynamoException):  # it has to be compiled anew
+                try:
                     return run(Held(self._optimizers(), storage), inputs)
+                except Exception as error:
+                    if not _is_of_compiler(error):
+                        raise  # else it has to be compiled anew
             result = self._first_run(storage, inputs, options, what)
             if result is not None:
                 return result
@@ -307,6 +314,8 @@ class Execution:
         device = self.policy.device
         if not all(has_pure_step(optimizer) for optimizer in self._involved(what)):
             # What the optimiser does is its own: only the gradients are compiled
+            for name in itertools.chain.from_iterable(map(moved_names, self._involved(what))):
+                upstream.say_moved(name, "the optimisers' steps are not compiled, which is slower.")
             parts = EAGER._replace(critic=compiled(critic_gradients, device), actor=compiled(actor_gradients, device))
             return with_gathering(self._make_update(parts, options, what))
         run = with_gathering(compiled(self._make_update(PURE, options, what), device))
@@ -332,7 +341,7 @@ class Execution:
                 list(map(id, optimizer.state.values())),
                 _trainable(optimizer),
                 [list(map(group.get, ADAM_OPTIONS)) for group in optimizer.param_groups],
-                has_pure_step(optimizer),
+                is_plain_adam(optimizer),
             )
             for optimizer in optimizers
         ]
@@ -352,7 +361,7 @@ class Execution:
         Optimisers make their state in a step of their own. What then has none, has no gradient; or it was frozen.
         """
         return all(
-            not has_pure_step(optimizer)
+            not is_plain_adam(optimizer)
             or all(optimizer.state.get(p) for g in optimizer.param_groups for p in g["params"] if p.requires_grad)
             or (optimizer.state and self._stepped.get(id(optimizer)) == _trainable(optimizer))
             for optimizer in self._involved(what)
@@ -387,7 +396,7 @@ class Execution:
             self._known_tensors = self.tensors()
         coefficients = (self.ent_coef.log_ent_coef, self.ent_coef.tensor)
         fixed = [*self._known_tensors, *(tensor for tensor in coefficients if tensor is not None)]
-        stored = [] if held.storage is None else pytree.tree_leaves(held.storage)
+        stored = [] if held.storage is None else leaves(held.storage)
         return [tensor.data_ptr() for tensor in fixed], [(tensor.data_ptr(), tensor.shape) for tensor in stored]
 
     def _set_learning_rates(self) -> None:
@@ -540,13 +549,22 @@ def compiled(function: Function, device: th.device) -> Function:
         "alignment_asserts": False,
     }
     if device.type == "cpu":
-        from sb3_softsac.graph_passes import GraphPasses
-
         options["cpp_wrapper"] = True  # calls from Python took 5% of an update
-        options["post_grad_custom_post_pass"] = GraphPasses()
+        try:
+            from sb3_softsac.graph_passes import GraphPasses
+
+            options["post_grad_custom_post_pass"] = GraphPasses()
+        except ImportError:
+            name = "torch._inductor.custom_graph_pass:CustomGraphPass"
+            upstream.say_moved(name, "the graph of a compiled update is left as it is, which is slower.")
     known = set(th._inductor.list_options())
     options = {name: value for name, value in options.items() if name in known}
     return cast(Function, th.compile(own, fullgraph=True, dynamic=False, options=options))
+
+
+def _is_of_compiler(error: Exception) -> bool:
+    """Whether torch's compiler, not what it has compiled, raised it."""
+    return any(cls.__module__.startswith("torch._dynamo") for cls in type(error).__mro__)
 
 
 def check_torch() -> None:
@@ -555,7 +573,8 @@ def check_torch() -> None:
     """
     import torch._dynamo
 
-    if not hasattr(torch._dynamo.config, "trace_autograd_ops"):
+    # It is off by default where it is there; a later version may do without it
+    if not hasattr(torch._dynamo.config, "trace_autograd_ops") and th.__version__ < "2.11":
         raise RuntimeError(f"torch {th.__version__} cannot compile gradients, 2.11 and newer can")
 
 
@@ -563,4 +582,5 @@ def tracing() -> AbstractContextManager[Any]:
     """
     :return: context in which a function that takes gradients can be compiled
     """
-    return th._dynamo.config.patch(trace_autograd_ops=True)
+    config = th._dynamo.config
+    return config.patch(trace_autograd_ops=True) if hasattr(config, "trace_autograd_ops") else nullcontext()

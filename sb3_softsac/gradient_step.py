@@ -13,13 +13,13 @@ from typing import Any, NamedTuple, cast
 import torch as th
 from torch import nn
 from torch.optim import Adam, AdamW, Optimizer
-from torch.optim.adam import adam
 
-from sb3_softsac import losses
+from sb3_softsac import losses, upstream
 from sb3_softsac.ent_coef import EntCoef
 from sb3_softsac.policies import Actor, SoftSACPolicy, running_statistics
 from sb3_softsac.type_aliases import Metrics, PolicySample, ReplayBatch
 
+adam = upstream.find("torch.optim.adam:adam")  # None: steps of optimisers are not compiled
 SATURATED = 0.999  # an action this close to a bound counts as saturated: |u| > 3.8 before tanh
 CHECKED = (("critic_loss", "critic_grad_norm"), ("ent_coef_loss", None), ("actor_loss", "actor_grad_norm"))
 
@@ -267,9 +267,18 @@ def update_targets(policy: SoftSACPolicy, tau: float, finite: th.Tensor) -> None
     if finite:
         with th.no_grad():
             for network, target in policy.targets():
-                th._foreach_lerp_(list(target.parameters()), list(network.parameters()), tau)
+                _average(list(target.parameters()), list(network.parameters()), tau)
                 for statistic, new in zip(running_statistics(target), running_statistics(network), strict=True):
                     statistic.copy_(new)
+
+
+def _average(kept: list[th.Tensor], new: list[th.Tensor], tau: float) -> None:
+    if hasattr(th, "_foreach_lerp_"):
+        th._foreach_lerp_(kept, new, tau)
+        return
+    upstream.say_moved("torch:_foreach_lerp_", "targets are averaged one tensor at a time, which is slower on a GPU.")
+    for parameter, value in zip(kept, new, strict=True):
+        parameter.lerp_(value, tau)
 
 
 def pure_update_targets(policy: SoftSACPolicy, tau: float, finite: th.Tensor) -> None:
@@ -284,7 +293,9 @@ def pure_update_targets(policy: SoftSACPolicy, tau: float, finite: th.Tensor) ->
                 statistic.copy_(th.where(finite, new_statistic, statistic))
 
 
+STEP_HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
 ADAM_OPTIONS = ("amsgrad", "weight_decay", "eps", "maximize", "decoupled_weight_decay", "betas")
+_ADAM_KEYS = {*ADAM_OPTIONS, "differentiable"}
 
 
 def trained(optimizer: Optimizer) -> Trained:
@@ -294,7 +305,7 @@ def trained(optimizer: Optimizer) -> Trained:
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
     groups = []
-    for group in optimizer.param_groups if has_pure_step(optimizer) else []:
+    for group in optimizer.param_groups if is_plain_adam(optimizer) else []:
         # Parameters that the loss does not depend on have no state
         updated = [p for p in group["params"] if p.requires_grad and optimizer.state.get(p)]
         states = [optimizer.state[p] for p in updated]
@@ -323,14 +334,38 @@ def step(trained: Trained, gradients: Gradients, learning_rate: th.Tensor, finit
     return finite
 
 
+def is_plain_adam(optimizer: Optimizer) -> bool:
+    """
+    :param optimizer: any optimiser
+    :return: whether its steps are those of Adam or AdamW, and nothing else
+    """
+    return (
+        type(optimizer) in (Adam, AdamW)
+        and "step" not in vars(optimizer)
+        and not any(getattr(optimizer, name, True) for name in STEP_HOOKS)
+        and all(group.keys() >= _ADAM_KEYS and not group["differentiable"] for group in optimizer.param_groups)
+    )
+
+
 def has_pure_step(optimizer: Optimizer) -> bool:
     """
     :param optimizer: any optimiser
     :return: whether :func:`pure_step` can do its step
     """
-    hooks = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
-    plain = type(optimizer) in (Adam, AdamW) and not hooks and "step" not in vars(optimizer)
-    return plain and not any(group["differentiable"] for group in optimizer.param_groups)
+    return adam is not None and is_plain_adam(optimizer)
+
+
+def moved_names(optimizer: Optimizer) -> list[str]:
+    """
+    :param optimizer: any optimiser
+    :return: private names of torch's without which there is no pure step, and which are no longer there
+    """
+    if type(optimizer) not in (Adam, AdamW):
+        return []
+    names = [f"torch.optim.Optimizer.{name}" for name in STEP_HOOKS if not hasattr(optimizer, name)]
+    keys = {name for group in optimizer.param_groups for name in _ADAM_KEYS - group.keys()}
+    names += [f"Adam's option {name}" for name in sorted(keys)]
+    return names if adam is not None else [*names, "torch.optim.adam.adam"]
 
 
 def pure_step(trained: Trained, gradients: Gradients, learning_rate: th.Tensor, finite: th.Tensor) -> th.Tensor:

@@ -19,7 +19,7 @@ class GraphPasses(CustomGraphPass):
         # Asked for here already, since code from Inductor's cache calls it, too
         self._operator = products.operator_of_products() if products.ours_are_faster() else None
 
-    def _operator_if_exact(self) -> th._ops.OpOverload | None:
+    def _operator_if_exact(self) -> Any:
         return self._operator if products.exact_products_are_wanted() else None
 
     def __call__(self, graph: Graph) -> None:
@@ -75,5 +75,5 @@ def _is_large(node: Node) -> bool:
 
 
 def _is_pointwise(node: Node) -> bool:
-    tags = node.target.tags if isinstance(node.target, th._ops.OpOverload) else []
+    tags = getattr(node.target, "tags", ())
     return th.Tag.pointwise in tags and th.Tag.nondeterministic_seeded not in tags

@@ -24,16 +24,23 @@ import gymnasium as gym
 import numpy as np
 import torch as th
 from gymnasium.envs.registration import EnvSpec
-from gymnasium.wrappers import HumanRendering, NormalizeReward, RecordEpisodeStatistics, RecordVideo, RenderCollection
-from gymnasium.wrappers.common import PassiveEnvChecker
-from gymnasium.wrappers.utils import RunningMeanStd as GymRunningMeanStd
+from gymnasium.wrappers import (
+    HumanRendering,
+    NormalizeReward,
+    PassiveEnvChecker,
+    RecordEpisodeStatistics,
+    RecordVideo,
+    RenderCollection,
+)
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.monitor import Monitor, ResultsWriter
 from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.vec_env import (
     DummyVecEnv,
+    StackedObservations,
     SubprocVecEnv,
     VecCheckNan,
+    VecEnvWrapper,
     VecExtractDictObs,
     VecFrameStack,
     VecMonitor,
@@ -41,9 +48,8 @@ from stable_baselines3.common.vec_env import (
     VecTransposeImage,
     VecVideoRecorder,
 )
-from stable_baselines3.common.vec_env.base_vec_env import VecEnvWrapper
-from stable_baselines3.common.vec_env.stacked_observations import StackedObservations
 
+from sb3_softsac import upstream
 from sb3_softsac.state_codec import NotEncodable, decode, encode
 
 
@@ -103,7 +109,9 @@ RENDERERS = (
 RENDER_ARGUMENTS = {"render_mode", "width", "height", "camera_id", "camera_name", "default_camera_config", "max_geom"}
 RENDER_ARGUMENTS |= {"visual_options"}
 # Objects that are their attributes; they are written in place
-NESTED = (RunningMeanStd, GymRunningMeanStd, StackedObservations)
+NESTED: tuple[type, ...] = (RunningMeanStd, StackedObservations)
+if (_gyms := upstream.find("gymnasium.wrappers.utils:RunningMeanStd")) is not None:  # else it is "unreadable"
+    NESTED += (_gyms,)
 RANDOM_TYPES = (np.random.Generator, np.random.RandomState, random.Random)
 # An attribute of more bytes that does not change is not written, but has to be there already
 LARGE = 2**23

@@ -93,6 +93,17 @@ class Watch:
         return any(not attributes.keys().isdisjoint(OWN_METHODS) for attributes in self._attributes)
 
 
+def moved_names() -> list[str]:
+    """
+    :return: private names of torch's that :class:`Watch` reads, and which are no longer there
+    """
+    names = [f"torch.nn.Module.{name}" for name in ("_modules", "_parameters", *HOOKS) if name not in vars(nn.Module())]
+    names += [
+        f"torch.nn.modules.module._global{name}" for name in HOOKS if not hasattr(nn.modules.module, f"_global{name}")
+    ]
+    return names if hasattr(th.empty(0), "_backward_hooks") else [*names, "torch.Tensor._backward_hooks"]
+
+
 def usual_arithmetic() -> bool:
     """
     :return: whether torch is to compute in float32 at present

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch as th
 from torch.fx import Graph, Node
-from torch.fx.node import map_arg
 
 from sb3_softsac import native
 
@@ -40,7 +39,7 @@ def _processor() -> str:
 
 
 @functools.cache
-def operator_of_products() -> th._ops.OpOverload | None:
+def operator_of_products() -> Any:
     """
     :return: operator that gives the product (R, C) of two matrices (R, K) and (K, C); None where it cannot be built. It
         also takes a layer's bias (C,) or None and whether relu follows; and a matrix (R, C) or None that was made by a
@@ -56,8 +55,7 @@ def operator_of_products() -> th._ops.OpOverload | None:
     except Exception as error:  # compilers and linkers have many ways to fail
         warnings.warn(f"Matrix products are torch's, which are slower here: {error}", stacklevel=2)
         return None
-    found: th._ops.OpOverload = th.ops.sb3_softsac.product.default
-    return found
+    return th.ops.sb3_softsac.product.default
 
 
 def exact_products_are_wanted() -> bool:
@@ -70,7 +68,7 @@ def exact_products_are_wanted() -> bool:
     return products.fp32_precision in ("none", "ieee")
 
 
-def replace_products(graph: Graph, operator: th._ops.OpOverload | None) -> None:
+def replace_products(graph: Graph, operator: Any) -> None:
     """
     :param graph: graph of ATen operators
     :param operator: see :func:`operator_of_products`; None: products stay torch's, if they are not thin
@@ -116,8 +114,14 @@ def call(graph: Graph, target: Any, *args: Any) -> Node:
     :return: a call of it, at the place where the graph inserts
     """
     new = graph.call_function(target, args)
-    new.meta["val"] = target(*map_arg(args, lambda node: node.meta["val"]))
+    new.meta["val"] = target(*map(_value, args))
     return new
+
+
+def _value(arg: Any) -> Any:
+    if isinstance(arg, list):
+        return list(map(_value, arg))
+    return arg.meta["val"] if isinstance(arg, Node) else arg
 
 
 def _replace(old: Node, new: Node) -> None:
@@ -167,7 +171,7 @@ def _thin_product(graph: Graph, a: Node, b: Node, bias: Node | None) -> Node:
     return product if bias is None else call(graph, aten.add.Tensor, product, bias)
 
 
-def _use(operator: th._ops.OpOverload, graph: Graph, node: Node, a: Node, b: Node, bias: Node | None) -> None:
+def _use(operator: Any, graph: Graph, node: Node, a: Node, b: Node, bias: Node | None) -> None:
     users = list(node.users)
     user = users[0] if len(users) == 1 else node
     relu, relu_of = user.target is aten.relu.default, _relu_of(user, node)
