@@ -84,7 +84,7 @@ class CudaGraph:
         self._warm = self._failed = False
         self._replay: Callable[[], None] | None = None
         self._outputs: Any = None
-        self._inputs: tuple[Any, ...] = ()
+        self._inputs: list[th.Tensor | None] = []
         self._key: Any = None
 
     def __call__(self, held: Any, *args: Any) -> Any:
@@ -93,11 +93,12 @@ class CudaGraph:
             return self.function(held, *args)
         key = _layout(args), self._addresses(held)
         if key != self._key:
-            own_args = self._inputs = map_leaves(_clone, args)
+            own_args = map_leaves(_clone, args)
+            self._inputs = leaves(own_args)
             try:
                 self._replay, self._outputs = self._capture(lambda: self.function(held, *own_args))
             except RuntimeError as error:  # CUDA's, or too little memory. Nothing has been run
-                self._failed, self._replay, self._outputs, self._inputs = True, None, None, ()
+                self._failed, self._replay, self._outputs, self._inputs = True, None, None, []
                 warnings.warn(
                     f"The update cannot be captured in a CUDA graph and runs without one, which is slower: {error}",
                     stacklevel=2,
@@ -106,7 +107,7 @@ class CudaGraph:
             self._key = key
             self.n_captures += 1
         else:
-            for own, new in zip(leaves(self._inputs), leaves(args), strict=True):
+            for own, new in zip(self._inputs, leaves(args), strict=True):
                 if own is not None:
                     own.copy_(new, non_blocking=True)
         assert self._replay is not None
