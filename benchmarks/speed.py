@@ -78,6 +78,7 @@ class Cell(NamedTuple):
     n_envs: int = 1
     train_freq: int = 1
     gradient_steps: int = 1
+    is_shipped: bool = False  # with what hyperparams/softsac.yml adds to plain SAC; SB3's SAC has no such options
 
 
 ARMS = {
@@ -96,6 +97,8 @@ CELLS = {
     "pendulum": Cell("Pendulum", "Pendulum-v1", 768),
     "batch1024": Cell("HalfCheetah,\nbatch size 1024", "HalfCheetah-v5", 256, batch_size=1024),
     "freq32": Cell("HalfCheetah,\n32 updates\nevery 32 steps", "HalfCheetah-v5", 768, train_freq=32, gradient_steps=32),
+    "humanoid_shipped": Cell("Humanoid,\nas shipped", "Humanoid-v5", 512, is_shipped=True),
+    "ant_shipped": Cell("Ant,\nas shipped", "Ant-v5", 512, is_shipped=True),
     "envs4": Cell("4 HalfCheetahs", "HalfCheetah-v5", 768, n_envs=4, gradient_steps=-1),
     "envs16": Cell("16 HalfCheetahs", "HalfCheetah-v5", 768, n_envs=16, gradient_steps=-1),
 }
@@ -149,6 +152,9 @@ def make_model(settings: Settings) -> tuple[Any, float]:
     # ReLU under another name: the same updates, by Inductor
     others = {} if arm.is_plain else {"activation_fn": type("OwnReLU", (th.nn.ReLU,), {})}
     options = {**arm.options, "num_threads": settings["threads"]} if arm.options else {}
+    if arm.options and settings.get("is_shipped"):
+        own, of_policy = shipped_options(settings["env"])
+        options, others = {**options, **own}, {**others, **of_policy}
     th.set_num_threads(settings["threads"])
     env = make_vec_env(settings["env"], settings["n_envs"], seed=settings["repeat"])
     start = time.perf_counter()
@@ -170,6 +176,19 @@ def make_model(settings: Settings) -> tuple[Any, float]:
         **options,
     )
     return model, start
+
+
+def shipped_options(env_id: str) -> tuple[Settings, Settings]:
+    """
+    :param env_id: of an environment in ``hyperparams/softsac.yml``
+    :return: arguments of ``SoftSAC`` that SB3's SAC does not have, and of its policy
+    """
+    import yaml
+
+    path = Path(__file__).resolve().parents[1] / "hyperparams" / "softsac.yml"
+    shipped = yaml.safe_load(path.read_text())[env_id]
+    names = ("qf_learning_rate", "ent_coef_learning_rate", "policy_delay", "policy_delay_compensation")
+    return {name: shipped[name] for name in names if name in shipped}, eval(shipped.get("policy_kwargs", "{}"))
 
 
 def measure_training(settings: Settings) -> Numbers:
