@@ -38,7 +38,8 @@ from twins import (
     twins,
 )
 
-from sb3_softsac import SoftSAC, execution, native_update, products, softsac, threads
+from sb3_softsac import SoftSAC, SoftSACPolicy, execution, native_update, products, softsac, threads
+from sb3_softsac.plain_networks import NotPlain
 from sb3_softsac.products import replace_products
 
 
@@ -51,7 +52,11 @@ def quick_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def nothing_is_plain(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leaves plain updates to Inductor, too."""
-    monkeypatch.setattr(native_update, "plain_layers", lambda policy: None)
+
+    def refuse(policy: SoftSACPolicy) -> None:
+        raise NotPlain("a test")
+
+    monkeypatch.setattr(native_update, "plain_layers", refuse)
 
 
 @pytest.fixture
