@@ -90,7 +90,7 @@ class SoftSAC(ResumableAlgorithm):
     :param max_grad_norm: clip the norm of each network's gradient; None: do not
     :param compile: ``"auto"``: compile the updates if ``learn()`` will do at least ``MIN_COMPILED_UPDATES`` in all;
         True; False. On the CPU, plain actors then explore in C++, too. The result is the same up to rounding. Where it
-        cannot be done, a warning says why
+        cannot be done, a warning says why; ``verbose=1`` says why updates are left to torch's compiler instead of C++
     :param matmul_precision: of the float32 matrix products of the updates, see ``torch.set_float32_matmul_precision``:
         ``"highest"``, ``"high"`` or ``"medium"`` (bfloat16 products); None: what is set in torch (``"highest"``)
     :param buffer_on_device: keep a copy of the replay buffer on the GPU, where the updates gather their minibatches.
