@@ -330,6 +330,8 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
         :param progress_bar: show one (tqdm and rich)
         :return: self
         """
+        self._note_deleted_buffer()
+        self._setup_replay_buffer()  # one that was deleted begins anew
         self.is_learning, self.after_step = True, deque()
         try:
             super().learn(
@@ -366,8 +368,6 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
                 stacklevel=3,
             )
             self._unread = None
-        self._note_deleted_buffer()
-        self._setup_replay_buffer()  # one that was deleted begins anew
         env_state.prepare(self.env)
         resets = reset_num_timesteps or self._last_obs is None
         # SB3 resets the noise here. That would tear an episode that goes on; a vectorised one is left as it is.
