@@ -19,6 +19,7 @@ from sb3_softsac import SoftSAC
 
 DIFFERENCES = {
     "test_n_step_replay.py::test_run[SoftSAC]": "n-step returns come from ReplayBuffer, not from NStepReplayBuffer",
+    "test_n_step_replay.py::test_n_steps_with_dict_obs[None]": "n-step returns work for Dict observations, too",
     "test_save_load.py::test_warn_buffer[True-SoftSAC]": "optimize_memory_usage=True has nothing left to do or warn of",
     "test_spaces.py::test_action_spaces": "an action space that does not fit is a ValueError, not an AssertionError",
     "test_tensorboard.py::test_tensorboard[sac]": "the run's folder is called SoftSAC_1, not SAC_1",
