@@ -72,7 +72,7 @@ def measure(algo: str, env_id: str, size: int, folder: Path) -> dict[str, Any]:
     from stable_baselines3 import SAC
 
     from sb3_softsac import SoftSAC
-    from sb3_softsac.run_folder import RunFolder
+    from sb3_softsac.persistence.run_folder import RunFolder
 
     th.set_num_threads(1)
     env = gym.make(env_id)

@@ -39,7 +39,7 @@ print(f"{th.cuda.get_device_name()}, torch {th.__version__}, CUDA {th.version.cu
 END
 
 if [ "$TESTS" != 0 ]; then
-    "$PYTHON" -m pytest -m "" -rs tests/test_cuda_graph.py tests/test_device_replay.py tests/test_execution.py
+    "$PYTHON" -m pytest -m "" -rs tests/test_cuda_graph.py tests/test_device_replay.py tests/test_runner.py
 fi
 
 runs=$(mktemp)
@@ -65,7 +65,7 @@ if arm != "sb3":
     options["compile"] = arm != "eager"
     options["buffer_on_device"] = False if arm == "graph-without-copy" else "auto"
 if arm == "compiled":  # each kernel launched by itself
-    importlib.import_module("sb3_softsac.execution").CudaGraph = lambda function, addresses, capture: function
+    importlib.import_module("sb3_softsac.execution.runner").CudaGraph = lambda function, addresses, capture: function
 module, name = ("stable_baselines3", "SAC") if arm == "sb3" else ("sb3_softsac", "SoftSAC")
 algorithm = getattr(importlib.import_module(module), name)
 model = algorithm("MlpPolicy", env_id, learning_starts=1000, device="cuda", seed=seed, **options)

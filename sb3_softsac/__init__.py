@@ -1,8 +1,8 @@
 """Soft Actor-Critic for Stable-Baselines3: exact log-probability, lean replay memory, every option."""
 
-from sb3_softsac.archive import CheckpointError
 from sb3_softsac.buffers import ReplayBuffer
 from sb3_softsac.callbacks import CheckpointCallback, SaveBestTrainingReturnCallback
+from sb3_softsac.persistence.archive import CheckpointError
 from sb3_softsac.policies import CnnPolicy, MlpPolicy, MultiInputPolicy, SoftSACPolicy
 from sb3_softsac.softsac import SoftSAC
 

@@ -13,8 +13,9 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.utils import safe_mean
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_softsac import callback_state, env_state
-from sb3_softsac.run_folder import RunFolder
+from sb3_softsac.persistence import callback_state
+from sb3_softsac.persistence.envs import env_state
+from sb3_softsac.persistence.run_folder import RunFolder
 from sb3_softsac.softsac import SoftSAC
 
 EXIT_STATUS = 143  # 128 + SIGTERM: what schedulers expect of a job that they have asked to stop

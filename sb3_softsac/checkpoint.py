@@ -11,10 +11,11 @@ import warnings
 from pathlib import Path
 from typing import TextIO
 
-from sb3_softsac import env_state, files
-from sb3_softsac.archive import INDEX, ArchiveReader, ArchiveWriter, CheckpointError
-from sb3_softsac.model_file import ModelFile, open_model_file
-from sb3_softsac.run_folder import RunFolder
+from sb3_softsac.persistence import atomic_files
+from sb3_softsac.persistence.archive import INDEX, ArchiveReader, ArchiveWriter, CheckpointError
+from sb3_softsac.persistence.envs import env_state
+from sb3_softsac.persistence.model_file import ModelFile, open_model_file
+from sb3_softsac.persistence.run_folder import RunFolder
 
 
 def _print(line: object, file: TextIO | None = None) -> None:
@@ -107,7 +108,7 @@ def export(path: Path, output: Path) -> None:
     :param path: model file or folder of checkpoints
     :param output: file to write
     """
-    with open_model_file(path) as file, files.atomic_file(output) as target, ArchiveWriter(target) as archive:
+    with open_model_file(path) as file, atomic_files.atomic_file(output) as target, ArchiveWriter(target) as archive:
         for name in file.archive.sizes:
             if name.startswith("replay/") or name == INDEX:
                 continue

@@ -3,7 +3,7 @@ One whole SAC update: sampled batch and noise in, new parameters, optimiser stat
 
 What takes gradients and steps optimisers, beside ``update.cpp``. Noise comes from outside, in the order of SB3's
 ``SAC.train``, and each loss sees the networks and the entropy coefficient that SB3's sees: equal networks, batch and
-noise give equal new networks, whoever runs the update (:mod:`sb3_softsac.execution`).
+noise give equal new networks, whoever runs the update (:mod:`sb3_softsac.execution.runner`).
 """
 
 import math

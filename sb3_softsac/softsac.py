@@ -26,15 +26,15 @@ from stable_baselines3.common.utils import (
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 from torch import nn
 
-from sb3_softsac import device_replay, execution, threads
 from sb3_softsac.buffers import ReplayBuffer, samples_itself
-from sb3_softsac.device_replay import DeviceReplay
 from sb3_softsac.distributions import log_action_scale
 from sb3_softsac.ent_coef import EntCoef, make_ent_coef
-from sb3_softsac.execution import Execution, Minibatches, NotFinite, matmul_precision
+from sb3_softsac.execution import device_replay, runner, threads
+from sb3_softsac.execution.device_replay import DeviceReplay
+from sb3_softsac.execution.runner import Execution, Minibatches, NotFinite, matmul_precision
 from sb3_softsac.gradient_step import UpdateOptions
+from sb3_softsac.persistence.resumable import ResumableAlgorithm
 from sb3_softsac.policies import COUNTERPARTS, Actor, CnnPolicy, Critic, MlpPolicy, MultiInputPolicy, SoftSACPolicy
-from sb3_softsac.resumable import ResumableAlgorithm
 from sb3_softsac.type_aliases import TorchObs
 from sb3_softsac.validation import check_action_space, check_options
 
@@ -519,7 +519,7 @@ class SoftSAC(ResumableAlgorithm):
         :return: state dicts of policy and optimisers, by name
         """
         parameters = super().get_parameters()
-        return {name: execution.portable(state) for name, state in parameters.items()}
+        return {name: runner.portable(state) for name, state in parameters.items()}
 
     def _excluded_save_params(self) -> list[str]:
         return [

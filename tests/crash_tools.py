@@ -14,11 +14,11 @@ from typing import Any, BinaryIO, cast
 import numpy as np
 from gymnasium import spaces
 
-from sb3_softsac import replay_state
-from sb3_softsac.archive import ArchiveWriter
 from sb3_softsac.buffers import ReplayBuffer
-from sb3_softsac.model_file import open_model_file
-from sb3_softsac.run_folder import RunFolder
+from sb3_softsac.persistence import buffer_state
+from sb3_softsac.persistence.archive import ArchiveWriter
+from sb3_softsac.persistence.model_file import open_model_file
+from sb3_softsac.persistence.run_folder import RunFolder
 
 # All operations that change a disk
 OPERATIONS = ("open", "write", "fsync", "close", "replace", "unlink", "mkdir")
@@ -34,7 +34,7 @@ def without_sync(name: str, function: Callable[..., Any], args: tuple[Any, ...])
 
 class Shim:
     """
-    Stands for the module ``os`` in ``sb3_softsac.files``.
+    Stands for the module ``os`` in ``sb3_softsac.persistence.atomic_files``.
 
     :param around: called instead of each operation, with its name, the function and the arguments
     """
@@ -68,8 +68,8 @@ def add_rows(buffer: Any, first: int, last: int) -> None:
 
 
 def contents(buffer: Any) -> dict[str, Any]:
-    rows = replay_state.get_rows(buffer, 0, buffer.size())
-    return {"state": replay_state.get_state(buffer), **{name: array.tobytes() for name, array in rows.items()}}
+    rows = buffer_state.get_rows(buffer, 0, buffer.size())
+    return {"state": buffer_state.get_state(buffer), **{name: array.tobytes() for name, array in rows.items()}}
 
 
 @functools.cache
@@ -85,7 +85,7 @@ def save(folder: RunFolder, buffer: ReplayBuffer, step: int, keep_last: int = 2)
     def write_state(file: BinaryIO) -> tuple[int, str]:
         with ArchiveWriter(file) as archive:
             archive.add_json("data", {"step": step})
-            replay = {"description": replay_state.describe(buffer), "state": replay_state.get_state(buffer)}
+            replay = {"description": buffer_state.describe(buffer), "state": buffer_state.get_state(buffer)}
             return archive.close({"num_timesteps": step, "replay": {**replay, "segments": None}})
 
     folder.save(step, write_state, buffer, keep_last)

@@ -19,7 +19,7 @@ import torch as th
 from resume_script import CASES, Case, Outcome, in_new_process
 
 from benchmarks.record import circumstances
-from sb3_softsac.state_codec import decode, encode
+from sb3_softsac.persistence.codec import decode, encode
 
 DATA = Path(__file__).with_name("data")
 

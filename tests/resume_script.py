@@ -33,8 +33,9 @@ from stable_baselines3.common.noise import NormalActionNoise, OrnsteinUhlenbeckA
 from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecFrameStack, VecNormalize
 
-from sb3_softsac import CheckpointCallback, ReplayBuffer, SoftSAC, replay_state
-from sb3_softsac.state_codec import encode
+from sb3_softsac import CheckpointCallback, ReplayBuffer, SoftSAC
+from sb3_softsac.persistence import buffer_state
+from sb3_softsac.persistence.codec import encode
 
 EPISODE = 40  # steps of Pendulum's episodes
 
@@ -409,7 +410,7 @@ def differences(expected: Any, actual: Any, name: str = "") -> list[str]:
 def crash(name: str, folder: Path, at: int, save_freq: int) -> None:
     """Start a run, or continue that of a folder, with a checkpoint every ``save_freq`` steps; die at a given one."""
     th.set_num_threads(1)
-    replay_state.SMALL = replay_state.LARGE = 1  # many segments
+    buffer_state.SMALL = buffer_state.LARGE = 1  # many segments
     case = CASES[name]
     model = SoftSAC.load(folder, case.make_env(), "cpu", force_reset=False) if folder.exists() else case.make()
     checkpoints = CheckpointCallback(save_freq, folder)

@@ -23,8 +23,8 @@ from crash_tools import add_rows, contents, mutate, needs_little
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from sb3_softsac import SoftSAC
-from sb3_softsac.archive import INDEX, ArchiveReader, ArchiveWriter, CheckpointError, naming
-from sb3_softsac.model_file import open_model_file, read_data
+from sb3_softsac.persistence.archive import INDEX, ArchiveReader, ArchiveWriter, CheckpointError, naming
+from sb3_softsac.persistence.model_file import open_model_file, read_data
 
 CPU = th.device("cpu")
 ARRAYS = {

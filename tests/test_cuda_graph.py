@@ -11,9 +11,11 @@ import torch as th
 from stable_baselines3.common.logger import Logger
 from torch.utils import _pytree as pytree
 
-from sb3_softsac import SoftSAC, execution, native
-from sb3_softsac.cuda_graph import CudaGraph
-from sb3_softsac.execution import Execution, Inputs
+from sb3_softsac import SoftSAC
+from sb3_softsac.execution import runner
+from sb3_softsac.execution.cpp import build
+from sb3_softsac.execution.cuda_graph import CudaGraph
+from sb3_softsac.execution.runner import Execution, Inputs
 from sb3_softsac.gradient_step import draw_noise, due
 
 needs_gpu = pytest.mark.skipif(not th.cuda.is_available(), reason="CUDA graphs need a GPU that torch can use")
@@ -212,8 +214,8 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[CudaGraph]:
         made.append(CudaGraph(compile_(self, *args), self._addresses_of, FakeCapture(self.tensors)))
         return made[-1]
 
-    monkeypatch.setattr(native, "suits_processor", lambda: False)
-    monkeypatch.setattr(execution, "compiled", lambda function, device: function)
+    monkeypatch.setattr(build, "suits_processor", lambda: False)
+    monkeypatch.setattr(runner, "compiled", lambda function, device: function)
     monkeypatch.setattr(Execution, "_compile", captured)
     return made
 
@@ -306,7 +308,7 @@ def test_nan_in_a_graph_leaves_all_as_it_was(graphs: list[CudaGraph]) -> None:
 @pytest.fixture
 def no_graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Compiled updates on the GPU, each launched kernel by kernel."""
-    monkeypatch.setattr(execution, "CudaGraph", lambda function, addresses, capture: function)
+    monkeypatch.setattr(runner, "CudaGraph", lambda function, addresses, capture: function)
     yield
 
 

@@ -15,15 +15,16 @@ from stable_baselines3 import HerReplayBuffer
 from stable_baselines3.common.envs import BitFlippingEnv
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+from test_buffer_state import SPACES, Feed, steps
 from test_buffers import ACTION_SPACE
 from test_cuda_graph import assert_equal_tensors, graphs, needs_gpu, tensors, train
-from test_replay_state import SPACES, Feed, steps
 from torch.utils import _pytree as pytree
 
-from sb3_softsac import CheckpointCallback, SoftSAC, device_replay, softsac
+from sb3_softsac import CheckpointCallback, SoftSAC, softsac
 from sb3_softsac.buffers import ReplayBuffer, map_obs, rows_of
-from sb3_softsac.cuda_graph import CudaGraph
-from sb3_softsac.device_replay import DeviceReplay, StoredBatch, gathered
+from sb3_softsac.execution import device_replay
+from sb3_softsac.execution.cuda_graph import CudaGraph
+from sb3_softsac.execution.device_replay import DeviceReplay, StoredBatch, gathered
 
 __all__ = ["graphs"]  # a fixture
 CPU = th.device("cpu")

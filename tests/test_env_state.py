@@ -46,7 +46,7 @@ from stable_baselines3.common.vec_env import (
 )
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvWrapper
 
-from sb3_softsac import env_state
+from sb3_softsac.persistence.envs import env_state
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is out of date:DeprecationWarning", "ignore:.*settotalmass.*")
 

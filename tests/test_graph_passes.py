@@ -1,4 +1,4 @@
-"""What is done to a compiled update's graph (``sb3_softsac.graph_passes``): equal numbers, scalars computed once."""
+"""``sb3_softsac.execution.graph_passes``: equal numbers, scalars computed once."""
 
 import warnings
 from collections.abc import Callable
@@ -10,8 +10,8 @@ from torch._inductor.utils import run_and_get_code
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from sb3_softsac import graph_passes, products
-from sb3_softsac.graph_passes import GraphPasses, compute_scalars_once
+from sb3_softsac.execution.cpp import matmul
+from sb3_softsac.execution.graph_passes import GraphPasses, compute_scalars_once
 
 aten = th.ops.aten
 
@@ -100,7 +100,7 @@ def test_generated_code_has_no_power_in_a_loop(function: Callable[..., Any]) -> 
 
 
 def test_lower_precision_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "ours_are_faster", lambda: True)
+    monkeypatch.setattr(matmul, "ours_are_faster", lambda: True)
     before = th.get_float32_matmul_precision()
     keys = set()
     try:
@@ -121,7 +121,7 @@ def test_key_of_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     """Code that calls our operator must not be found where it is not used."""
     keys = []
     for slow in (True, False, True):
-        monkeypatch.setattr(products, "ours_are_faster", lambda slow=slow: slow)
+        monkeypatch.setattr(matmul, "ours_are_faster", lambda slow=slow: slow)
         keys.append(GraphPasses().uuid())
     assert keys[0] == keys[2] != keys[1]
 
@@ -130,8 +130,8 @@ def test_products_are_not_built_where_torch_is_fast(monkeypatch: pytest.MonkeyPa
     def fail() -> None:
         raise AssertionError
 
-    monkeypatch.setattr(graph_passes.products, "ours_are_faster", lambda: False)
-    monkeypatch.setattr(graph_passes.products, "operator_of_products", fail)
+    monkeypatch.setattr(matmul, "ours_are_faster", lambda: False)
+    monkeypatch.setattr(matmul, "operator_of_products", fail)
     GraphPasses()
 
 
@@ -151,7 +151,7 @@ class Layers(th.nn.Module):
 
 def test_generated_code_of_other_networks(monkeypatch: pytest.MonkeyPatch) -> None:
     """In the way of a compiled update: through Inductor's C++, with our products."""
-    monkeypatch.setattr(products, "ours_are_faster", lambda: True)
+    monkeypatch.setattr(matmul, "ours_are_faster", lambda: True)
     layers, x = Layers(), th.randn(24, 24)
     parameters = list(layers.parameters())
     expected = th.autograd.grad(layers(x), parameters)
@@ -166,7 +166,7 @@ def test_generated_code_of_other_networks(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_newer_settings_of_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch refuses to answer the older question once one of them has been used."""
-    monkeypatch.setattr(products, "ours_are_faster", lambda: True)
+    monkeypatch.setattr(matmul, "ours_are_faster", lambda: True)
     before = th.backends.mkldnn.matmul.fp32_precision
     th.backends.mkldnn.matmul.fp32_precision = "bf16"
     try:

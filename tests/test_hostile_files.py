@@ -26,9 +26,10 @@ from crash_tools import in_child, load, make_buffer, mutate, needs_little, save_
 from stable_baselines3.common.buffers import ReplayBuffer as SB3ReplayBuffer
 from stable_baselines3.common.vec_env import DummyVecEnv
 
-from sb3_softsac import SoftSAC, checkpoint, replay_state
-from sb3_softsac.archive import INDEX, ArchiveWriter, CheckpointError
-from sb3_softsac.run_folder import RunFolder, _manifest_text
+from sb3_softsac import SoftSAC, checkpoint
+from sb3_softsac.persistence import buffer_state
+from sb3_softsac.persistence.archive import INDEX, ArchiveWriter, CheckpointError
+from sb3_softsac.persistence.run_folder import RunFolder, _manifest_text
 
 Members = dict[str, bytes]
 PROCESSES = ("os.system", "subprocess.Popen", "os.exec", "os.fork", "os.posix_spawn", "os.spawn", "ctypes.dlopen")
@@ -661,7 +662,7 @@ def test_more_mutations_with_right_hashes(whole: Any, env: DummyVecEnv) -> None:
 
 @pytest.fixture
 def run(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib.Path:
-    monkeypatch.setattr(replay_state, "SMALL", 1)
+    monkeypatch.setattr(buffer_state, "SMALL", 1)
     for _ in save_on(RunFolder(tmp_path / "inside" / "run"), make_buffer(), 0, 3, keep_last=2):
         pass
     return tmp_path / "inside" / "run"

@@ -115,10 +115,9 @@ def check_wheel(source: Path, tmp_path: Path) -> None:
         names = set(archive.namelist())
     assert wheel.name.endswith("-py3-none-any.whl")
     assert not [name for name in names if name.startswith(("trained_agents", "benchmarks", "docs", "tests"))]
-    modules = (
-        path.name for path in (source / "sb3_softsac").iterdir() if path.suffix in (".py", ".typed", ".cpp", ".h")
-    )
-    own = {f"sb3_softsac/{name}" for name in modules}
+    suffixes = (".py", ".typed", ".cpp", ".h")
+    files = (path for path in (source / "sb3_softsac").rglob("*") if path.suffix in suffixes)
+    own = {path.relative_to(source).as_posix() for path in files}
     yml = {f"sb3_softsac/{path.relative_to(source)}" for path in (source / "hyperparams").rglob("*.yml")}
     assert {name for name in names if ".dist-info/" not in name} == STARTUP_FILES | own | yml
 

@@ -31,8 +31,9 @@ from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
-from sb3_softsac import CheckpointCallback, CheckpointError, ReplayBuffer, SoftSAC, SoftSACPolicy, model_file
-from sb3_softsac.run_folder import RunFolder
+from sb3_softsac import CheckpointCallback, CheckpointError, ReplayBuffer, SoftSAC, SoftSACPolicy
+from sb3_softsac.persistence import model_file
+from sb3_softsac.persistence.run_folder import RunFolder
 
 # Cases that the default suite leaves out: others do nearly the same
 SLOW = set(

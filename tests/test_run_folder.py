@@ -45,21 +45,22 @@ from crash_tools import (
     without_sync,
 )
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
-from test_files import Faults
+from test_atomic_files import Faults
 
-from sb3_softsac import SoftSAC, checkpoint, files, replay_state
-from sb3_softsac.archive import CheckpointError
+from sb3_softsac import SoftSAC, checkpoint
 from sb3_softsac.callbacks import CheckpointCallback
-from sb3_softsac.model_file import open_model_file
-from sb3_softsac.run_folder import RunFolder, _manifest_text
+from sb3_softsac.persistence import atomic_files, buffer_state
+from sb3_softsac.persistence.archive import CheckpointError
+from sb3_softsac.persistence.model_file import open_model_file
+from sb3_softsac.persistence.run_folder import RunFolder, _manifest_text
 
 N_SAVES = 6  # in the fourth the ring wraps; from the third on there is something to clean up
 
 
 @pytest.fixture(autouse=True)
 def small_segments_and_no_sync(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(replay_state, "SMALL", 1)
-    monkeypatch.setattr(files, "os", Shim(without_sync))
+    monkeypatch.setattr(buffer_state, "SMALL", 1)
+    monkeypatch.setattr(atomic_files, "os", Shim(without_sync))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -211,7 +212,7 @@ def test_error_at_each_operation(
         faults = Faults(n, code, stays)
         try:
             with monkeypatch.context() as patch:
-                patch.setattr(files, "os", Shim(faults.around))
+                patch.setattr(atomic_files, "os", Shim(faults.around))
                 save(folder, buffer, step + STEPS)
             assert faults.failed is None, "the error was swallowed"
         except OSError as error:
@@ -246,7 +247,7 @@ def test_short_writes(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -
     def around(name: str, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         return function(args[0], args[1][:7]) if name == "write" else without_sync(name, function, args)
 
-    monkeypatch.setattr(files, "os", Shim(around))
+    monkeypatch.setattr(atomic_files, "os", Shim(around))
     assert load(saved(tmp_path, 5)[0].path)[2] == 5 * STEPS
 
 
@@ -289,7 +290,7 @@ def save_until_killed(
         folder, buffer, step = RunFolder(path), make_buffer(), 0
         if folder.numbers():
             folder, buffer, step = load(path)
-        files.os = Shim(around)
+        atomic_files.os = Shim(around)
         report(str(step))
         for saved_step in save_on(folder, buffer, step, n_saves, keep_last):
             report(str(saved_step))
@@ -406,7 +407,7 @@ def train_until_killed(path: pathlib.Path, at: int | None) -> Callable[[Callable
                 kill_self()
             return without_sync(name, function, args)
 
-        files.os = Shim(around)
+        atomic_files.os = Shim(around)
         report("0")
         if RunFolder(path).numbers():
             model = SoftSAC.load(path, make_env(), device="cpu", force_reset=False)
@@ -490,8 +491,8 @@ def lose_power(
     (tmp_path / "recorded").mkdir(parents=True)
     disk = RecordedDisk(tmp_path / "recorded")
     with monkeypatch.context() as patch:
-        patch.setattr(files, "os", Shim(disk.around))
-        patch.setattr(files, "BUFFER", 200)  # files that are written in parts
+        patch.setattr(atomic_files, "os", Shim(disk.around))
+        patch.setattr(atomic_files, "BUFFER", 200)  # files that are written in parts
         folder = RunFolder(tmp_path / "recorded" / "run")
         for step in save_on(folder, make_buffer(), 0, n_saves, keep_last, steps):
             disk.mark(step)

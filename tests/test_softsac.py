@@ -81,7 +81,7 @@ def changes(model: SoftSAC, n_updates: int, chunk: int = 1) -> dict[str, list[in
             return outcome
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sb3_softsac.execution, "update", spy)
+            patch.setattr(sb3_softsac.execution.runner, "update", spy)
             model.train(gradient_steps=chunk, batch_size=16)
     return seen
 
@@ -302,7 +302,7 @@ def test_log_means_are_over_the_updates_of_one_train() -> None:
         return finite, metrics
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sb3_softsac.execution, "update", spy)
+        patch.setattr(sb3_softsac.execution.runner, "update", spy)
         model.train(gradient_steps=5, batch_size=8)
     for key in ("critic_loss", "actor_loss", "entropy"):
         values = [metrics[key].item() for metrics in kept if key in metrics]

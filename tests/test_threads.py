@@ -8,7 +8,8 @@ import gymnasium as gym
 import pytest
 import torch as th
 
-from sb3_softsac import SoftSAC, threads
+from sb3_softsac import SoftSAC
+from sb3_softsac.execution import threads
 
 LARGE = 256 * 256 * 256  # multiplications of the default networks' largest product
 SMALL = 8 * 16 * 16

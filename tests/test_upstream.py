@@ -39,20 +39,12 @@ from torch.torch_version import TorchVersion
 from twins import SMALL, assert_same, make, state, train, twins
 
 import sb3_softsac
-from sb3_softsac import (
-    _rl_zoo3,
-    callback_state,
-    env_state,
-    execution,
-    gradient_step,
-    native,
-    native_update,
-    object_state,
-    plain_networks,
-    replay_state,
-    resumable,
-    upstream,
-)
+from sb3_softsac import _rl_zoo3, gradient_step, upstream
+from sb3_softsac.execution import runner
+from sb3_softsac.execution.cpp import build, support
+from sb3_softsac.execution.cpp import update as cpp_update
+from sb3_softsac.persistence import buffer_state, callback_state, resumable
+from sb3_softsac.persistence.envs import env_state, object_state
 
 PACKAGE = Path(sb3_softsac.__file__).parent
 BASE = "stable_baselines3.common.base_class:BaseAlgorithm"
@@ -70,10 +62,10 @@ BUFFERS, SDE = (
 NAMES = {
     "torch.optim.adam:adam": "gradient_step.pure_step compiles it; without it only gradients are compiled",
     "torch:_foreach_lerp_": "gradient_step.update_targets averages with it; without it one tensor at a time",
-    "torch._dynamo.exc:TorchDynamoException": "execution._is_of_compiler knows the compiler's errors by their module",
-    "torch._dynamo:config.patch": "execution.tracing sets trace_autograd_ops with it; without it nothing is compiled",
-    "torch._inductor:list_options": "execution.compiled leaves out unknown options; without it nothing is compiled",
-    "torch._inductor.codecache:CppCodeCache.load": "native.load builds our C++ with it; without it torch does the work",
+    "torch._dynamo.exc:TorchDynamoException": "runner._is_of_compiler knows the compiler's errors by their module",
+    "torch._dynamo:config.patch": "runner.tracing sets trace_autograd_ops with it; without it nothing is compiled",
+    "torch._inductor:list_options": "runner.compiled leaves out unknown options; without it nothing is compiled",
+    "torch._inductor.codecache:CppCodeCache.load": "build.load builds our C++ with it; without it torch does the work",
     "torch._inductor.custom_graph_pass:CustomGraphPass": "graph_passes; without it compiled updates are slower",
     "torch._inductor.custom_graph_pass:get_hash_for_files": "graph_passes; without it compiled updates are slower",
     "torch.backends:mkldnn.matmul.fp32_precision": "products.exact_products_are_wanted asks it for the precision",
@@ -126,8 +118,8 @@ def test_attributes_of_models(sb3_model: SAC, name: str) -> None:
 
 
 def test_private_names_of_modules_and_optimizers() -> None:
-    moved = plain_networks.moved_names()
-    assert not moved, f"{moved}: without them plain_networks.Watch sees no changes, and nothing is done in C++."
+    moved = support.moved_names()
+    assert not moved, f"{moved}: without them support.Watch sees no changes, and nothing is done in C++."
     assert {"_modules", "training"} <= vars(nn.Module()).keys(), "policies._set_training_mode writes them itself."
     for optimizer_class in (th.optim.Adam, th.optim.AdamW):
         moved = gradient_step.moved_names(optimizer_class(nn.Linear(1, 1).parameters()))
@@ -141,14 +133,14 @@ def test_state_of_adam() -> None:
     optimizer.step()
     assert optimizer.state[parameter].keys() == {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"}, (
         "gradient_step.trained looks up Adam's state by these names, for compiled and native updates; "
-        "execution._place_steps and portable move 'step'."
+        "runner._place_steps and portable move 'step'."
     )
 
 
 def test_flag_of_dynamo() -> None:
     assert hasattr(torch._dynamo.config, "trace_autograd_ops"), (
-        "execution.tracing sets trace_autograd_ops, which is gone. If compiled updates still work (test_execution.py), "
-        "this test is out of date; else execution.check_torch has to refuse this version."
+        "runner.tracing sets trace_autograd_ops, which is gone. If compiled updates still work (test_runner.py), "
+        "this test is out of date; else runner.check_torch has to refuse this version."
     )
 
 
@@ -157,7 +149,7 @@ def test_flag_of_dynamo() -> None:
 )
 def test_options_of_inductor(option: str) -> None:
     known = torch._inductor.list_options()
-    assert option in known, f"execution.compiled sets {option}, which is no option any more: it is left out, silently."
+    assert option in known, f"runner.compiled sets {option}, which is no option any more: it is left out, silently."
 
 
 HEADERS = re.findall(r"#include <((?:ATen|torch|c10)/.*)>", "".join(p.read_text() for p in PACKAGE.glob("*.[ch]*")))
@@ -166,7 +158,7 @@ HEADERS = re.findall(r"#include <((?:ATen|torch|c10)/.*)>", "".join(p.read_text(
 @pytest.mark.parametrize("header", sorted(set(HEADERS)))
 def test_headers_of_torch(header: str) -> None:
     found = Path(th.__file__).parent / "include" / header
-    assert found.is_file(), f"{header} is gone: products.h, products.cpp or update.cpp include it, and are not built."
+    assert found.is_file(), f"{header} is gone: matmul.h, matmul.cpp or update.cpp include it, and are not built."
 
 
 def test_buffers_of_batch_renorm() -> None:
@@ -179,7 +171,9 @@ def test_private_names_of_environments() -> None:
         "object_state.capture_object reads the random states of spaces there."
     )
     names = {"_np_random", "_np_random_seed"}
-    assert names <= assigned(gym.Env), "env_replay.Recorder and object_state know by them whether env was ever reset."
+    assert names <= assigned(gym.Env), (
+        "episode_replay.Recorder and object_state know by them whether env was ever reset."
+    )
     assert "_cached_spec" in assigned(gym.Wrapper), "object_state.CONSTANT_NAMES: not part of a wrapper's state."
     checks = object_state.CHECKS_DONE.keys()
     assert checks <= assigned(PassiveEnvChecker), "object_state.CHECKS_DONE takes the place of these attributes."
@@ -189,7 +183,7 @@ def test_private_names_of_environments() -> None:
 def test_worlds_of_box2d(name: str) -> None:
     source = (Path(gym.__file__).parent / "envs" / "box2d" / f"{name}.py").read_text()
     assert "def _destroy(self" in source and "self.world = Box2D.b2World(" in source, (
-        f"env_replay._renew_world gives {name} a new Box2D world, by these names."
+        f"episode_replay._renew_world gives {name} a new Box2D world, by these names."
     )
 
 
@@ -485,16 +479,16 @@ def sb3_buffer(cls: type[SB3ReplayBuffer]) -> SB3ReplayBuffer:
 
 @pytest.mark.parametrize("cls", STATE_OF_BUFFERS)
 def test_attributes_of_buffers(cls: type[SB3ReplayBuffer]) -> None:
-    found = replay_state._rest(sb3_buffer(cls))
+    found = buffer_state._rest(sb3_buffer(cls))
     assert found == STATE_OF_BUFFERS[cls], (
-        f"{cls.__name__} has other attributes besides its arrays. replay_state saves all but its SETTINGS: what the "
+        f"{cls.__name__} has other attributes besides its arrays. buffer_state saves all but its SETTINGS: what the "
         "constructor is given belongs there, and state into the table of this test."
     )
 
 
 def test_settings_of_buffers() -> None:
-    gone = replay_state.SETTINGS.difference(*(vars(sb3_buffer(cls)) for cls in STATE_OF_BUFFERS))
-    assert not gone, f"replay_state.SETTINGS: {gone} is no attribute of SB3's buffers any more."
+    gone = buffer_state.SETTINGS.difference(*(vars(sb3_buffer(cls)) for cls in STATE_OF_BUFFERS))
+    assert not gone, f"buffer_state.SETTINGS: {gone} is no attribute of SB3's buffers any more."
 
 
 def test_attributes_of_loggers() -> None:
@@ -610,14 +604,14 @@ def _not_yet_said() -> None:
 def compilations(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the functions that are compiled, quickly."""
     names: list[str] = []
-    original = execution.compiled
+    original = runner.compiled
 
     def spy(function: Any, device: th.device) -> Any:
         names.append(function.__name__)
         return original(function, device)
 
-    monkeypatch.setattr(execution, "BACKEND", "eager")
-    monkeypatch.setattr(execution, "compiled", spy)
+    monkeypatch.setattr(runner, "BACKEND", "eager")
+    monkeypatch.setattr(runner, "compiled", spy)
     return names
 
 
@@ -642,7 +636,7 @@ def test_cpp_without_functional_adam(monkeypatch: pytest.MonkeyPatch) -> None:
     """It has its own, and needs no state but Adam's."""
     monkeypatch.setattr(gradient_step, "adam", None)
     model = make("defaults", compile=True).learn(SMALL["learning_starts"] + 3)
-    if native_update.error_of_build() is not None or model._execution._native is None:
+    if cpp_update.error_of_build() is not None or model._execution._native is None:
         pytest.skip("no C++ here")
     assert model._execution._was_native and not model._execution._compiled
 
@@ -674,8 +668,8 @@ def test_without_foreach_lerp(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_without_hooks_of_modules(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plain_networks, "HOOKS", (*plain_networks.HOOKS, "_moved"))
-    monkeypatch.setattr(native, "suits_processor", lambda: True)
+    monkeypatch.setattr(support, "HOOKS", (*support.HOOKS, "_moved"))
+    monkeypatch.setattr(build, "suits_processor", lambda: True)
     with pytest.warns(UserWarning, match="_moved, a private name .*C\\+\\+"):
         model = make("defaults", compile=True, random_steps=0).learn(5)
     assert model._execution._native is model._execution._native_actor is None
@@ -684,22 +678,22 @@ def test_without_hooks_of_modules(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_without_graph_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     options: dict[str, Any] = {}
     monkeypatch.setattr(th, "compile", lambda function, **kwargs: options.update(kwargs["options"]))
-    monkeypatch.delitem(sys.modules, "sb3_softsac.graph_passes", raising=False)
+    monkeypatch.delitem(sys.modules, "sb3_softsac.execution.graph_passes", raising=False)
     monkeypatch.delattr("torch._inductor.custom_graph_pass.CustomGraphPass")
     with pytest.warns(UserWarning, match="CustomGraphPass, a private name .*left as it is, which is slower"):
-        execution.compiled(test_without_graph_passes, th.device("cpu"))
+        runner.compiled(test_without_graph_passes, th.device("cpu"))
     assert options["fallback_random"] and "post_grad_custom_post_pass" not in options
 
 
 def test_without_builder_of_cpp(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "suits_processor", lambda: True)
+    monkeypatch.setattr(build, "suits_processor", lambda: True)
     monkeypatch.delattr("torch._inductor.codecache.CppCodeCache")
-    native_update.error_of_build.cache_clear()
+    cpp_update.error_of_build.cache_clear()
     try:
         with pytest.warns(UserWarning, match="cannot be built, and torch is slower without it: .*CppCodeCache"):
             model = make("defaults", compile=True, random_steps=0).learn(5)
     finally:
-        native_update.error_of_build.cache_clear()
+        cpp_update.error_of_build.cache_clear()
     assert model.num_timesteps == 5
 
 
@@ -746,17 +740,17 @@ def test_torch_without_the_flag(monkeypatch: pytest.MonkeyPatch, version: str, i
     monkeypatch.setattr(th, "__version__", TorchVersion(version))
     if is_refused:
         with pytest.raises(RuntimeError, match=f"torch {re.escape(version)} cannot compile gradients, 2.11 and newer"):
-            execution.check_torch()
+            runner.check_torch()
     else:
-        execution.check_torch()
-        with execution.tracing():
+        runner.check_torch()
+        with runner.tracing():
             pass
 
 
 def test_torch_with_the_flag(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(th, "__version__", TorchVersion("2.10.0"))
-    execution.check_torch()
-    with execution.tracing():
+    runner.check_torch()
+    with runner.tracing():
         assert torch._dynamo.config.trace_autograd_ops
     assert not torch._dynamo.config.trace_autograd_ops
 
@@ -765,10 +759,8 @@ def test_errors_of_the_compiler() -> None:
     class Derived(torch._dynamo.exc.TorchDynamoException):
         pass
 
-    assert execution._is_of_compiler(Derived()) and execution._is_of_compiler(
-        torch._dynamo.exc.FailOnRecompileLimitHit()
-    )
-    assert not execution._is_of_compiler(RuntimeError()) and not execution._is_of_compiler(th.OutOfMemoryError())
+    assert runner._is_of_compiler(Derived()) and runner._is_of_compiler(torch._dynamo.exc.FailOnRecompileLimitHit())
+    assert not runner._is_of_compiler(RuntimeError()) and not runner._is_of_compiler(th.OutOfMemoryError())
 
 
 def test_without_running_means_of_gymnasium(monkeypatch: pytest.MonkeyPatch) -> None:

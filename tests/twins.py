@@ -13,7 +13,7 @@ from stable_baselines3.common.torch_layers import FlattenExtractor
 from torch import nn
 
 from sb3_softsac import SoftSAC
-from sb3_softsac.execution import Execution, Minibatches
+from sb3_softsac.execution.runner import Execution, Minibatches
 
 SMALL: dict[str, Any] = {"learning_starts": 20, "buffer_size": 300, "batch_size": 8, "device": "cpu", "seed": 0}
 # A zero gradient's rounding must not become a whole step of Adam

@@ -12,7 +12,7 @@ import torch as th
 from stable_baselines3.common.torch_layers import FlattenExtractor
 from torch import nn
 
-from sb3_softsac import products
+from sb3_softsac.execution.cpp import matmul
 from sb3_softsac.policies import Actor, Critic, Preprocessing, SoftSACPolicy
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -122,7 +122,7 @@ def usual_arithmetic() -> bool:
     """
     :return: whether torch is to compute in float32 at present
     """
-    return products.exact_products_are_wanted() and not th.is_autocast_enabled("cpu")
+    return matmul.exact_products_are_wanted() and not th.is_autocast_enabled("cpu")
 
 
 def plain_actor(actor: nn.Module) -> list[nn.Linear]:

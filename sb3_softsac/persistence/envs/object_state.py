@@ -50,7 +50,7 @@ from stable_baselines3.common.vec_env import (
 )
 
 from sb3_softsac import upstream
-from sb3_softsac.state_codec import NotEncodable, decode, encode
+from sb3_softsac.persistence.codec import NotEncodable, decode, encode
 
 
 class Bookkeeping:
@@ -122,7 +122,7 @@ RANDOM_TYPES = (np.random.Generator, np.random.RandomState, random.Random)
 # An attribute of more bytes that does not change is not written, but has to be there already
 LARGE = 2**23
 LARGE_DATA = "_sb3_softsac_large_data"
-OFFER = "give its class get_state() and set_state(state), see sb3_softsac.env_state"
+OFFER = "give its class get_state() and set_state(state), see sb3_softsac.persistence.envs.env_state"
 
 
 class LargeData(Bookkeeping):

@@ -22,9 +22,9 @@ from stable_baselines3.common.callbacks import (
 )
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_softsac import env_state
-from sb3_softsac.object_state import describe_error, offers_state
-from sb3_softsac.state_codec import NotEncodable, decode, encode
+from sb3_softsac.persistence.codec import NotEncodable, decode, encode
+from sb3_softsac.persistence.envs import env_state
+from sb3_softsac.persistence.envs.object_state import describe_error, offers_state
 
 # Attributes that change during training. What a user passes to a callback is not among them.
 STATE = (

@@ -1,4 +1,4 @@
-// The operator of products.py, behind products.h. Each thread computes rows of its own, the same in which Inductor's
+// The operator of matmul.py, behind matmul.h. Each thread computes rows of its own, the same in which Inductor's
 // loops divide their work, so that what a thread reads is mostly what it has written.
 
 #include <ATen/Parallel.h>

@@ -1,4 +1,4 @@
-"""Matrix products of a compiled update (``sb3_softsac.products``): equal numbers, and what is replaced."""
+"""Matrix products of a compiled update (``sb3_softsac.execution.cpp.matmul``): equal numbers, and what is replaced."""
 
 import sys
 from collections import Counter
@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from sb3_softsac import products
-from sb3_softsac.graph_passes import GraphPasses
-from sb3_softsac.products import operator_of_products, replace_products
+from sb3_softsac.execution.cpp import matmul
+from sb3_softsac.execution.cpp.matmul import operator_of_products, replace_products
+from sb3_softsac.execution.graph_passes import GraphPasses
 
 aten = th.ops.aten
 
@@ -180,12 +180,12 @@ def test_threads_compute_it() -> None:
 
 def test_operator_that_cannot_be_built(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Products are then torch's."""
-    (tmp_path / "products.cpp").write_text("not C++")
+    (tmp_path / "matmul.cpp").write_text("not C++")
     with monkeypatch.context() as patch, pytest.warns(UserWarning, match="Matrix products are torch's"):
-        patch.setattr(products, "SOURCE", tmp_path / "products.cpp")
+        patch.setattr(matmul, "SOURCE", tmp_path / "matmul.cpp")
         assert operator_of_products.__wrapped__() is None
-    monkeypatch.setattr(products, "operator_of_products", lambda: None)
-    monkeypatch.setattr(products, "ours_are_faster", lambda: True)
+    monkeypatch.setattr(matmul, "operator_of_products", lambda: None)
+    monkeypatch.setattr(matmul, "ours_are_faster", lambda: True)
     module = make_fx(mm, tracing_mode="fake")(rand(8, 8), rand(8, 8))
     GraphPasses()(module.graph)
     assert module.graph.find_nodes(op="call_function", target=aten.mm.default)
@@ -439,13 +439,13 @@ def test_where_ours_are_faster(
     monkeypatch: pytest.MonkeyPatch, capability: str, processor: str, expected: bool
 ) -> None:
     monkeypatch.setattr(th.backends.cpu, "get_cpu_capability", lambda: capability)
-    monkeypatch.setattr(products, "_processor", lambda: processor)
-    assert products.ours_are_faster() == expected
+    monkeypatch.setattr(matmul, "_processor", lambda: processor)
+    assert matmul.ours_are_faster() == expected
 
 
 def test_unknown_processor(monkeypatch: pytest.MonkeyPatch) -> None:
     def unreadable(self: Any, *args: Any, **kwargs: Any) -> str:
         raise PermissionError
 
-    monkeypatch.setattr(products.Path, "read_text", unreadable)
-    assert isinstance(products.ours_are_faster(), bool)
+    monkeypatch.setattr(matmul.Path, "read_text", unreadable)
+    assert isinstance(matmul.ours_are_faster(), bool)

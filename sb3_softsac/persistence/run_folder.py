@@ -26,8 +26,8 @@ from typing import Any, BinaryIO
 import numpy as np
 from stable_baselines3.common.buffers import ReplayBuffer as SB3ReplayBuffer
 
-from sb3_softsac import files, replay_state
-from sb3_softsac.archive import ArchiveReader, CheckpointError, naming, sha256_of
+from sb3_softsac.persistence import atomic_files, buffer_state
+from sb3_softsac.persistence.archive import ArchiveReader, CheckpointError, naming, sha256_of
 
 MANIFEST = re.compile(r"ckpt-(0[0-9]{5}|[1-9][0-9]{5,8})\.json")  # just the names that save() gives
 STATE = re.compile(r"step-([0-9]+)-(0[0-9]{5}|[1-9][0-9]{5,8})\.zip")
@@ -153,7 +153,7 @@ class RunFolder:
             path = self.path / entry["file"]
             with path.open("rb") as file:
                 archive = ArchiveReader(file, str(path))
-                yield first, replay_state.read_rows(archive, replay["description"], (first, last))
+                yield first, buffer_state.read_rows(archive, replay["description"], (first, last))
 
     def continues(self, manifest: Manifest, buffer: SB3ReplayBuffer | None) -> None:
         """
@@ -192,9 +192,9 @@ class RunFolder:
         number = self.newest + 1
         segments = [] if buffer is None else self._save_segments(buffer)
         name = f"step-{num_timesteps}-{number:06d}.zip"
-        with files.atomic_file(self.path / name, sync=False) as file:
+        with atomic_files.atomic_file(self.path / name, sync=False) as file:
             size, sha256 = write_state(file)
-        files.sync_folder(self.path)
+        atomic_files.sync_folder(self.path)
         manifest = {
             "format": FORMAT,
             "number": number,
@@ -203,7 +203,7 @@ class RunFolder:
             "segments": segments,
         }
         self.newest = number  # even if there is an error now: the name may be there
-        with files.atomic_file(self.path / f"ckpt-{number:06d}.json") as file:
+        with atomic_files.atomic_file(self.path / f"ckpt-{number:06d}.json") as file:
             file.write(_manifest_text(manifest))
         self.last = manifest
         self._remember(buffer)
@@ -219,25 +219,25 @@ class RunFolder:
         folder = self.path / "replay"
         there = {f"replay/{name}" for name in os.listdir(folder)} if folder.is_dir() else set()
         written = False
-        for segment in replay_state.segments(buffer):
+        for segment in buffer_state.segments(buffer):
             entry = before.get(segment)
             if entry is not None and entry["file"] not in there:
                 entry = None  # somebody has removed it
-            if entry is None or replay_state.may_have_changed(buffer, segment, rows_before):
+            if entry is None or buffer_state.may_have_changed(buffer, segment, rows_before):
                 stream = io.BytesIO()
-                np.savez(stream, **replay_state.get_rows(buffer, *segment))  # type: ignore[arg-type]
+                np.savez(stream, **buffer_state.get_rows(buffer, *segment))  # type: ignore[arg-type]
                 data = stream.getbuffer()
                 sha256 = hashlib.sha256(data).hexdigest()
                 first, last = segment
                 name = f"replay/{first:05d}-{last:05d}-{sha256[:16]}.npz"
                 if entry is None or entry["sha256"] != sha256:
-                    with files.atomic_file(self.path / name, sync=False) as file:
+                    with atomic_files.atomic_file(self.path / name, sync=False) as file:
                         file.write(data)
                     written = True
                     entry = {"file": name, "size": len(data), "sha256": sha256}
             entries.append(entry)
         if written:
-            files.sync_folder(folder)
+            atomic_files.sync_folder(folder)
         return entries
 
     def _remember(self, buffer: SB3ReplayBuffer | None) -> None:
@@ -256,8 +256,8 @@ class RunFolder:
         oldest = kept[-1]["number"]
         for number in self.numbers():
             if number < oldest:
-                files.remove(self.path / f"ckpt-{number:06d}.json")
-        files.sync_folder(self.path)  # no manifest may outlive what it names
+                atomic_files.remove(self.path / f"ckpt-{number:06d}.json")
+        atomic_files.sync_folder(self.path)  # no manifest may outlive what it names
         named = {entry["file"] for manifest in kept for entry in [manifest["state"], *manifest["segments"]]}
         for folder, pattern in (("", STATE), ("replay/", SEGMENT)):
             inside = self.path / folder
@@ -265,8 +265,8 @@ class RunFolder:
                 continue
             for name in os.listdir(inside):
                 if pattern.fullmatch(folder + name) and folder + name not in named:
-                    files.remove(inside / name)
-            files.remove_leftovers(inside)
+                    atomic_files.remove(inside / name)
+            atomic_files.remove_leftovers(inside)
 
 
 def checkpoint_of(path: Path) -> tuple[RunFolder, Manifest] | None:

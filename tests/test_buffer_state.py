@@ -17,9 +17,10 @@ from stable_baselines3.common.buffers import ReplayBuffer as SB3ReplayBuffer
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 from test_buffers import ACTION_SPACE, BOX_SPACE, DICT_SPACE, make_obs
 
-from sb3_softsac import CheckpointError, ReplayBuffer, replay_state
-from sb3_softsac.archive import ArchiveReader, ArchiveWriter
-from sb3_softsac.run_folder import RunFolder
+from sb3_softsac import CheckpointError, ReplayBuffer
+from sb3_softsac.persistence import buffer_state
+from sb3_softsac.persistence.archive import ArchiveReader, ArchiveWriter
+from sb3_softsac.persistence.run_folder import RunFolder
 
 GOAL_SPACE = spaces.Dict({name: BOX_SPACE for name in ("observation", "achieved_goal", "desired_goal")})
 KINDS_OF_EVENTS = ["go on"] * 5 + ["terminated", "truncated", "reset"]
@@ -29,8 +30,8 @@ SPACES = {"box": BOX_SPACE, "dict": DICT_SPACE}
 @pytest.fixture(autouse=True)
 def many_segments(monkeypatch: pytest.MonkeyPatch) -> None:
     """The smallest segments that there are, of 16 rows."""
-    monkeypatch.setattr(replay_state, "SMALL", 1)
-    monkeypatch.setattr(replay_state, "LARGE", 1)
+    monkeypatch.setattr(buffer_state, "SMALL", 1)
+    monkeypatch.setattr(buffer_state, "LARGE", 1)
 
 
 class Feed:
@@ -86,25 +87,25 @@ def contents(buffer: ReplayBuffer) -> list[bytes]:
 
 
 def raw(buffer: Any, segment: tuple[int, int]) -> dict[str, bytes]:
-    return {name: rows.tobytes() for name, rows in replay_state.get_rows(buffer, *segment).items()}
+    return {name: rows.tobytes() for name, rows in buffer_state.get_rows(buffer, *segment).items()}
 
 
 def restored(buffer: Any, empty: Any) -> Any:
     """What a file makes of an empty buffer."""
     file = io.BytesIO()
     with ArchiveWriter(file) as archive:
-        parts = replay_state.segments(buffer)
+        parts = buffer_state.segments(buffer)
         for segment in parts:
-            replay_state.write_rows(archive, buffer, segment, f"{segment[0]}/")
+            buffer_state.write_rows(archive, buffer, segment, f"{segment[0]}/")
         archive.close({})
-    replay = {"description": replay_state.describe(buffer), "state": replay_state.get_state(buffer), "segments": parts}
+    replay = {"description": buffer_state.describe(buffer), "state": buffer_state.get_state(buffer), "segments": parts}
     reader = ArchiveReader(file, "file")
 
     def rows() -> Iterator[tuple[int, dict[str, np.ndarray]]]:
         for first, last in parts:
-            yield first, replay_state.read_rows(reader, replay["description"], (first, last), f"{first}/")
+            yield first, buffer_state.read_rows(reader, replay["description"], (first, last), f"{first}/")
 
-    replay_state.restore(empty, replay, rows(), "file")
+    buffer_state.restore(empty, replay, rows(), "file")
     return empty
 
 
@@ -114,7 +115,7 @@ def test_segments_hold_each_row_once(capacity: int, n_rows: int, n_envs: int) ->
     before: list[tuple[int, int]] = []
     for _ in range(n_rows):
         feed.add([buffer], ["go on"] * n_envs)
-        parts = replay_state.segments(buffer)
+        parts = buffer_state.segments(buffer)
         assert [row for part in parts for row in range(*part)] == list(range(buffer.size()))
         # Those that were full stay as they were
         assert parts[: len(before) - 1] == before[:-1]
@@ -129,20 +130,20 @@ def test_no_change_is_overlooked(data: st.DataObject, n_envs: int, capacity: int
     for events in data.draw(steps(n_envs, 80), "before"):
         feed.add([buffer], events)
     then = buffer.n_added
-    seen = {segment: raw(buffer, segment) for segment in replay_state.segments(buffer)}
+    seen = {segment: raw(buffer, segment) for segment in buffer_state.segments(buffer)}
     newest_then = (buffer.pos - 1) % capacity
     added = data.draw(steps(n_envs, 80), "after")
     written = {(newest_then + i) % capacity for i in range(len(added) + 1)} if added else set()
     for events in added:
         feed.add([buffer], events)
-    for segment in replay_state.segments(buffer):
+    for segment in buffer_state.segments(buffer):
         if segment not in seen:
             continue  # it has grown
-        may_have_changed = replay_state.may_have_changed(buffer, segment, then)
+        may_have_changed = buffer_state.may_have_changed(buffer, segment, then)
         assert may_have_changed or raw(buffer, segment) == seen[segment]
         # ... and none is written again without need
         assert may_have_changed == any(row in written for row in range(*segment))
-        assert replay_state.may_have_changed(buffer, segment, None)
+        assert buffer_state.may_have_changed(buffer, segment, None)
 
 
 def test_what_past_add_has_changed() -> None:
@@ -153,7 +154,7 @@ def test_what_past_add_has_changed() -> None:
         then = buffer.n_added
         change()
         feed.add([buffer], ["go on"])
-        assert all(replay_state.may_have_changed(buffer, segment, then) for segment in replay_state.segments(buffer))
+        assert all(buffer_state.may_have_changed(buffer, segment, then) for segment in buffer_state.segments(buffer))
 
 
 ACTIONS = st.one_of(
@@ -197,7 +198,7 @@ def test_incremental_checkpoints_hold_everything(
                 buffer = load_rows(folder, len(saved) - 1, saved[-1][1], empty())
                 folder = RunFolder(Path(name))
                 folder.continues(folder.manifest(len(saved) - 1), buffer)
-            tree = {"description": replay_state.describe(buffer), "state": replay_state.get_state(buffer)}
+            tree = {"description": buffer_state.describe(buffer), "state": buffer_state.get_state(buffer)}
             folder.save(number, lambda file: (file.write(b"state"), "none"), buffer, keep_last=2)
             saved.append((contents(buffer), tree))
             for kept in range(max(0, number - 1), number + 1):
@@ -206,7 +207,7 @@ def test_incremental_checkpoints_hold_everything(
 
 
 def load_rows(folder: RunFolder, number: int, replay: dict[str, Any], buffer: ReplayBuffer) -> ReplayBuffer:
-    replay_state.restore(buffer, replay, folder.read_segments(folder.manifest(number), replay), "folder")
+    buffer_state.restore(buffer, replay, folder.read_segments(folder.manifest(number), replay), "folder")
     return buffer
 
 
@@ -220,18 +221,18 @@ def test_only_what_is_new_is_written(tmp_path: Path) -> None:
         folder.save(0, lambda file: (file.write(b"state"), "none"), buffer, keep_last=1)
         new = [path for path in (tmp_path / "replay").glob("*") if before.get(path) != path.stat().st_mtime_ns]
         assert 1 <= len(new) <= 3  # 20 rows and the one before them, in segments of 16
-        assert len(list((tmp_path / "replay").glob("*"))) == len(replay_state.segments(buffer))
+        assert len(list((tmp_path / "replay").glob("*"))) == len(buffer_state.segments(buffer))
 
 
 def test_another_buffer_in_the_same_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A buffer that takes the memory of one that is gone has its id, and may have added more rows."""
-    monkeypatch.setattr("sb3_softsac.run_folder.id", lambda _: 1, raising=False)
+    monkeypatch.setattr("sb3_softsac.persistence.run_folder.id", lambda _: 1, raising=False)
     folder, feed = RunFolder(tmp_path), Feed(1)
     for number, n_rows in enumerate((48, 50)):
         buffer = ReplayBuffer(64, BOX_SPACE, ACTION_SPACE, "cpu")
         for _ in range(n_rows):
             feed.add([buffer], ["go on"])
-        tree = {"description": replay_state.describe(buffer), "state": replay_state.get_state(buffer)}
+        tree = {"description": buffer_state.describe(buffer), "state": buffer_state.get_state(buffer)}
         folder.save(0, lambda file: (file.write(b"state"), "none"), buffer, keep_last=1)
         again = ReplayBuffer(64, BOX_SPACE, ACTION_SPACE, "cpu")
         assert contents(load_rows(folder, number, tree, again)) == contents(buffer)
@@ -337,11 +338,11 @@ def test_other_buffers(kind: str, n_rows: int) -> None:
     again = restored(buffer, empty)
     for row in range(30):
         for name, value in vars(buffer).items():
-            if name not in ("rng", "n_added", "_side_obs", "_side_slot", "_free_slots", *replay_state.SETTINGS):
+            if name not in ("rng", "n_added", "_side_obs", "_side_slot", "_free_slots", *buffer_state.SETTINGS):
                 np.testing.assert_equal(getattr(again, name), value)
         feed.add([buffer, again], ["terminated" if row % 5 == 4 else "go on", "go on"])
     # What may be changed by others is never taken for unchanged
-    assert replay_state.may_have_changed(buffer, (0, 1), 0)
+    assert buffer_state.may_have_changed(buffer, (0, 1), 0)
 
 
 @pytest.mark.parametrize(
@@ -381,13 +382,13 @@ def test_adopts_what_sb3_has_pickled() -> None:
     feed = Feed(2)
     for row in range(27):
         feed.add([theirs], ["terminated" if row % 5 == 4 else "go on", "reset" if row % 3 == 0 else "go on"])
-    assert replay_state.adopt(theirs, ours) is ours
+    assert buffer_state.adopt(theirs, ours) is ours
     rows = [Counter(row for stream in by_environment(each) for row in stream) for each in (float32(theirs), ours)]
     assert rows[0] == rows[1] and rows[0].total() == 40
     # Of the same class, or of a class of its own: taken as it is
     other = OTHERS["sb3"]()
-    assert replay_state.adopt(theirs, other) is theirs
-    assert replay_state.adopt(ours, ReplayBuffer(60, BOX_SPACE, ACTION_SPACE, "cpu")) is ours
+    assert buffer_state.adopt(theirs, other) is theirs
+    assert buffer_state.adopt(ours, ReplayBuffer(60, BOX_SPACE, ACTION_SPACE, "cpu")) is ours
 
 
 def float32(buffer: Any) -> Any:

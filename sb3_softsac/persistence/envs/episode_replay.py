@@ -14,7 +14,8 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
-from sb3_softsac.object_state import (
+from sb3_softsac.persistence.codec import NotEncodable, decode, encode
+from sb3_softsac.persistence.envs.object_state import (
     CONSTANT_TYPES,
     FUNCTION_TYPES,
     OFFER,
@@ -36,7 +37,6 @@ from sb3_softsac.object_state import (
     set_global_random_states,
     short_name,
 )
-from sb3_softsac.state_codec import NotEncodable, decode, encode
 
 RECORDER = "_sb3_softsac_recorder"
 MAX_REPLAY = 100_000  # steps of one episode

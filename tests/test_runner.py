@@ -38,15 +38,18 @@ from twins import (
     twins,
 )
 
-from sb3_softsac import SoftSAC, SoftSACPolicy, execution, native_update, products, softsac, threads
-from sb3_softsac.plain_networks import NotPlain
-from sb3_softsac.products import replace_products
+from sb3_softsac import SoftSAC, SoftSACPolicy, softsac
+from sb3_softsac.execution import runner, threads
+from sb3_softsac.execution.cpp import matmul
+from sb3_softsac.execution.cpp import update as cpp_update
+from sb3_softsac.execution.cpp.matmul import replace_products
+from sb3_softsac.execution.cpp.support import NotPlain
 
 
 @pytest.fixture
 def quick_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     """Traces and differentiates as Inductor's compilation does, but generates no code."""
-    monkeypatch.setattr(execution, "BACKEND", "aot_eager")
+    monkeypatch.setattr(runner, "BACKEND", "aot_eager")
 
 
 @pytest.fixture
@@ -56,26 +59,26 @@ def nothing_is_plain(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(policy: SoftSACPolicy) -> None:
         raise NotPlain("a test")
 
-    monkeypatch.setattr(native_update, "plain_layers", refuse)
+    monkeypatch.setattr(cpp_update, "plain_layers", refuse)
 
 
 @pytest.fixture
 def only_traced(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only traces, which is what most can go wrong in; the operations are then done one by one."""
-    monkeypatch.setattr(execution, "BACKEND", "eager")
+    monkeypatch.setattr(runner, "BACKEND", "eager")
 
 
 @pytest.fixture
 def compilations(monkeypatch: pytest.MonkeyPatch, only_traced: None) -> list[str]:
     """Names of the functions that are compiled, from now on."""
     names: list[str] = []
-    original = execution.compiled
+    original = runner.compiled
 
     def spy(function: Callable[..., Any], device: th.device) -> Callable[..., Any]:
         names.append(function.__name__)
         return original(function, device)
 
-    monkeypatch.setattr(execution, "compiled", spy)
+    monkeypatch.setattr(runner, "compiled", spy)
     return names
 
 
@@ -153,14 +156,14 @@ def test_generated_code_equals_eager_whatever_the_processor(
     monkeypatch: pytest.MonkeyPatch, ours_are_faster: bool
 ) -> None:
     replaced: list[str] = []
-    original = products._use
+    original = matmul._use
 
     def spy(*args: Any) -> None:
         replaced.append(args[2].name)
         original(*args)
 
-    monkeypatch.setattr(products, "ours_are_faster", lambda: ours_are_faster)
-    monkeypatch.setattr(products, "_use", spy)
+    monkeypatch.setattr(matmul, "ours_are_faster", lambda: ours_are_faster)
+    monkeypatch.setattr(matmul, "_use", spy)
     with th._inductor.config.patch(force_disable_caches=True):  # else code is found that was made without the spy
         assert_generated_code_equals_eager()
     assert bool(replaced) == ours_are_faster, replaced
@@ -221,7 +224,7 @@ def test_changed_option_takes_effect(compilations: list[str]) -> None:
 
 
 def test_too_many_options_end_compilation(monkeypatch: pytest.MonkeyPatch, compilations: list[str]) -> None:
-    monkeypatch.setattr(execution, "MAX_VARIANTS", 2)
+    monkeypatch.setattr(runner, "MAX_VARIANTS", 2)
     eager, compiled = twins("defaults")
     for i, gamma in enumerate((0.9, 0.8, 0.7, 0.6)):
         eager.gamma = compiled.gamma = gamma
@@ -474,7 +477,7 @@ def fails_at_the_second(monkeypatch: pytest.MonkeyPatch) -> None:
     def backend(module: th.fx.GraphModule, inputs: Any) -> Any:
         return module if next(calls) == 0 else no_compiler()
 
-    monkeypatch.setattr(execution, "BACKEND", backend)
+    monkeypatch.setattr(runner, "BACKEND", backend)
 
 
 def assert_falls_back(eager: SoftSAC, compiled: SoftSAC, reason: str) -> None:
@@ -511,7 +514,7 @@ def test_extractor_that_cannot_be_compiled(extractor: type[NormExtractor]) -> No
 
 @pytest.mark.parametrize("name", ["defaults", "batch_norm", "gsde", "sgd"])
 def test_machine_without_compiler(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    monkeypatch.setattr(execution, "BACKEND", no_compiler)
+    monkeypatch.setattr(runner, "BACKEND", no_compiler)
     assert_falls_back(*twins(name), "no C++ compiler was found")
 
 
@@ -534,12 +537,12 @@ def test_old_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     def old() -> None:
         raise RuntimeError("torch 2.6 cannot compile gradients, 2.11 and newer can")
 
-    monkeypatch.setattr(execution, "check_torch", old)
+    monkeypatch.setattr(runner, "check_torch", old)
     assert_falls_back(*twins("fixed_ent_coef"), "torch 2.6 cannot compile gradients")
 
 
 def test_it_is_said_once_in_a_run_of_several_learns(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(execution, "BACKEND", no_compiler)
+    monkeypatch.setattr(runner, "BACKEND", no_compiler)
     model = make("fixed_ent_coef", compile=True)
     with pytest.warns(UserWarning, match="cannot be compiled"):
         model.learn(SMALL["learning_starts"] + 3)
@@ -589,7 +592,7 @@ def test_many_models_in_one_process_are_compiled() -> None:
 def ten_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ten updates are worth compilation; what is compiled is left as it is, which is quicker."""
     monkeypatch.setattr(softsac, "MIN_COMPILED_UPDATES", 10)
-    monkeypatch.setattr(execution, "compiled", lambda function, device: function)
+    monkeypatch.setattr(runner, "compiled", lambda function, device: function)
 
 
 AUTO: dict[str, tuple[dict[str, Any], int, int]] = {
@@ -686,7 +689,7 @@ def test_precision_of_products_is_the_updates_own(
     model = make("fixed_ent_coef", compile=False, matmul_precision=own)
     model.learn(SMALL["learning_starts"])
     seen: list[str] = []
-    update = execution.update
+    update = runner.update
 
     def spy(*args: Any) -> Any:
         seen.append(th.get_float32_matmul_precision())
@@ -694,7 +697,7 @@ def test_precision_of_products_is_the_updates_own(
             raise ZeroDivisionError
         return update(*args)
 
-    monkeypatch.setattr(execution, "update", spy)
+    monkeypatch.setattr(runner, "update", spy)
     before = th.get_float32_matmul_precision()
     th.set_float32_matmul_precision("high")
     try:
@@ -810,7 +813,7 @@ def test_compiled_update_is_one_graph_of_few_products(monkeypatch: pytest.Monkey
     def backend(module: th.fx.GraphModule, inputs: Any) -> Any:
         return aot_module_simplified(module, inputs, fw_compiler=keep)
 
-    monkeypatch.setattr(execution, "BACKEND", backend)
+    monkeypatch.setattr(runner, "BACKEND", backend)
     th._dynamo.utils.counters.clear()
     model = cheetah(SoftSAC, compile=True)
     assert has_compiled(model)

@@ -18,8 +18,9 @@ import torch as th
 from crash_tools import OPERATIONS, Materialized, RecordedDisk, Shim, Tree, add_rows, contents, in_child, without_sync
 from stable_baselines3.common.vec_env import DummyVecEnv
 
-from sb3_softsac import SoftSAC, files
-from sb3_softsac.archive import CheckpointError
+from sb3_softsac import SoftSAC
+from sb3_softsac.persistence import atomic_files
+from sb3_softsac.persistence.archive import CheckpointError
 
 STEP = 13
 
@@ -100,7 +101,7 @@ def count_operations(monkeypatch: pytest.MonkeyPatch, work: Callable[[], Any]) -
         return function(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(files, "os", Shim(around))
+        patch.setattr(atomic_files, "os", Shim(around))
         work()
     return seen
 
@@ -115,7 +116,7 @@ def test_error_at_each_operation_of_a_save(
     code: int, stays: bool, env: DummyVecEnv, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "new" / "model.zip"
-    monkeypatch.setattr(files, "BUFFER", 4000)  # several writes, as in a big file
+    monkeypatch.setattr(atomic_files, "BUFFER", 4000)  # several writes, as in a big file
     model = make_model(env)
     advance(model, STEP)
     first = count_operations(monkeypatch, lambda: model.save(path))
@@ -128,7 +129,7 @@ def test_error_at_each_operation_of_a_save(
         open_before = descriptors()
         try:
             with monkeypatch.context() as patch:
-                patch.setattr(files, "os", Shim(faults.around))
+                patch.setattr(atomic_files, "os", Shim(faults.around))
                 model.save(path)
             assert faults.failed is None, "the error was swallowed"
         except OSError as error:
@@ -155,7 +156,7 @@ def test_error_at_each_operation_of_the_first_save(
     for n in range(len(operations)):
         path = tmp_path / str(n) / "deep" / "model"
         with monkeypatch.context() as patch:
-            patch.setattr(files, "os", Shim(Faults(n, errno.ENOSPC).around))
+            patch.setattr(atomic_files, "os", Shim(Faults(n, errno.ENOSPC).around))
             with pytest.raises(OSError, match="No space"):
                 model.save(path)
         left = [file for file in path.parent.rglob("*") if file.is_file()]
@@ -172,7 +173,7 @@ def test_short_writes(env: DummyVecEnv, tmp_path: pathlib.Path, monkeypatch: pyt
 
     model = make_model(env)
     advance(model, STEP)
-    monkeypatch.setattr(files, "os", Shim(around))
+    monkeypatch.setattr(atomic_files, "os", Shim(around))
     model.save(tmp_path / "model")
     assert step_of(tmp_path / "model", env) == STEP
 
@@ -189,17 +190,17 @@ def test_an_exception_while_writing_changes_nothing(tmp_path: pathlib.Path) -> N
     path = tmp_path / "file"
     path.write_bytes(b"before")
     for exception in (KeyboardInterrupt, ValueError):
-        with pytest.raises(exception), files.atomic_file(path) as file:
-            file.write(b"x" * (files.BUFFER + 1))
+        with pytest.raises(exception), atomic_files.atomic_file(path) as file:
+            file.write(b"x" * (atomic_files.BUFFER + 1))
             raise exception
     assert path.read_bytes() == b"before"
     assert os.listdir(tmp_path) == ["file"]
 
 
 def test_writes_of_all_sizes(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "BUFFER", 100)
+    monkeypatch.setattr(atomic_files, "BUFFER", 100)
     data = np.random.default_rng(0).bytes(5000)
-    with files.atomic_file(tmp_path / "file") as file:
+    with atomic_files.atomic_file(tmp_path / "file") as file:
         position = 0
         for size in [0, 1, 99, 100, 101, 1, 300, 0, 100, 5000]:
             assert file.write(memoryview(data)[position : position + size]) == min(size, 5000 - position)
@@ -209,8 +210,8 @@ def test_writes_of_all_sizes(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyP
 
 def test_order_of_operations(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     disk = RecordedDisk(tmp_path)
-    monkeypatch.setattr(files, "os", Shim(disk.around))
-    with files.atomic_file(tmp_path / "a" / "b" / "file") as file:
+    monkeypatch.setattr(atomic_files, "os", Shim(disk.around))
+    with atomic_files.atomic_file(tmp_path / "a" / "b" / "file") as file:
         file.write(b"data")
     names = [operation[0] for operation in disk.operations]
     assert names == ["mkdir", "fsync", "mkdir", "fsync", "create", "write", "fsync", "replace", "fsync"]
@@ -235,7 +236,7 @@ def test_leftovers(tmp_path: pathlib.Path) -> None:
     ]
     for name in gone + kept:
         (tmp_path / name).touch()
-    files.remove_leftovers(tmp_path, r"model\.zip")
+    atomic_files.remove_leftovers(tmp_path, r"model\.zip")
     assert sorted(os.listdir(tmp_path)) == sorted(kept)
 
 
@@ -250,7 +251,7 @@ def test_a_save_removes_what_a_killed_one_has_left(env: DummyVecEnv, tmp_path: p
                 os._exit(7)
             return function(*args)
 
-        files.os = Shim(around)
+        atomic_files.os = Shim(around)
         model.save(path)
 
     _, status = in_child(work)
@@ -283,7 +284,7 @@ def save_until_killed(
                 os._exit(9)
             return result
 
-        files.os = Shim(around)
+        atomic_files.os = Shim(around)
         report("0")
         for step in range(STEP, STEP + n_saves):
             advance(model, step)
@@ -302,7 +303,7 @@ def check_after_kill(path: pathlib.Path, env: DummyVecEnv, reports: list[str]) -
 
 def test_kill_at_each_operation(env: DummyVecEnv, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model(env)
-    monkeypatch.setattr(files, "BUFFER", 20_000)
+    monkeypatch.setattr(atomic_files, "BUFFER", 20_000)
     n_operations = len(count_operations(monkeypatch, lambda: [model.save(tmp_path / "x" / "m") for _ in range(2)]))
     n_kills = 0
     for at in range(n_operations):
@@ -338,10 +339,10 @@ def test_power_loss(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> 
     disk = RecordedDisk(tmp_path)
     (tmp_path / "disk").mkdir()
     with monkeypatch.context() as patch:
-        patch.setattr(files, "os", Shim(disk.around))
-        patch.setattr(files, "BUFFER", 10)
+        patch.setattr(atomic_files, "os", Shim(disk.around))
+        patch.setattr(atomic_files, "BUFFER", 10)
         for step in range(1, 4):
-            with files.atomic_file(tmp_path / "run" / "file") as file:
+            with atomic_files.atomic_file(tmp_path / "run" / "file") as file:
                 for _ in range(4):
                     file.write(b"%d" % step * 8)
             disk.mark(step)
@@ -366,8 +367,8 @@ def test_the_simulated_disk_notices_a_missing_sync(tmp_path: pathlib.Path, monke
         root.mkdir()
         disk = RecordedDisk(root)
         with monkeypatch.context() as patch:
-            patch.setattr(files, "os", Shim(disk.around))
-            with files.atomic_file(root / "run" / "file") as file:
+            patch.setattr(atomic_files, "os", Shim(disk.around))
+            with atomic_files.atomic_file(root / "run" / "file") as file:
                 file.write(b"data")
         syncs = [i for i, operation in enumerate(disk.operations) if operation[0] == "fsync"]
         assert all(tree.get("run/file") == b"data" for tree in disk.states(len(disk.operations)))

@@ -6,8 +6,8 @@ import torch as th
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.fx import Graph, Node
 
-from sb3_softsac import products
-from sb3_softsac.products import call
+from sb3_softsac.execution.cpp import matmul
+from sb3_softsac.execution.cpp.matmul import call
 
 aten = th.ops.aten
 
@@ -17,17 +17,17 @@ class GraphPasses(CustomGraphPass):
 
     def __init__(self) -> None:
         # Asked for here already, since code from Inductor's cache calls it, too
-        self._operator = products.operator_of_products() if products.ours_are_faster() else None
+        self._operator = matmul.operator_of_products() if matmul.ours_are_faster() else None
 
     def _operator_if_exact(self) -> Any:
-        return self._operator if products.exact_products_are_wanted() else None
+        return self._operator if matmul.exact_products_are_wanted() else None
 
     def __call__(self, graph: Graph) -> None:
-        products.replace_products(graph, self._operator_if_exact())
+        matmul.replace_products(graph, self._operator_if_exact())
         compute_scalars_once(graph)
 
     def uuid(self) -> Any:
-        files = (__file__, products.__file__, str(products.HEADER), str(products.SOURCE))
+        files = (__file__, matmul.__file__, str(matmul.HEADER), str(matmul.SOURCE))
         return get_hash_for_files(files, str(self._operator_if_exact()))
 
 

@@ -1,4 +1,4 @@
-// Updates of plain SAC on the CPU, and actions of its actor, see native_update.py. It is compiled behind products.h.
+// Updates of plain SAC on the CPU, and actions of its actor, see update.py. It is compiled behind matmul.h.
 //
 // All threads go through the updates together, and wait for each other only where one needs what another has made. What
 // takes longest otherwise is to read what another core has written. So the work of a critic is done by the same threads
@@ -99,7 +99,7 @@ void column_sums(const float* weights, const float* matrix, int64_t columns, Ran
   });
 }
 
-// The order of numbers in this struct and the next is that of native_update.py
+// The order of numbers in this struct and the next is that of update.py
 struct Adam {
   double learning_rate, beta1, beta2, eps, weight_decay, is_decoupled;
 };
@@ -357,7 +357,7 @@ struct Critic : Network {
   }
 };
 
-// What an update is told besides tensors, in the order of native_update.py
+// What an update is told besides tensors, in the order of update.py
 struct Options {
   double gamma, tau, target_entropy, log_action_scale, max_grad_norm, ent_coef_loss_is_exp;
   LogStdBounds log_std_bounds;
@@ -392,7 +392,7 @@ struct Batch {
   }
 };
 
-// The order is that of native_update.py
+// The order is that of update.py
 enum Metric { CRITIC_LOSS, Q_VALUE, TARGET_Q_VALUE, CRITIC_GRAD_NORM, ENT_COEF, FINITE,
               ACTOR_LOSS, ENTROPY, LOG_STD, SATURATED_ACTIONS, ACTOR_GRAD_NORM, ENT_COEF_LOSS, N_METRICS };
 

@@ -2,7 +2,7 @@
 Model files: everything that a run consists of, in one archive.
 
 The members that SB3 writes have its names: its ``set_parameters`` reads networks and optimisers. ``data`` holds the
-attributes of the model, those that JSON does not know in the form of ``state_codec`` and not pickled. New are
+attributes of the model, those that JSON does not know in the form of ``codec`` and not pickled. New are
 ``softsac.json`` (random states, environments, callbacks, the replay buffer's layout) and
 ``replay/<first row>/<array>.npy``.
 """
@@ -33,11 +33,11 @@ from stable_baselines3.common.save_util import load_from_pkl, recursive_getattr
 from stable_baselines3.common.utils import get_system_info
 from torch import nn
 
-from sb3_softsac import files, replay_state
-from sb3_softsac.archive import DAMAGE, ArchiveReader, ArchiveWriter, CheckpointError, naming
-from sb3_softsac.replay_state import Segment
-from sb3_softsac.run_folder import Manifest, RunFolder, checkpoint_of
-from sb3_softsac.state_codec import KIND, NotEncodable, check_random_state, decode, encode
+from sb3_softsac.persistence import atomic_files, buffer_state
+from sb3_softsac.persistence.archive import DAMAGE, ArchiveReader, ArchiveWriter, CheckpointError, naming
+from sb3_softsac.persistence.buffer_state import Segment
+from sb3_softsac.persistence.codec import KIND, NotEncodable, check_random_state, decode, encode
+from sb3_softsac.persistence.run_folder import Manifest, RunFolder, checkpoint_of
 
 PICKLED = ":serialized:"  # SB3's key
 
@@ -231,8 +231,8 @@ def write_replay(archive: ArchiveWriter, buffer: SB3ReplayBuffer) -> None:
     :param archive: where to
     :param buffer: replay buffer whose rows are written
     """
-    for segment in replay_state.segments(buffer):
-        replay_state.write_rows(archive, buffer, segment, f"replay/{segment[0]}/")
+    for segment in buffer_state.segments(buffer):
+        buffer_state.write_rows(archive, buffer, segment, f"replay/{segment[0]}/")
 
 
 class ModelFile:
@@ -263,7 +263,7 @@ class ModelFile:
         """
         with naming(f"the replay buffer in {self.name}"):
             assert self.replay is not None
-            replay_state.restore(buffer, self.replay, self._parts(self.replay), self.name)
+            buffer_state.restore(buffer, self.replay, self._parts(self.replay), self.name)
 
     def _parts(self, replay: dict[str, Any]) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
         if self.run is not None:
@@ -271,7 +271,7 @@ class ModelFile:
             return
         for first, last in replay["segments"]:
             segment: Segment = first, last
-            yield first, replay_state.read_rows(self.archive, replay["description"], segment, f"replay/{first}/")
+            yield first, buffer_state.read_rows(self.archive, replay["description"], segment, f"replay/{first}/")
 
 
 @contextmanager
@@ -342,7 +342,7 @@ def read_replay_buffer(path: str | Path | BinaryIO, buffer: SB3ReplayBuffer, all
             f"{path} is not a file of SoftSAC's. If it is a pickle that SB3's save_replay_buffer has written, and you "
             "trust where it comes from, pass allow_pickle=True: unpickling can run any code."
         )
-    return replay_state.adopt(load_from_pkl(path), buffer)  # type: ignore[arg-type]
+    return buffer_state.adopt(load_from_pkl(path), buffer)  # type: ignore[arg-type]
 
 
 def _is_zip(path: str | Path | BinaryIO) -> bool:
@@ -372,8 +372,8 @@ def new_file(path: str | Path | BinaryIO, suffix: str = ".zip") -> Iterator[Bina
     path = Path(path)
     path = path if path.suffix else path.with_name(path.name + suffix)
     if path.parent.is_dir():
-        files.remove_leftovers(path.parent, re.escape(path.name))
-    with files.atomic_file(path) as file:
+        atomic_files.remove_leftovers(path.parent, re.escape(path.name))
+    with atomic_files.atomic_file(path) as file:
         yield file
 
 

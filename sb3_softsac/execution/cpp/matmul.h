@@ -1,4 +1,4 @@
-// Products of float32 matrices of the sizes that an update has, see products.py.
+// Products of float32 matrices of the sizes that an update has, see matmul.py.
 //
 // The way is that of Goto and van de Geijn (2008), "Anatomy of high-performance matrix multiplication": a panel of the
 // right matrix is packed so that it stays in the nearest caches, and tiles of the output stay in registers.

@@ -13,9 +13,9 @@ import numpy as np
 from stable_baselines3.common.buffers import ReplayBuffer as SB3ReplayBuffer
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
-from sb3_softsac.archive import ArchiveReader, ArchiveWriter, CheckpointError
 from sb3_softsac.buffers import ReplayBuffer
-from sb3_softsac.state_codec import decode, encode
+from sb3_softsac.persistence.archive import ArchiveReader, ArchiveWriter, CheckpointError
+from sb3_softsac.persistence.codec import decode, encode
 
 # Given to the constructor, not state
 SETTINGS = {

@@ -45,12 +45,13 @@ from stable_baselines3.common.vec_env import (
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 from stable_baselines3.sac.policies import SACPolicy
 
-from sb3_softsac import callback_state, env_state, model_file, replay_state
-from sb3_softsac.archive import ArchiveReader, ArchiveWriter, CheckpointError, naming
 from sb3_softsac.buffers import map_obs
-from sb3_softsac.model_file import ModelFile
-from sb3_softsac.run_folder import RunFolder
-from sb3_softsac.state_codec import NotEncodable, decode, encode
+from sb3_softsac.persistence import buffer_state, callback_state, model_file
+from sb3_softsac.persistence.archive import ArchiveReader, ArchiveWriter, CheckpointError, naming
+from sb3_softsac.persistence.codec import NotEncodable, decode, encode
+from sb3_softsac.persistence.envs import env_state
+from sb3_softsac.persistence.model_file import ModelFile
+from sb3_softsac.persistence.run_folder import RunFolder
 from sb3_softsac.type_aliases import TorchObs
 from sb3_softsac.validation import check_wrappers
 
@@ -559,10 +560,10 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
     def _replay_index(self, rows_elsewhere: bool) -> dict[str, Any]:
         buffer = self.replay_buffer
         assert buffer is not None
-        segments = None if rows_elsewhere else replay_state.segments(buffer)
-        state = replay_state.get_state(buffer)
-        replay_state.get_rows(buffer, buffer.pos - 1, buffer.pos)  # can the newest row be written?
-        return {"description": replay_state.describe(buffer), "state": state, "segments": segments}
+        segments = None if rows_elsewhere else buffer_state.segments(buffer)
+        state = buffer_state.get_state(buffer)
+        buffer_state.get_rows(buffer, buffer.pos - 1, buffer.pos)  # can the newest row be written?
+        return {"description": buffer_state.describe(buffer), "state": state, "segments": segments}
 
     @classmethod
     def load(  # type: ignore[override]
@@ -687,7 +688,7 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
         assert file.run is not None
         folder, manifest = file.run
         buffer = self.replay_buffer if reads_replay else None
-        if buffer is not None and file.replay and file.replay["description"] != replay_state.describe(buffer):
+        if buffer is not None and file.replay and file.replay["description"] != buffer_state.describe(buffer):
             buffer = None  # rows that were laid out anew are not those of the segments
         folder.continues(manifest, buffer)
         self.run_folders = {folder.path.resolve(): folder}

@@ -20,11 +20,13 @@ from typing import Any, NamedTuple, TypeVar, cast
 import torch as th
 from torch.optim import Optimizer
 
-from sb3_softsac import plain_networks, upstream
+from sb3_softsac import upstream
 from sb3_softsac.buffers import rows_of
-from sb3_softsac.cuda_graph import CudaGraph, capture_on, leaves
-from sb3_softsac.device_replay import Storage, StoredBatch, gathered
 from sb3_softsac.ent_coef import EntCoef
+from sb3_softsac.execution.cpp import support
+from sb3_softsac.execution.cpp.update import MISFIT, NativeActor, NativeUpdate, classes, error_of_build
+from sb3_softsac.execution.cuda_graph import CudaGraph, capture_on, leaves
+from sb3_softsac.execution.device_replay import Storage, StoredBatch, gathered
 from sb3_softsac.gradient_step import (
     ADAM_OPTIONS,
     CHECKED,
@@ -47,7 +49,6 @@ from sb3_softsac.gradient_step import (
     trained,
     update,
 )
-from sb3_softsac.native_update import MISFIT, NativeActor, NativeUpdate, classes, error_of_build
 from sb3_softsac.policies import SoftSACPolicy
 from sb3_softsac.type_aliases import ReplayBatch, TorchObs
 
@@ -125,12 +126,12 @@ class Execution:
         self.failed = False  # it was tried in vain
         self._say = say
         is_native = compile and BACKEND == "inductor" and policy.device.type == "cpu"
-        for name in plain_networks.moved_names() if is_native else ():
+        for name in support.moved_names() if is_native else ():
             is_native = False
             upstream.say_moved(name, "neither updates nor actions are computed in C++, which is faster.")
-        build = functools.cache(self._build_native)
-        self._native = NativeUpdate(policy, ent_coef, build) if is_native else None
-        self._native_actor = NativeActor(policy, build) if is_native else None
+        get_classes = functools.cache(self._build_native)
+        self._native = NativeUpdate(policy, ent_coef, get_classes) if is_native else None
+        self._native_actor = NativeActor(policy, get_classes) if is_native else None
         self._was_native = False  # the last update
         self._told: set[str] = set()  # to the user
         self._compiled: dict[Variant, Run] = {}
@@ -564,7 +565,7 @@ def compiled(function: Function, device: th.device) -> Function:
     if device.type == "cpu":
         options["cpp_wrapper"] = True  # calls from Python took 5% of an update
         try:
-            from sb3_softsac.graph_passes import GraphPasses
+            from sb3_softsac.execution.graph_passes import GraphPasses
 
             options["post_grad_custom_post_pass"] = GraphPasses()
         except ImportError:

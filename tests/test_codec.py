@@ -27,8 +27,8 @@ from stable_baselines3.common.type_aliases import TrainFreq, TrainFrequencyUnit
 from stable_baselines3.common.utils import ConstantSchedule, FloatSchedule, LinearSchedule
 from stable_baselines3.her.goal_selection_strategy import GoalSelectionStrategy
 
+from sb3_softsac.persistence.codec import BIT_GENERATORS, NotEncodable, decode, encode
 from sb3_softsac.policies import SoftSACPolicy
-from sb3_softsac.state_codec import BIT_GENERATORS, NotEncodable, decode, encode
 
 
 def through_text(value: Any) -> Any:
@@ -326,7 +326,7 @@ NAMES = [
     "stable_baselines3.common.save_util.cloudpickle.loads",
     "stable_baselines3.common.vec_env.base_vec_env.cloudpickle.loads",
     "stable_baselines3.SAC",
-    "sb3_softsac.model_file.ModelFile",
+    "sb3_softsac.persistence.model_file.ModelFile",
     "torch.nn.Linear.forward",
     "torch.nn",
     "torch",

@@ -38,8 +38,9 @@ from stable_baselines3.common.vec_env import (
     VecNormalize,
 )
 
-from sb3_softsac.env_replay import RECORDER, prepare_env, replay_episode
-from sb3_softsac.object_state import (
+from sb3_softsac.persistence.codec import NotEncodable, decode, encode
+from sb3_softsac.persistence.envs.episode_replay import RECORDER, prepare_env, replay_episode
+from sb3_softsac.persistence.envs.object_state import (
     ALL,
     OFFER,
     STATE,
@@ -60,7 +61,6 @@ from sb3_softsac.object_state import (
     settings_of,
     short_name,
 )
-from sb3_softsac.state_codec import NotEncodable, decode, encode
 
 CALL = "_sb3_softsac_call"
 VEC_NORMALIZE = f"{VecNormalize.__module__}.{VecNormalize.__qualname__}"

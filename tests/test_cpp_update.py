@@ -37,18 +37,21 @@ from twins import (
     twins,
 )
 
-from sb3_softsac import SoftSAC, execution, losses, native, native_update, policies, products, softsac
-from sb3_softsac.execution import Minibatches
-from sb3_softsac.native_update import NativeActor, classes, error_of_build
+from sb3_softsac import SoftSAC, losses, policies, softsac
+from sb3_softsac.execution import runner
+from sb3_softsac.execution.cpp import build, matmul
+from sb3_softsac.execution.cpp import update as cpp_update
+from sb3_softsac.execution.cpp.update import NativeActor, classes, error_of_build
+from sb3_softsac.execution.runner import Minibatches
 
-pytestmark = pytest.mark.skipif(not native.suits_processor(), reason="the code is for processors with AVX2 or AVX-512")
+pytestmark = pytest.mark.skipif(not build.suits_processor(), reason="the code is for processors with AVX2 or AVX-512")
 
 
 @pytest.fixture(autouse=True)
 def no_other_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What is not plain is not compiled, which takes long; and the number of threads is as before."""
     n_threads = th.get_num_threads()
-    monkeypatch.setattr(execution, "compiled", lambda function, device: function)
+    monkeypatch.setattr(runner, "compiled", lambda function, device: function)
     yield
     th.set_num_threads(n_threads)
 
@@ -253,7 +256,7 @@ def test_pieces_make_no_difference(monkeypatch: pytest.MonkeyPatch, pieces: str,
             if in_pieces and pieces == "draws":
                 patch.setattr(softsac, "ROWS_AT_ONCE", 3 * 8)
             elif in_pieces:
-                patch.setattr(native_update, "MAX_WORK", int(3.5 * 8 * n_weights))
+                patch.setattr(cpp_update, "MAX_WORK", int(3.5 * 8 * n_weights))
             if poisoned:
                 poison(patch, 2, "rewards")
             calls = count_calls(patch, model)
@@ -301,7 +304,7 @@ def test_errors_of_signal_handlers_end_a_run(monkeypatch: pytest.MonkeyPatch) ->
     def end(*args: Any) -> None:
         raise Timeout
 
-    monkeypatch.setattr(native_update, "MAX_WORK", 1 << 40)  # all in one call, of a tenth of a second at least
+    monkeypatch.setattr(cpp_update, "MAX_WORK", 1 << 40)  # all in one call, of a tenth of a second at least
     model = make("defaults", compile=True, policy_kwargs={"net_arch": [256, 256]}, batch_size=256)
     model.learn(SMALL["learning_starts"] + 2)
     assert is_native(model)
@@ -396,7 +399,7 @@ def test_actions_do_not_depend_on_what_has_failed(monkeypatch: pytest.MonkeyPatc
     def fail(function: Any, device: th.device) -> Any:
         raise RuntimeError("no")
 
-    monkeypatch.setattr(execution, "compiled", fail)
+    monkeypatch.setattr(runner, "compiled", fail)
     model = make("amsgrad", compile=True).learn(SMALL["learning_starts"] + 3)
     assert model._execution is not None and model._execution.failed
     assert model._execution.act(th.zeros(1, 3)) is not None
@@ -859,9 +862,9 @@ def test_policy_with_other_targets() -> None:
 
 def test_older_torch_has_no_setting_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(th.backends.mkldnn, "matmul", object())
-    assert products.exact_products_are_wanted()
+    assert matmul.exact_products_are_wanted()
     monkeypatch.setattr(th, "get_float32_matmul_precision", lambda: "medium")
-    assert not products.exact_products_are_wanted()
+    assert not matmul.exact_products_are_wanted()
 
 
 def test_minibatches_of_other_types(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -927,7 +930,7 @@ def test_what_is_not_plain_is_left_alone(capsys: pytest.CaptureFixture[str], cas
 
 
 def test_other_processors(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(native, "suits_processor", lambda: False)
+    monkeypatch.setattr(build, "suits_processor", lambda: False)
     model = make("defaults", compile=True, verbose=1)
     model.learn(SMALL["learning_starts"] + 3)
     assert not is_native(model)
@@ -953,7 +956,7 @@ def test_each_reason_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     with monkeypatch.context() as patch:
         change_minibatches(patch, model, lambda b: Weighted(*b[:5], th.tensor(0.5), th.ones(8)))
         train(model, 2)
-    assert lines_about_cpp(capsys) == [native_update.MISFIT]
+    assert lines_about_cpp(capsys) == [cpp_update.MISFIT]
     model.actor.mu.register_forward_hook(lambda module, inputs, output: None)
     train(model, 2)
     model.verbose = 0
@@ -1019,7 +1022,7 @@ def test_it_cannot_be_built(
     """It is said, and torch's compiler does it. Nothing is tried a second time."""
     source = tmp_path / "update.cpp"
     source.write_text("this is not C++")
-    monkeypatch.setattr(native_update, "SOURCE", source)
+    monkeypatch.setattr(cpp_update, "SOURCE", source)
     error_of_build.cache_clear()
     try:
         for n_told in (1, 0):

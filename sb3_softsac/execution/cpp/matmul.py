@@ -2,7 +2,7 @@
 Matrix products of a compiled update, on the CPU.
 
 PyTorch's wheels take float32 products from MKL, which does not use AVX-512 on processors that are not Intel's, and is
-slow for matrices with few columns: an update has more of those than of others. ``products.cpp`` has products for the
+slow for matrices with few columns: an update has more of those than of others. ``matmul.cpp`` has products for the
 sizes of an update, which replace them on AMD's processors. Products with a single row, column or term, such as a
 critic's last layer, are faster as part of the loops around them. And of the gradient of a critic's input, the actor's
 update needs the actions' columns only.
@@ -17,9 +17,9 @@ from typing import Any
 import torch as th
 from torch.fx import Graph, Node
 
-from sb3_softsac import native
+from sb3_softsac.execution.cpp import build
 
-HEADER, SOURCE = Path(__file__).with_name("products.h"), Path(__file__).with_name("products.cpp")
+HEADER, SOURCE = Path(__file__).with_name("matmul.h"), Path(__file__).with_name("matmul.cpp")
 
 aten = th.ops.aten
 
@@ -28,7 +28,7 @@ def ours_are_faster() -> bool:
     """
     :return: whether our own products are known to be faster here than torch's
     """
-    return native.suits_processor() and "AuthenticAMD" in _processor()
+    return build.suits_processor() and "AuthenticAMD" in _processor()
 
 
 def _processor() -> str:
@@ -50,7 +50,7 @@ def operator_of_products() -> Any:
         return a.new_empty(a.shape[0], b.shape[1])
 
     try:
-        native.load(HEADER, SOURCE)
+        build.load(HEADER, SOURCE)
         th.library.register_fake("sb3_softsac::product", fake)
     except Exception as error:  # compilers and linkers have many ways to fail
         warnings.warn(f"Matrix products are torch's, which are slower here: {error}", stacklevel=2)

@@ -1,7 +1,7 @@
 """
 Updates of plain SAC on the CPU, and the actions between them, by our own C++ (``update.cpp``), with the result of
 :func:`gradient_step.update` and of the actor up to rounding. Updates are faster than what Inductor makes of them, and
-built in seconds. What is not plain (see ``plain_networks``), or has other optimisers than Adam and AdamW, is left to
+built in seconds. What is not plain (see ``support``), or has other optimisers than Adam and AdamW, is left to
 torch, and it can be told why.
 """
 
@@ -15,10 +15,10 @@ from typing import Any
 import torch as th
 from torch.optim import Adam, AdamW
 
-from sb3_softsac import losses, native, products
+from sb3_softsac import losses
 from sb3_softsac.ent_coef import EntCoef
-from sb3_softsac.gradient_step import Due, LearningRates, Optimizers, Outcome, Trained, UpdateOptions
-from sb3_softsac.plain_networks import (
+from sb3_softsac.execution.cpp import build, matmul
+from sb3_softsac.execution.cpp.support import (
     Attributes,
     NotPlain,
     Watch,
@@ -28,6 +28,7 @@ from sb3_softsac.plain_networks import (
     require,
     usual_arithmetic,
 )
+from sb3_softsac.gradient_step import Due, LearningRates, Optimizers, Outcome, Trained, UpdateOptions
 from sb3_softsac.policies import Actor, SoftSACPolicy
 from sb3_softsac.type_aliases import ReplayBatch, TorchObs
 
@@ -60,7 +61,7 @@ def error_of_build() -> Exception | None:
     :return: the error because of which ``update.cpp`` cannot be built, or None when it has been built
     """
     try:
-        native.load(products.HEADER, SOURCE)
+        build.load(matmul.HEADER, SOURCE)
     except Exception as error:  # compilers and linkers have many ways to fail
         return error
     return None
@@ -71,12 +72,12 @@ class NativeActor:
     Explores with the actor of one policy, if it is plain: torch takes many times as long for the small operators.
 
     :param policy: networks
-    :param build: gives the classes that ``update.cpp`` defines, or None; called when a plain actor is first to explore
+    :param get_classes: gives the classes that ``update.cpp`` defines, or None; called when they are first needed
     """
 
-    def __init__(self, policy: SoftSACPolicy, build: Callable[[], Any]):
+    def __init__(self, policy: SoftSACPolicy, get_classes: Callable[[], Any]):
         self.policy = policy
-        self._build = build
+        self._get_classes = get_classes
         self._looked_at: th.nn.Module | None = None
         self._watch = Watch([])
         self._actor: Any = None
@@ -100,7 +101,7 @@ class NativeActor:
         with suppress(NotPlain):
             _require_usual_methods(self._watch)
             layers = plain_actor(actor)
-            self._actor = _built(self._build).Actor(parameters_of(layers))
+            self._actor = _built(self._get_classes).Actor(parameters_of(layers))
 
 
 class NativeUpdate:
@@ -109,13 +110,13 @@ class NativeUpdate:
 
     :param policy: networks
     :param ent_coef: entropy coefficient
-    :param build: gives the classes that ``update.cpp`` defines, or None; called when first a plain update is to be done
+    :param get_classes: see :class:`NativeActor`
     """
 
-    def __init__(self, policy: SoftSACPolicy, ent_coef: EntCoef, build: Callable[[], Any]):
+    def __init__(self, policy: SoftSACPolicy, ent_coef: EntCoef, get_classes: Callable[[], Any]):
         self.policy = policy
         self.ent_coef = ent_coef
-        self._build = build
+        self._get_classes = get_classes
         self._update: Any = None
         self._reason: str | None = None  # why there is none
         self._n_weights = 1  # that are trained
@@ -166,7 +167,7 @@ class NativeUpdate:
         self._adam = [_constants(part) for part in optimizers]
         self._n_weights = sum(p.numel() for part in optimizers if part is not None for p in part.parameters)
         targets = list(map(parameters_of, layers.targets))
-        return _built(self._build).Update(actor, critics, targets, ent_coef)
+        return _built(self._get_classes).Update(actor, critics, targets, ent_coef)
 
     def n_at_once(self, batch_size: int) -> int:
         """
@@ -216,9 +217,9 @@ class NativeUpdate:
         return outcomes[-1].values[CRITIC_METRICS.index("finite")].bool(), outcomes
 
 
-def _built(build: Callable[[], Any]) -> Any:
-    require(native.suits_processor(), "the processor has neither AVX2 nor AVX-512")
-    classes = build()
+def _built(get_classes: Callable[[], Any]) -> Any:
+    require(build.suits_processor(), "the processor has neither AVX2 nor AVX-512")
+    classes = get_classes()
     require(classes is not None, "it could not be built")
     return classes
 

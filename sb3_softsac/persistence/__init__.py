@@ -1,0 +1,1 @@
+"""How a run is saved in files, and continued as if nothing had happened."""

@@ -1,0 +1,1 @@
+"""State of environments and their wrappers."""
