@@ -113,6 +113,10 @@ class SoftSAC(ResumableAlgorithm):
     actor_target: Actor | None
     action_space: spaces.Box
 
+    OF_PROCESS = (*ResumableAlgorithm.OF_PROCESS, "_execution", "_device_replay")
+    # The networks are in the policy, and what remains of the entropy coefficient is among the parameters
+    NOT_IN_FILES = (*ResumableAlgorithm.NOT_IN_FILES, "actor", "critic", "critic_target", "actor_target", "_ent_coef")
+
     _execution: Execution | None = None
     _device_replay: DeviceReplay | None = None
     _compiles = False  # stays with the run, also when it is continued from a file
@@ -520,18 +524,6 @@ class SoftSAC(ResumableAlgorithm):
         """
         parameters = super().get_parameters()
         return {name: runner.portable(state) for name, state in parameters.items()}
-
-    def _excluded_save_params(self) -> list[str]:
-        return [
-            *super()._excluded_save_params(),
-            "actor",
-            "critic",
-            "critic_target",
-            "actor_target",
-            "_ent_coef",
-            "_execution",
-            "_device_replay",
-        ]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         state_dicts = ["policy", "actor.optimizer", "critic.optimizer"]

@@ -77,11 +77,11 @@ NAMES = {
     f"{BASE}._get_torch_save_params": "model_file writes the members that SB3 would",
     f"{BASE}._update_learning_rate": "softsac sets and logs the actor's learning rate with it",
     f"{BASE}._setup_lr_schedule": "softsac overrides it, for NumPy's numbers",
-    f"{BASE}._update_info_buffer": "resumable._collect_rollout calls it at each step",
-    f"{BASE}._update_current_progress_remaining": "resumable._collect_rollout calls it at each step",
-    f"{OFF_POLICY}._store_transition": "resumable._collect_rollout calls it at each step",
-    f"{OFF_POLICY}._on_step": "resumable._collect_rollout calls it at each step",
-    f"{OFF_POLICY}.dump_logs": "resumable._collect_rollout calls it when an episode is to be logged",
+    f"{BASE}._update_info_buffer": "rollouts._collect_rollout calls it at each step",
+    f"{BASE}._update_current_progress_remaining": "rollouts._collect_rollout calls it at each step",
+    f"{OFF_POLICY}._store_transition": "rollouts._collect_rollout calls it at each step",
+    f"{OFF_POLICY}._on_step": "rollouts._collect_rollout calls it at each step",
+    f"{OFF_POLICY}.dump_logs": "rollouts._collect_rollout calls it when an episode is to be logged",
     f"{SAC_POLICIES}:SACPolicy._update_features_extractor": "policies.make_actor and make_critic call it",
     "stable_baselines3.her.her_replay_buffer:HerReplayBuffer.truncate_last_trajectory": "resumable, at a new episode",
 }
@@ -94,8 +94,8 @@ def test_names(name: str) -> None:
 
 MODEL = {
     "_total_timesteps": "resumable ends rollouts by it, _rl_zoo3 says how many steps are left",
-    "_num_timesteps_at_start": "resumable._lacks_transitions: whether a run goes on",
-    "_episode_num": "resumable._collect_rollout counts it, callbacks.SaveBestTrainingReturnCallback reads it",
+    "_num_timesteps_at_start": "rollouts._lack_of: whether a run goes on",
+    "_episode_num": "rollouts._collect_rollout counts it, callbacks.SaveBestTrainingReturnCallback reads it",
     "_n_updates": "softsac counts delays and target updates by it",
     "_last_obs": "resumable continues in mid-episode with it",
     "_custom_logger": "resumable._setup_learn keeps the logger of its own run by it",
@@ -223,11 +223,11 @@ SIGNATURES = {
     ),
     f"{OFF_POLICY}.collect_rollouts": (
         "self, env, callback, train_freq, replay_buffer, action_noise, learning_starts, log_interval",
-        "resumable.collect_rollouts takes its place",
+        "rollouts.collect_rollouts takes its place",
     ),
     f"{OFF_POLICY}._sample_action": (
         "self, learning_starts, action_noise, n_envs",
-        "resumable._sample_action takes its place",
+        "rollouts._sample_action takes its place",
     ),
     f"{SAC_POLICIES}:SACPolicy.__init__": (
         "self, observation_space, action_space, lr_schedule, net_arch, activation_fn, use_sde, log_std_init, "
@@ -259,18 +259,18 @@ def test_signatures(name: str) -> None:
 
 
 COPIED = {
-    f"{OFF_POLICY}.collect_rollouts": ("a1eead418b39", "resumable._collect_rollout"),
-    f"{OFF_POLICY}._sample_action": ("9f0a75c973e7", "resumable._sample_action"),
+    f"{OFF_POLICY}.collect_rollouts": ("a1eead418b39", "rollouts._collect_rollout"),
+    f"{OFF_POLICY}._sample_action": ("9f0a75c973e7", "rollouts._sample_action"),
     f"{OFF_POLICY}._setup_learn": ("313ea639c663", "resumable._setup_learn, which keeps noise and logger from it"),
     f"{OFF_POLICY}._setup_model": ("0c1ce31739ce", "softsac._setup_model and _setup_replay_buffer"),
     f"{BASE}._setup_learn": ("74d93718e473", "resumable._setup_learn, which keeps noise and logger from it"),
     f"{BASE}.save": ("b5f5bc736849", "resumable.write and model_file"),
     f"{BASE}.load": ("764894493d8f", "resumable.load"),
-    f"{BASE}.predict": ("70c3e8d5e1e1", "resumable._sample_action, which leaves out predict()"),
-    f"{POLICIES}:BasePolicy.predict": ("caf3216753db", "resumable._sample_action, which leaves out predict()"),
+    f"{BASE}.predict": ("70c3e8d5e1e1", "rollouts._sample_action, which leaves out predict()"),
+    f"{POLICIES}:BasePolicy.predict": ("caf3216753db", "rollouts._sample_action, which leaves out predict()"),
     f"{POLICIES}:BaseModel.extract_features": ("ddd3d2e8ed9b", "policies.Actor and Critic.extract_features"),
     "stable_baselines3.common.preprocessing:preprocess_obs": ("b541ad4616d8", "policies.Preprocessing"),
-    f"{SAC_POLICIES}:SACPolicy._predict": ("e7c85bb70bc7", "resumable._sample_action, which leaves out predict()"),
+    f"{SAC_POLICIES}:SACPolicy._predict": ("e7c85bb70bc7", "rollouts._sample_action, which leaves out predict()"),
     f"{SAC_POLICIES}:SACPolicy._build": ("f6ec54f8e09c", "policies.SoftSACPolicy._build"),
     f"{SAC_POLICIES}:SACPolicy.make_actor": ("d98c94d3f138", "policies.SoftSACPolicy.make_actor"),
     f"{SAC_POLICIES}:SACPolicy.make_critic": ("a91a69de0468", "policies.SoftSACPolicy.make_critic"),

@@ -1,49 +1,28 @@
 """
-Runs that can be saved and continued at any step: what SB3's off-policy algorithms lack.
+Runs that can be saved and continued at any step, which SB3's off-policy algorithms cannot.
 
-:class:`ResumableAlgorithm` knows what a run consists of (parameters, replay buffer, random states, environments,
-callbacks, the rollout in progress); how that is written is said in ``model_file``, ``run_folder`` and ``env_state``.
+:class:`ResumableAlgorithm` knows what a run consists of: parameters, replay buffer, random states, environments,
+callbacks and the rollout in progress. ``model_file``, ``run_folder`` and ``envs`` know how each is written.
 """
 
 import os
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import suppress
-from copy import deepcopy
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar, cast
+from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
 
-import numpy as np
 import torch as th
-from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.buffers import ReplayBuffer as SB3ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger, configure
-from stable_baselines3.common.noise import ActionNoise, VectorizedActionNoise
+from stable_baselines3.common.noise import VectorizedActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
-from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.type_aliases import (
-    GymEnv,
-    MaybeCallback,
-    RolloutReturn,
-    TrainFreq,
-    TrainFrequencyUnit,
-)
-from stable_baselines3.common.utils import (
-    check_for_correct_spaces,
-    get_system_info,
-    obs_as_tensor,
-    should_collect_more_steps,
-)
-from stable_baselines3.common.vec_env import (
-    VecEnv,
-    VecTransposeImage,
-    unwrap_vec_normalize,
-    unwrap_vec_wrapper,
-)
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback
+from stable_baselines3.common.utils import check_for_correct_spaces, get_system_info
+from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
-from stable_baselines3.sac.policies import SACPolicy
 
 from sb3_softsac.buffers import map_obs
 from sb3_softsac.persistence import buffer_state, callback_state, model_file
@@ -52,7 +31,7 @@ from sb3_softsac.persistence.codec import NotEncodable, decode, encode
 from sb3_softsac.persistence.envs import env_state
 from sb3_softsac.persistence.model_file import ModelFile
 from sb3_softsac.persistence.run_folder import RunFolder
-from sb3_softsac.type_aliases import TorchObs
+from sb3_softsac.rollouts import RolloutAlgorithm, with_usual_strides
 from sb3_softsac.validation import check_wrappers
 
 LOGGER_STATE = ("name_to_value", "name_to_count", "name_to_excluded")
@@ -61,37 +40,50 @@ NOT_SAVED = "not_saved"  # names of what was logged besides
 Self = TypeVar("Self", bound="ResumableAlgorithm")
 
 
-class ResumableAlgorithm(OffPolicyAlgorithm):
-    """Base class of ``SoftSAC``: rollouts, ``learn``, ``save`` and ``load``."""
+class Pending(NamedTuple):
+    """What a file holds for the next ``learn()``, which brings the callbacks and the logger."""
 
-    actor: Any
-    random_steps: int | None
+    callbacks: list[Any] | None = None  # see callback_state
+    counts_anew: bool = False  # what has ended the run may not end the next learn() at once
+    log: dict[str, dict[str, Any]] | None = None  # recorded, and not yet written by the logger
+    # With a run that goes on in mid-episode: whatever is done until then may draw from other states
+    random_states: dict[str, Any] | None = None
+
+
+class Unread(NamedTuple):
+    """A file that was loaded without an environment: only its policy was read."""
+
+    replay: str | None  # name of the file, if it has a replay buffer
+    statistics: dict[str, Any] | None  # of VecNormalize
+    n_updates: int  # that the policy has had in the file
+
+
+class ResumableAlgorithm(RolloutAlgorithm):
+    """Base class of ``SoftSAC``: ``learn``, ``save`` and ``load``."""
 
     # What a plain save() leaves out; ("replay_buffer",) keeps files small
     save_exclude: tuple[str, ...] = ()
-    run_folders: dict[Path, RunFolder] | None = None  # where checkpoints of this run are, by absolute path
+    run_folders: dict[Path, RunFolder] | None = None  # with checkpoints of this run, by absolute path
     is_learning = False
-    after_step: deque[Callable[[], None]] | None = None  # called once each, when all callbacks are done with the step
 
     _callback: BaseCallback | None = None
-    # Of a file, for the callbacks and the logger of the next learn()
-    _callback_states: list[Any] | None = None
-    _late_callbacks: Iterable[
-        BaseCallback
-    ] = ()  # callbacks that have not seen the last step: one before them has saved it
-    _pending_log: dict[str, dict[str, Any]] | None = None
-    # Of a file that is continued in mid-episode: whatever is done before the next learn() draws from other states
-    _random_states: dict[str, Any] | None = None
-    _loaded = False
-    _unread: str | None = None  # file of which only the policy was read, for want of an environment
-    # What it says of VecNormalize, for the next file, and after how many updates
-    _unread_statistics: tuple[dict[str, Any] | None, int] = None, 0
-    _counts_anew = False  # what has ended the run may not end the next learn() at once
+    _loaded = False  # from a file
+    _pending = Pending()
+    _unread: Unread | None = None
     _tensorboard_run: str | None = None  # folder of the run within tensorboard_log
-    _warmed_up = False  # no more random actions, whatever num_timesteps is
-    # Steps and episodes of the rollout in progress, and whether its last step still has to be logged
-    _rollout: tuple[int, int, bool] | None = None
-    _mid_step = False  # the environment is ahead of the rest: a step was interrupted (Ctrl-C)
+
+    # Attributes that belong to this process: in no copy and in no file
+    OF_PROCESS: tuple[str, ...] = ("_callback", "_late_callbacks", "run_folders", "after_step")
+    # Attributes that are in no file, besides those and SB3's
+    NOT_IN_FILES: tuple[str, ...] = (
+        "lr_schedule",
+        "save_exclude",
+        "is_learning",
+        "_loaded",
+        "_pending",
+        "_unread",
+        "_mid_step",
+    )
 
     def _setup_replay_buffer(self) -> None:
         """Make the replay buffer, unless there is one, or no environment."""
@@ -111,204 +103,6 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
 
     def _set_exploration_state(self, state: Any) -> None:
         raise NotImplementedError
-
-    def _sample_action(
-        self, learning_starts: int, action_noise: ActionNoise | None = None, n_envs: int = 1
-    ) -> tuple[np.ndarray, np.ndarray]:
-        # SB3's one number says both when learning starts and when random actions end
-        random_steps = learning_starts if self.random_steps is None else self.random_steps
-        random_steps = 0 if self._warmed_up else random_steps
-        if self._predicts_its_own_way() or self.num_timesteps < random_steps:
-            return super()._sample_action(random_steps, action_noise, n_envs)
-        # As SB3's predict(), without its way there and back between scaled actions and those of the environment
-        assert self._last_obs is not None
-        actions = self._explore(obs_as_tensor(self._last_obs, self.device)).cpu().numpy()
-        scaled_actions = actions.reshape(-1, *cast(Any, self.action_space).shape)
-        if action_noise is not None:
-            scaled_actions = np.clip(scaled_actions + action_noise(), -1, 1)
-        return self.policy.unscale_action(scaled_actions), scaled_actions
-
-    def _explore(self, obs: TorchObs) -> th.Tensor:
-        """
-        :param obs: observations of E environments
-        :return: a sample of scaled actions, (E, A)
-        """
-        self.policy.set_training_mode(False)  # also of a module that is new
-        with th.no_grad():
-            return cast(Any, self.policy).actor(obs)
-
-    def _predicts_its_own_way(self) -> bool:
-        """Whether a user has replaced SB3's methods."""
-        sb3s = (BaseAlgorithm.predict, BasePolicy.predict, SACPolicy._predict)
-        methods = (self.predict, self.policy.predict, self.policy._predict)
-        return any(getattr(m, "__func__", None) is not sb3 for m, sb3 in zip(methods, sb3s, strict=True))
-
-    def collect_rollouts(
-        self,
-        env: VecEnv,
-        callback: BaseCallback,
-        train_freq: TrainFreq,
-        replay_buffer: SB3ReplayBuffer,
-        action_noise: ActionNoise | None = None,
-        learning_starts: int = 0,
-        log_interval: int | None = None,
-    ) -> RolloutReturn:
-        """
-        Collect transitions, as in SB3; and so that a model that a callback saves is one between two steps.
-
-        A run that continues without its replay buffer first collects ``learning_starts`` steps with its policy again,
-        instead of learning from the first few.
-
-        :param env: training environments, E
-        :param callback: called at each step, when all of the step is done
-        :param train_freq: steps or episodes to collect
-        :param replay_buffer: where they go
-        :param action_noise: added to the scaled actions
-        :param learning_starts: environment steps before the first gradient update
-        :param log_interval: episodes between log entries
-        :return: counts of the last rollout, and whether to go on
-        """
-        args = env, callback, train_freq, replay_buffer, action_noise, learning_starts, log_interval
-        rollout = self._collect_rollout(*args)
-        told = None
-        while rollout.continue_training and (lack := self._lack_of(replay_buffer)) is not None:
-            if self.num_timesteps >= self._total_timesteps:
-                warnings.warn(f"Nothing was learned, since training has ended before {lack}", stacklevel=3)
-                return rollout._replace(continue_training=False)  # ends here, without an update
-            if lack != told:
-                self._say(f"Updates begin later, since they are due before {lack}")
-                told = lack
-            rollout = self._collect_rollout(*args)
-        return rollout
-
-    def _lack_of(self, buffer: SB3ReplayBuffer) -> str | None:
-        """
-        :return: what the replay buffer has to hold before there can be updates, and what a user can do; None: it does,
-            or no updates are due
-        """
-        if self.num_timesteps <= self.learning_starts or self.gradient_steps == 0:
-            return None
-        if isinstance(buffer, HerReplayBuffer) and not np.any(buffer.ep_length > 0):
-            return (
-                "the first episode has, which HerReplayBuffer needs: let learning_starts be larger than the number of "
-                "steps of an episode, times the number of environments."
-            )
-        if self._num_timesteps_at_start > 0 and not buffer.full and buffer.size() * self.n_envs <= self.learning_starts:
-            return (
-                f"a run that goes on without its replay buffer has learning_starts={self.learning_starts} transitions "
-                "in the new one. Lower it at load(), or train for longer."
-            )
-        return None
-
-    def _say(self, text: str) -> None:
-        if self.verbose >= 1:
-            print(text)
-
-    def _collect_rollout(
-        self,
-        env: VecEnv,
-        callback: BaseCallback,
-        train_freq: TrainFreq,
-        replay_buffer: SB3ReplayBuffer,
-        action_noise: ActionNoise | None,
-        learning_starts: int,
-        log_interval: int | None,
-    ) -> RolloutReturn:
-        # SB3's loop calls callbacks when the environment has made its step but the transition is not stored, and counts
-        # the rollout's steps where nobody can see them: a model saved there lacks a transition, and cannot go on from
-        # the middle of a rollout.
-        if self.policy.training:
-            self.policy.set_training_mode(False)
-        assert train_freq.frequency > 0, "Should at least collect one step or episode."
-        if env.num_envs > 1:
-            assert train_freq.unit == TrainFrequencyUnit.STEP, "You must use only one env when doing episodic training."
-        if self._rollout is None:
-            if self.use_sde:
-                self.actor.reset_noise(env.num_envs)
-            self._rollout = 0, 0, False
-        num_collected_steps, num_collected_episodes, must_log = self._rollout
-        callback.on_rollout_start()
-        late, self._late_callbacks = self._late_callbacks, ()
-        if not all([each.on_step() for each in late]):
-            return RolloutReturn(num_collected_steps * env.num_envs, num_collected_episodes, continue_training=False)
-        if must_log:
-            self.dump_logs()
-
-        while should_collect_more_steps(train_freq, num_collected_steps, num_collected_episodes):
-            if self.use_sde and self.sde_sample_freq > 0 and num_collected_steps % self.sde_sample_freq == 0:
-                self.actor.reset_noise(env.num_envs)
-            actions, buffer_actions = self._sample_action(learning_starts, action_noise, env.num_envs)
-            self._mid_step = True
-            new_obs, rewards, dones, infos = env.step(actions)
-            new_obs = map_obs(_with_usual_strides, new_obs)
-            self.num_timesteps += env.num_envs
-            num_collected_steps += 1
-            self._update_info_buffer(infos, dones)
-            self._store_transition(replay_buffer, buffer_actions, new_obs, rewards, dones, infos)
-            self._update_current_progress_remaining(self.num_timesteps, self._total_timesteps)
-            self._on_step()
-            must_log = False
-            for idx in np.flatnonzero(dones).tolist():
-                num_collected_episodes += 1
-                self._episode_num += 1
-                if action_noise is not None:
-                    action_noise.reset(**({"indices": [idx]} if env.num_envs > 1 else {}))
-                must_log |= log_interval is not None and self._episode_num % log_interval == 0
-            self._rollout = num_collected_steps, num_collected_episodes, must_log
-            self._mid_step = False
-
-            callback.update_locals(locals())
-            goes_on = callback.on_step()
-            self._run_after_step()
-            if not goes_on:
-                return RolloutReturn(
-                    num_collected_steps * env.num_envs, num_collected_episodes, continue_training=False
-                )
-            if must_log:
-                self.dump_logs()
-                self._rollout = num_collected_steps, num_collected_episodes, False
-        callback.on_rollout_end()
-        self._rollout = None
-        return RolloutReturn(num_collected_steps * env.num_envs, num_collected_episodes, continue_training=True)
-
-    def _store_transition(
-        self,
-        replay_buffer: SB3ReplayBuffer,
-        buffer_action: np.ndarray,
-        new_obs: Any,
-        reward: np.ndarray,
-        dones: np.ndarray,
-        infos: list[dict[str, Any]],
-    ) -> None:
-        # SB3's fails where VecNormalize is below VecTransposeImage, which is where it puts the latter (issues 724 and
-        # 819), and with VecNormalize(norm_obs=False) over discrete observations
-        normalize, last_obs, new_original_obs = self._vec_normalize_env, self._last_obs, new_obs
-        if normalize is not None:
-            last_obs, new_original_obs = self._last_original_obs, self._original_obs()
-            reward = normalize.get_original_reward()
-        next_obs = deepcopy(new_original_obs)
-        for i in np.flatnonzero(dones).tolist():
-            terminal_obs = infos[i].get("terminal_observation")
-            if terminal_obs is not None:
-                terminal_obs = terminal_obs if normalize is None else normalize.unnormalize_obs(terminal_obs)
-                map_obs(lambda rows, obs, i=i: rows.__setitem__(i, obs), next_obs, terminal_obs)
-        replay_buffer.add(last_obs, next_obs, buffer_action, reward, dones, infos)  # type: ignore[arg-type]
-        self._last_obs, self._last_original_obs = new_obs, new_original_obs
-
-    def _original_obs(self) -> Any:
-        """
-        :return: observations as they were before VecNormalize, laid out as the model's
-        """
-        assert self.env is not None and self._vec_normalize_env is not None
-        obs = self._vec_normalize_env.get_original_obs()
-        transpose = unwrap_vec_wrapper(self.env, VecTransposeImage)
-        if transpose is not None and unwrap_vec_normalize(transpose) is self._vec_normalize_env:
-            obs = transpose.transpose_observations(obs)
-        return map_obs(_with_usual_strides, obs)
-
-    def _run_after_step(self) -> None:
-        while self.after_step:  # a signal may add to it at any time
-            self.after_step.popleft()()
 
     def learn(
         self: Self,
@@ -362,13 +156,13 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
             self._rollout = None
             self._end_stored_episodes()
         assert self.env is not None, "You must set the environment before calling learn()"
-        if self._unread is not None:
+        if self._unread is not None and self._unread.replay is not None:
             warnings.warn(
-                f"The replay buffer in {self._unread} was not read, nor random states and VecNormalize, because load() "
-                "was called without an environment. To continue the run, pass one to load().",
+                f"The replay buffer in {self._unread.replay} was not read, nor random states and VecNormalize, because "
+                "load() was called without an environment. To continue the run, pass one to load().",
                 stacklevel=3,
             )
-            self._unread = None
+            self._unread = self._unread._replace(replay=None)
         env_state.prepare(self.env)
         resets = reset_num_timesteps or self._last_obs is None
         # SB3 resets the noise here. That would tear an episode that goes on; a vectorised one is left as it is.
@@ -390,29 +184,28 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
             if own_logger is not None:
                 self._custom_logger = False
         if resets:
-            self._last_obs = map_obs(_with_usual_strides, self._last_obs)
+            self._last_obs = map_obs(with_usual_strides, self._last_obs)
             if self._vec_normalize_env is not None:
                 self._last_original_obs = self._original_obs()
         if self.tensorboard_log is not None and self.logger.dir is not None:
             self._tensorboard_run = os.path.basename(self.logger.dir)
         if not reset_num_timesteps:
             self._restore_at_learn()
-        self._callback_states = self._pending_log = self._random_states = None
+        self._pending = Pending()
         return total_timesteps, self._callback
 
     def _restore_at_learn(self) -> None:
-        """What a file says of callbacks, the logger and random states: ``load()`` has not had them yet."""
+        """Restore what ``load()`` could not: callbacks, the logger and random states."""
         lost: list[str] = []
-        if self._callback_states is not None:
-            self._late_callbacks, lost = callback_state.restore(
-                self._callback, self._callback_states, self._counts_anew
-            )
-        if self._pending_log is not None:
+        callbacks, counts_anew, log, random_states = self._pending
+        if callbacks is not None:
+            self._late_callbacks, lost = callback_state.restore(self._callback, callbacks, counts_anew)
+        if log is not None:
             for name in LOGGER_STATE:
-                getattr(self.logger, name).update(self._pending_log.get(name, {}))
-            lost += [f"{name} had been logged, and could not be saved" for name in self._pending_log.get(NOT_SAVED, ())]
-        if self._random_states is not None:
-            model_file.restore_random_states(self._random_states, self.device)
+                getattr(self.logger, name).update(log.get(name, {}))
+            lost += [f"{name} had been logged, and could not be saved" for name in log.get(NOT_SAVED, ())]
+        if random_states is not None:
+            model_file.restore_random_states(random_states, self.device)
         if lost:
             warnings.warn(f"The continuation may differ: {'; '.join(lost)}.", stacklevel=4)
 
@@ -447,7 +240,7 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
         :param seed: None: leave all as they are
         """
         if seed is not None:
-            self._random_states = None
+            self._pending = self._pending._replace(random_states=None)
         super().set_random_seed(seed)
 
     def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
@@ -509,10 +302,10 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
                     f"The replay buffer is not saved: {error}. To leave it out knowingly: exclude=['replay_buffer'].",
                     stacklevel=3,
                 )
-        elif self._unread is not None and "replay_buffer" not in exclude:
+        elif self._unread is not None and self._unread.replay is not None and "replay_buffer" not in exclude:
             warnings.warn(
-                f"The replay buffer in {self._unread} was not read, and is not in the new file. Pass an environment to "
-                "load() to keep it, or exclude=['replay_buffer'] to save().",
+                f"The replay buffer in {self._unread.replay} was not read, and is not in the new file. Pass an "
+                "environment to load() to keep it, or exclude=['replay_buffer'] to save().",
                 stacklevel=3,
             )
         with ArchiveWriter(file) as archive:
@@ -529,12 +322,12 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
                     "num_timesteps": self.num_timesteps,
                     "n_envs": self.n_envs,
                     "machine": model_file.machine(self.device, self._known_threads()),
-                    "random": self._random_states or model_file.random_states(self.device),
+                    "random": self._pending.random_states or model_file.random_states(self.device),
                     "exploration": encode(self._exploration_state()),
                     "env": self._env_state(),
                     "frozen": model_file.frozen_parameters(self.policy),
                     "mid_step": self._mid_step,
-                    "callbacks": self._callback_states or callback_state.capture(self._callback),
+                    "callbacks": self._pending.callbacks or callback_state.capture(self._callback),
                     "log": self._log_state(),
                     "replay": replay,
                 }
@@ -543,9 +336,10 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
     def _env_state(self) -> dict[str, Any] | None:
         if self.env is not None:
             return env_state.capture(self.env)
-        statistics, n_updates = self._unread_statistics
         # Not if it has been trained without an environment, as by the zoo's ParallelTrainCallback
-        return statistics if self.replay_buffer is None and self._n_updates == n_updates else None
+        if self._unread is None or self.replay_buffer is not None or self._n_updates != self._unread.n_updates:
+            return None
+        return self._unread.statistics
 
     def savable_replay_buffer(self) -> SB3ReplayBuffer | None:
         """
@@ -604,36 +398,19 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
             data = model_file.read_data(file.archive, custom_objects, kwargs, allow_pickle)
             has_policy_kwargs = "policy_kwargs" in data or "policy_kwargs" in kwargs
             _check_data(data, kwargs, file.name)
-            if env is not None:
-                env = cls._wrap_env(env, data.get("verbose", 0))
-                check_for_correct_spaces(env, data["observation_space"], data["action_space"])
-            same_envs = env is not None and env.num_envs == data["n_envs"]
-            goes_on = same_envs and not force_reset and "_last_obs" in data
-            if env is not None:
-                data["n_envs"] = env.num_envs
+            env = None if env is None else cls._wrap_env(env, data.get("verbose", 0))
+            goes_on = _fit_to_env(data, env) and not force_reset
             if not goes_on:
                 data.update(_last_obs=None, _rollout=None)
-            noise = data.get("action_noise")
-            if not same_envs and isinstance(noise, VectorizedActionNoise):
-                data["action_noise"] = noise.base_noise
-
-            restores_random_states = env is not None and "random" in file.index and "seed" not in kwargs
+            continues_random_states = env is not None and "random" in file.index and "seed" not in kwargs
             model = cls(policy=data["policy_class"], env=env, device=device, _init_setup_model=False)  # type: ignore[arg-type, call-arg]
-            model._set_up(data, kwargs, is_seeded=not restores_random_states)
-            try:
-                optional = {"ent_coef_optimizer"} if "ent_coef" in kwargs else set()
-                model_file.read_parameters(file.archive, model, optional)
-            except CheckpointError as error:
-                hint = "" if has_policy_kwargs else " The file has no policy_kwargs: pass policy_kwargs=... to load()."
-                raise CheckpointError(f"{error}{hint}") from error
-            model_file.freeze(model.policy, file.index.get("frozen"), file.name)
-            if model.use_sde:
-                model.policy.reset_noise()  # type: ignore[operator]
+            model._set_up(data, kwargs, is_seeded=not continues_random_states)
+            model._restore_policy(file, "ent_coef" in kwargs, has_policy_kwargs)
             # The zoo says buffer_size=1 when it only wants to watch
             wants_replay = "replay_buffer" not in (custom_objects or {}) and kwargs.get("buffer_size") != 1
             if env is None:
-                model._unread = file.name if wants_replay and file.replay is not None else None
-                model._unread_statistics = env_state.statistics(file.index.get("env")), model._n_updates
+                replay = file.name if wants_replay and file.replay is not None else None
+                model._unread = Unread(replay, env_state.statistics(file.index.get("env")), model._n_updates)
                 return model
             with naming(f"the state of the run in {file.name}"):
                 if wants_replay:
@@ -643,12 +420,12 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
                 model._restore_envs(file, goes_on, force_reset)
                 if kwargs.get("seed") is not None:
                     model.set_random_seed(model.seed)
-                model._callback_states, model._counts_anew = file.index.get("callbacks"), force_reset
-                model._pending_log = decode(file.index.get("log"))
                 model._set_exploration_state(decode(file.index.get("exploration", [])))
-                if restores_random_states:
+                model._pending = Pending(file.index.get("callbacks"), force_reset, decode(file.index.get("log")))
+                if continues_random_states:
                     model_file.restore_random_states(file.index["random"], model.device)
-                    model._random_states = file.index["random"] if model._last_obs is not None else None
+                    if model._last_obs is not None:
+                        model._pending = model._pending._replace(random_states=file.index["random"])
             return model
 
     def _set_up(self, data: dict[str, Any], kwargs: dict[str, Any], is_seeded: bool) -> None:
@@ -671,6 +448,16 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
         self.seed = seed if is_seeded else None
         self._setup_model()
         self.seed = seed
+
+    def _restore_policy(self, file: ModelFile, has_new_ent_coef: bool, has_policy_kwargs: bool) -> None:
+        try:
+            model_file.read_parameters(file.archive, self, {"ent_coef_optimizer"} if has_new_ent_coef else set())
+        except CheckpointError as error:
+            hint = "" if has_policy_kwargs else " The file has no policy_kwargs: pass policy_kwargs=... to load()."
+            raise CheckpointError(f"{error}{hint}") from error
+        model_file.freeze(self.policy, file.index.get("frozen"), file.name)
+        if self.use_sde:
+            self.policy.reset_noise()  # type: ignore[operator]
 
     def _restore_replay(self, file: ModelFile) -> None:
         if file.replay is not None:
@@ -743,8 +530,8 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
     def _log_state(self) -> Any:
         """What has been recorded since the logger was dumped last; of pictures and the like, their names."""
         logger = getattr(self, "_logger", None)
-        if self._pending_log is not None:  # of a file, not yet handed to a logger
-            return encode(self._pending_log)
+        if self._pending.log is not None:
+            return encode(self._pending.log)
         if logger is None:
             return None
         state: dict[str, Any] = {name: {} for name in LOGGER_STATE} | {NOT_SAVED: []}
@@ -781,7 +568,8 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
         :raises CheckpointError: (a ValueError) if the file is damaged, does not fit, or would have to be unpickled
         """
         assert self.env is not None, "You must pass an environment at load time, before its replay buffer"
-        self._unread = None
+        if self._unread is not None:
+            self._unread = self._unread._replace(replay=None)
         self._note_deleted_buffer()
         self.replay_buffer, before = None, self.replay_buffer
         self._setup_replay_buffer()
@@ -796,23 +584,30 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
         self.replay_buffer.device = self.device
 
     def _excluded_save_params(self) -> list[str]:
-        excluded = ["lr_schedule", "save_exclude", "run_folders", "is_learning", "after_step", "_loaded"]
-        excluded += ["_unread", "_unread_statistics", "_counts_anew"]
-        excluded += ["_mid_step", "_callback", "_callback_states", "_late_callbacks", "_pending_log", "_random_states"]
-        return [*super()._excluded_save_params(), *excluded]
+        return [*super()._excluded_save_params(), *self.OF_PROCESS, *self.NOT_IN_FILES]
 
     def __getstate__(self) -> dict[str, Any]:
-        """For ``deepcopy`` and ``pickle``: without what belongs to this process and its files."""
-        here = ("_callback", "_late_callbacks", "run_folders", "after_step", "_execution", "_device_replay")
-        return {name: value for name, value in vars(self).items() if name not in here}
+        """For ``deepcopy`` and ``pickle``."""
+        return {name: value for name, value in vars(self).items() if name not in self.OF_PROCESS}
 
 
-def _with_usual_strides(obs: np.ndarray) -> np.ndarray:
+def _fit_to_env(data: dict[str, Any], env: VecEnv | None) -> bool:
     """
-    A convolution rounds differently where the strides are those of images with channels last, as after a transposition,
-    and a file does not keep them. NumPy calls them contiguous if there is one channel, and PyTorch does not.
+    Adapt attributes of a model to its environments.
+
+    :param data: the attributes, changed in place
+    :param env: environments, or None
+    :return: whether the run can go on in mid-episode
+    :raises ValueError: if the spaces are others
     """
-    return obs.copy() if obs.ndim > 2 else obs
+    same_envs = env is not None and env.num_envs == data["n_envs"]
+    if env is not None:
+        check_for_correct_spaces(env, data["observation_space"], data["action_space"])
+        data["n_envs"] = env.num_envs
+    noise = data.get("action_noise")
+    if not same_envs and isinstance(noise, VectorizedActionNoise):
+        data["action_noise"] = noise.base_noise
+    return same_envs and "_last_obs" in data
 
 
 def _check_data(data: dict[str, Any], kwargs: dict[str, Any], name: str) -> None:
