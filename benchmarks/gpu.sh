@@ -65,7 +65,7 @@ if arm != "sb3":
     options["compile"] = arm != "eager"
     options["buffer_on_device"] = False if arm == "graph-without-copy" else "auto"
 if arm == "compiled":  # each kernel launched by itself
-    importlib.import_module("sb3_softsac.execution.runner").CudaGraph = lambda function, addresses, capture: function
+    importlib.import_module("sb3_softsac.execution.cuda_graph").CudaGraph = lambda function, addresses, capture: function
 module, name = ("stable_baselines3", "SAC") if arm == "sb3" else ("sb3_softsac", "SoftSAC")
 algorithm = getattr(importlib.import_module(module), name)
 model = algorithm("MlpPolicy", env_id, learning_starts=1000, device="cuda", seed=seed, **options)
@@ -93,9 +93,9 @@ for at_once in (1, 32):
     row[f"updates_per_second_{at_once}"] = calls * at_once / (time.perf_counter() - start)
 row["peak_bytes"] = th.cuda.max_memory_allocated()
 if options.get("compile"):
-    if not model._execution.compiles:
+    if not model._runner.compiles:
         sys.exit("gpu.sh: the update could not be compiled, see the warning above.")
-    row["compile_seconds"] = model._execution.compile_seconds
+    row["compile_seconds"] = model._runner.report.compile_seconds
 with open(runs, "a") as file:
     file.write(json.dumps(row) + "\n")
 END

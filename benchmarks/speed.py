@@ -224,9 +224,9 @@ def measure_training(settings: Settings) -> Numbers:
         "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
     if settings["arm"] in COMPILED:
-        if not model._execution.compiles:
+        if not model._runner.compiles:
             sys.exit("The update could not be compiled: see the warning.")
-        numbers["compile_seconds"] = model._execution.compile_seconds
+        numbers["compile_seconds"] = model._runner.report.compile_seconds
     if settings["arm"] != "sbx":
         numbers["flop_per_update"] = count_operations(model, settings["batch_size"])
     return numbers
@@ -259,8 +259,8 @@ def count_operations(model: Any, batch_size: int) -> int:
     """
     from torch.utils.flop_counter import FlopCounterMode
 
-    if hasattr(model, "_execution"):  # SoftSAC's: the counter does not see what compiled code does
-        model._compiles, model._execution = False, None
+    if hasattr(model, "_runner"):  # SoftSAC's: the counter does not see what compiled code does
+        model._compiles, model._runner = False, None
     with FlopCounterMode(display=False) as counter:
         model.train(gradient_steps=1, batch_size=batch_size)
     return counter.get_total_flops()
@@ -297,7 +297,7 @@ def measure_buffer(settings: Settings) -> Numbers:
                 function()
             numbers[f"{name}_seconds_{rows}"] = (time.perf_counter() - start) / n_calls
     if settings["arm"] in COMPILED:
-        numbers["compile_seconds"] = model._execution.compile_seconds
+        numbers["compile_seconds"] = model._runner.report.compile_seconds
     return numbers
 
 

@@ -2,6 +2,8 @@
 
 import torch as th
 
+from sb3_softsac import losses
+
 
 class FixedEntCoef:
     """
@@ -23,6 +25,24 @@ class FixedEntCoef:
         """
         assert self.tensor is not None
         return self.tensor
+
+    def tensors(self) -> list[th.Tensor]:
+        """
+        :return: what it consists of
+        """
+        return [self.value()]
+
+    def optimizers(self) -> list[th.optim.Optimizer]:
+        """
+        :return: none
+        """
+        return []
+
+    def losses(self, log_prob: th.Tensor, target_entropy: float, kind: str) -> dict[str, th.Tensor]:
+        """
+        :return: no losses
+        """
+        return {}
 
 
 class LearnedEntCoef:
@@ -46,6 +66,28 @@ class LearnedEntCoef:
         """
         assert self.log_ent_coef is not None
         return th.exp(self.log_ent_coef.detach())
+
+    def tensors(self) -> list[th.Tensor]:
+        """
+        :return: what it consists of
+        """
+        assert self.log_ent_coef is not None
+        return [self.log_ent_coef]
+
+    def optimizers(self) -> list[th.optim.Optimizer]:
+        """
+        :return: the optimiser of its logarithm
+        """
+        assert self.optimizer is not None
+        return [self.optimizer]
+
+    def losses(self, log_prob: th.Tensor, target_entropy: float, kind: str) -> dict[str, th.Tensor]:
+        """
+        :param log_prob: see :func:`losses.ent_coef_loss`, as for the others
+        :return: its loss by log key
+        """
+        assert self.log_ent_coef is not None
+        return {"ent_coef_loss": losses.ent_coef_loss(self.log_ent_coef, log_prob, target_entropy, kind)}
 
 
 EntCoef = FixedEntCoef | LearnedEntCoef

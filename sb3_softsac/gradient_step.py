@@ -1,27 +1,25 @@
 """
 One whole SAC update: sampled batch and noise in, new parameters, optimiser states, targets and metrics out.
 
-What takes gradients and steps optimisers, beside ``update.cpp``. Noise comes from outside, in the order of SB3's
-``SAC.train``, and each loss sees the networks and the entropy coefficient that SB3's sees: equal networks, batch and
-noise give equal new networks, whoever runs the update (:mod:`sb3_softsac.execution.runner`).
+All gradients and optimiser steps; ``update.cpp`` repeats them for plain SAC. Noise comes from outside, in the order of
+SB3's ``SAC.train``, and each loss sees the networks and the entropy coefficient that SB3's sees: equal networks, batch
+and noise give equal new networks, however the update is run (:mod:`sb3_softsac.execution`).
 """
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple
 
 import torch as th
 from torch import nn
-from torch.optim import Adam, AdamW, Optimizer
 
 from sb3_softsac import losses, upstream
 from sb3_softsac.ent_coef import EntCoef
+from sb3_softsac.optimizers import Apply, Gradients, Optimizers, Trained, pure_step, step
 from sb3_softsac.policies import Actor, SoftSACPolicy, running_statistics
 from sb3_softsac.type_aliases import Metrics, PolicySample, ReplayBatch
 
-adam = upstream.find("torch.optim.adam:adam")  # None: steps of optimisers are not compiled
 SATURATED = 0.999  # an action this close to a bound counts as saturated: |u| > 3.8 before tanh
-CHECKED = (("critic_loss", "critic_grad_norm"), ("ent_coef_loss", None), ("actor_loss", "actor_grad_norm"))
 
 
 class UpdateOptions(NamedTuple):
@@ -58,49 +56,6 @@ class LearningRates(NamedTuple):
     critic: th.Tensor
     ent_coef: th.Tensor
     actor: th.Tensor
-
-
-class Outcome(NamedTuple):
-    """Scalars of one update: their names, and their values in one tensor (M,) on the device."""
-
-    names: tuple[str, ...]
-    values: th.Tensor
-
-
-class AdamGroup(NamedTuple):
-    """Parameters of Adam or AdamW with their state, and its options without the learning rate."""
-
-    parameters: list[th.Tensor]
-    exp_avgs: list[th.Tensor]
-    exp_avg_sqs: list[th.Tensor]
-    max_exp_avg_sqs: list[th.Tensor]
-    steps: list[th.Tensor]
-    options: dict[str, Any]
-
-
-class Trained(NamedTuple):
-    """
-    What an optimiser trains. Compiled code is made anew when a number that it has read changes: so it reads this, and
-    not the optimiser with its learning rate.
-    """
-
-    optimizer: Optimizer
-    parameters: list[th.Tensor]  # those that are not frozen
-    groups: list[AdamGroup]  # for the pure step
-
-
-class Optimizers(NamedTuple):
-    """The optimisers of an update."""
-
-    critic: Trained
-    ent_coef: Trained | None  # None: the coefficient is fixed
-    actor: Trained
-
-
-Gradients = tuple[th.Tensor | None, ...]
-Apply = Callable[[Trained, Gradients, th.Tensor, th.Tensor], th.Tensor]
-"""Takes what is trained, gradients, learning rate and whether all was finite until now, and does the optimiser's step
-unless a number was not finite. Returns whether all has been finite."""
 
 
 def due(options: UpdateOptions, n_updates: int) -> Due:
@@ -189,7 +144,7 @@ def update(
             policy, ent_coef, optimizers, batch, actor_noise, coefficient, options
         )
         metrics.update(actor_metrics)
-        if optimizers.ent_coef is not None:
+        if "ent_coef_loss" in metrics:
             finite = finite & th.isfinite(metrics["ent_coef_loss"])
             finite = parts.apply(optimizers.ent_coef, ent_coef_gradients, learning_rates.ent_coef, finite)
         finite = finite & th.isfinite(metrics["actor_loss"] + metrics["actor_grad_norm"])
@@ -248,10 +203,9 @@ def actor_gradients(
     pi = _sample(policy.actor, batch, noise, options)
     metrics: Metrics = {}
     ent_coef_gradients: Gradients = ()
-    if ent_coef.log_ent_coef is not None and optimizers.ent_coef is not None:
-        loss = losses.ent_coef_loss(ent_coef.log_ent_coef, pi.log_prob, options.target_entropy, options.ent_coef_loss)
+    for name, loss in ent_coef.losses(pi.log_prob, options.target_entropy, options.ent_coef_loss).items():
         ent_coef_gradients, _ = _gradients(loss, optimizers.ent_coef, None)
-        metrics["ent_coef_loss"] = loss.detach()
+        metrics[name] = loss.detach()
     loss = losses.actor_loss(policy.critic(batch.observations, pi.actions), pi.log_prob, coefficient)
     gradients, norm = _gradients(loss, optimizers.actor, options.max_grad_norm)
     metrics["actor_loss"] = loss.detach()
@@ -282,7 +236,7 @@ def _average(kept: list[th.Tensor], new: list[th.Tensor], tau: float) -> None:
 
 
 def pure_update_targets(policy: SoftSACPolicy, tau: float, finite: th.Tensor) -> None:
-    """:func:`update_targets` without asking the device."""
+    """:func:`update_targets` without a device sync."""
     with th.no_grad():
         for network, target in policy.targets():
             averaged = zip(target.parameters(), network.parameters(), strict=True)
@@ -291,116 +245,6 @@ def pure_update_targets(policy: SoftSACPolicy, tau: float, finite: th.Tensor) ->
                 kept.copy_(th.where(finite, th.lerp(kept, new, tau), kept))
             for statistic, new_statistic in copied:
                 statistic.copy_(th.where(finite, new_statistic, statistic))
-
-
-STEP_HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
-ADAM_OPTIONS = ("amsgrad", "weight_decay", "eps", "maximize", "decoupled_weight_decay", "betas")
-_ADAM_KEYS = {*ADAM_OPTIONS, "differentiable"}
-
-
-def trained(optimizer: Optimizer) -> Trained:
-    """
-    :param optimizer: any optimiser
-    :return: what it trains
-    """
-    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
-    groups = []
-    for group in optimizer.param_groups if is_plain_adam(optimizer) else []:
-        # Parameters that the loss does not depend on have no state
-        updated = [p for p in group["params"] if p.requires_grad and optimizer.state.get(p)]
-        states = [optimizer.state[p] for p in updated]
-        options = {name: group[name] for name in ADAM_OPTIONS}
-        options["beta1"], options["beta2"] = options.pop("betas")
-        groups.append(
-            AdamGroup(
-                updated,
-                [state["exp_avg"] for state in states],
-                [state["exp_avg_sq"] for state in states],
-                [state["max_exp_avg_sq"] for state in states] if group["amsgrad"] else [],
-                [state["step"] for state in states],
-                options,
-            )
-        )
-    return Trained(optimizer, parameters, groups)
-
-
-def step(trained: Trained, gradients: Gradients, learning_rate: th.Tensor, finite: th.Tensor) -> th.Tensor:
-    """The optimiser's own step, as an :data:`Apply`. It reads its learning rate itself."""
-    if finite and trained.parameters:
-        trained.optimizer.zero_grad()  # a parameter that has been frozen may have one
-        for parameter, gradient in zip(trained.parameters, gradients, strict=True):
-            parameter.grad = gradient
-        trained.optimizer.step()
-    return finite
-
-
-def is_plain_adam(optimizer: Optimizer) -> bool:
-    """
-    :param optimizer: any optimiser
-    :return: whether its steps are those of Adam or AdamW, and nothing else
-    """
-    return (
-        type(optimizer) in (Adam, AdamW)
-        and "step" not in vars(optimizer)
-        and not any(getattr(optimizer, name, True) for name in STEP_HOOKS)
-        and all(group.keys() >= _ADAM_KEYS and not group["differentiable"] for group in optimizer.param_groups)
-    )
-
-
-def has_pure_step(optimizer: Optimizer) -> bool:
-    """
-    :param optimizer: any optimiser
-    :return: whether :func:`pure_step` can do its step
-    """
-    return adam is not None and is_plain_adam(optimizer)
-
-
-def moved_names(optimizer: Optimizer) -> list[str]:
-    """
-    :param optimizer: any optimiser
-    :return: private names of torch's without which there is no pure step, and which are no longer there
-    """
-    if type(optimizer) not in (Adam, AdamW):
-        return []
-    names = [f"torch.optim.Optimizer.{name}" for name in STEP_HOOKS if not hasattr(optimizer, name)]
-    keys = {name for group in optimizer.param_groups for name in _ADAM_KEYS - group.keys()}
-    names += [f"Adam's option {name}" for name in sorted(keys)]
-    return names if adam is not None else [*names, "torch.optim.adam.adam"]
-
-
-def pure_step(trained: Trained, gradients: Gradients, learning_rate: th.Tensor, finite: th.Tensor) -> th.Tensor:
-    """
-    A step of Adam or AdamW that depends on nothing but tensors, as an :data:`Apply`: it can be compiled and captured.
-
-    All state must be there already, so the first update of a run is not done with it. Where a number was not finite,
-    everything is left as it was, without asking the device.
-    """
-    gradient_of = dict(zip(trained.parameters, gradients, strict=True))
-    for group in trained.groups:
-        parameters, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, options = group
-        if not parameters:
-            continue
-        changing = [*parameters, *exp_avgs, *exp_avg_sqs, *max_exp_avg_sqs, *steps]
-        with th.no_grad():
-            before = [tensor.clone() for tensor in changing]  # costs nothing in a compiled update
-            adam(
-                parameters,
-                [cast(th.Tensor, gradient_of[p]) for p in parameters],
-                exp_avgs,
-                exp_avg_sqs,
-                max_exp_avg_sqs,
-                steps,
-                foreach=False,
-                capturable=finite.is_cuda,
-                differentiable=False,
-                fused=False,
-                has_complex=False,
-                lr=learning_rate,
-                **options,
-            )
-            for tensor, old in zip(changing, before, strict=True):
-                tensor.copy_(th.where(finite, tensor, old))
-    return finite
 
 
 class Parts(NamedTuple):
@@ -415,7 +259,7 @@ class Parts(NamedTuple):
 EAGER = Parts(critic_gradients, actor_gradients, update_targets, step)
 """Works with every optimiser."""
 PURE = Parts(critic_gradients, actor_gradients, pure_update_targets, pure_step)
-"""Asks the device nothing: the whole update can be compiled, and captured in a CUDA graph."""
+"""Without a device sync: the whole update can be compiled, and captured in a CUDA graph."""
 
 
 def _sample(actor: Actor, batch: ReplayBatch, noise: th.Tensor, options: UpdateOptions) -> PolicySample:

@@ -29,9 +29,11 @@ from torch import nn
 from sb3_softsac.buffers import ReplayBuffer, samples_itself
 from sb3_softsac.distributions import log_action_scale
 from sb3_softsac.ent_coef import EntCoef, make_ent_coef
-from sb3_softsac.execution import device_replay, runner, threads
+from sb3_softsac.execution import device_replay, learner, threads
 from sb3_softsac.execution.device_replay import DeviceReplay
-from sb3_softsac.execution.runner import Execution, Minibatches, NotFinite, matmul_precision
+from sb3_softsac.execution.metrics import NotFinite
+from sb3_softsac.execution.runner import Runner, matmul_precision
+from sb3_softsac.execution.way import Minibatches
 from sb3_softsac.gradient_step import UpdateOptions
 from sb3_softsac.persistence.resumable import ResumableAlgorithm
 from sb3_softsac.policies import COUNTERPARTS, Actor, CnnPolicy, Critic, MlpPolicy, MultiInputPolicy, SoftSACPolicy
@@ -113,11 +115,11 @@ class SoftSAC(ResumableAlgorithm):
     actor_target: Actor | None
     action_space: spaces.Box
 
-    OF_PROCESS = (*ResumableAlgorithm.OF_PROCESS, "_execution", "_device_replay")
+    OF_PROCESS = (*ResumableAlgorithm.OF_PROCESS, "_runner", "_device_replay")
     # The networks are in the policy, and what remains of the entropy coefficient is among the parameters
     NOT_IN_FILES = (*ResumableAlgorithm.NOT_IN_FILES, "actor", "critic", "critic_target", "actor_target", "_ent_coef")
 
-    _execution: Execution | None = None
+    _runner: Runner | None = None
     _device_replay: DeviceReplay | None = None
     _compiles = False  # stays with the run, also when it is continued from a file
     _threads: int | None = None  # likewise
@@ -343,10 +345,10 @@ class SoftSAC(ResumableAlgorithm):
             compiles = (
                 self._compiles or self._n_updates + self._n_updates_ahead(total_timesteps) >= MIN_COMPILED_UPDATES
             )
-        if self._execution is not None and self._execution.failed:
+        if self._runner is not None and self._runner.compiler.failed:
             compiles = False
         if compiles != self._compiles:
-            self._compiles, self._execution = bool(compiles), None
+            self._compiles, self._runner = bool(compiles), None
         return total_timesteps, callback
 
     def _set_device_replay(self) -> None:
@@ -417,36 +419,35 @@ class SoftSAC(ResumableAlgorithm):
         :raises ValueError: if a loss or its gradient is not finite
         """
         self._update_learning_rates()
-        self._execution = self._present_execution()
+        self._runner = self._present_runner()
         try:
             with matmul_precision(self.matmul_precision):
                 replay = self._present_device_replay()
                 draws = self._draws(gradient_steps, batch_size, replay)
                 storage = None if replay is None else replay.update()
-                n_done, means = self._execution(draws, self._update_options(), self._n_updates, storage)
+                n_done, means = self._runner(draws, self._update_options(), self._n_updates, storage)
         except NotFinite as error:
             self._n_updates += error.n_done
             raise
         finally:
-            self._compiles = self._execution.compiles
+            self._compiles = self._runner.compiles
         self._n_updates += n_done
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         for name, mean in means.items():
             self.logger.record(f"train/{name}", mean)
-        if self._execution.compile_seconds > 0.0:
-            self.logger.record("time/compile_seconds", self._execution.compile_seconds, exclude="tensorboard")
+        if self._runner.report.compile_seconds > 0.0:
+            self.logger.record("time/compile_seconds", self._runner.report.compile_seconds, exclude="tensorboard")
 
-    def _present_execution(self) -> Execution:
+    def _present_runner(self) -> Runner:
         """A new one if networks have been exchanged since it was made."""
-        execution = self._execution
-        if execution is None or execution.policy is not self.policy or execution.ent_coef is not self._ent_coef:
-            compiles = self._compiles and self.compile is not False
-            return Execution(self.policy, self._ent_coef, compiles, self._say)
-        return execution
+        runner = self._runner
+        if runner is None or runner.learner.policy is not self.policy or runner.learner.ent_coef is not self._ent_coef:
+            return Runner(self.policy, self._ent_coef, self._compiles and self.compile is not False, self._say)
+        return runner
 
     def _explore(self, obs: TorchObs) -> th.Tensor:
-        self._execution = self._present_execution()
-        actions = self._execution.act(obs)
+        self._runner = self._present_runner()
+        actions = self._runner.act(obs)
         return super()._explore(obs) if actions is None else actions
 
     def _draws(self, number: int, batch_size: int, replay: DeviceReplay | None) -> Iterator[Minibatches]:
@@ -523,7 +524,7 @@ class SoftSAC(ResumableAlgorithm):
         :return: state dicts of policy and optimisers, by name
         """
         parameters = super().get_parameters()
-        return {name: runner.portable(state) for name, state in parameters.items()}
+        return {name: learner.portable(state) for name, state in parameters.items()}
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         state_dicts = ["policy", "actor.optimizer", "critic.optimizer"]

@@ -156,21 +156,15 @@ def test_parameters_without_gradient_are_compiled_at_once(tmp_path: Path) -> Non
     model.actor.optimizer.add_param_group({"params": [model.actor.unused]})
     model.learn(5, reset_num_timesteps=False)
     states = model.actor.optimizer.state_dict()
-    execution = model._execution
-    assert execution is not None and execution._has_state(execution_due())
+    runner = model._runner
+    assert runner is not None and runner.learner.has_state()
     restored = Case().make()
     restored.actor.register_parameter("unused", th.nn.Parameter(th.zeros(2)))
     restored.actor.optimizer.add_param_group({"params": [restored.actor.unused]})
     restored.actor.optimizer.load_state_dict(states)
     restored.critic.optimizer.load_state_dict(model.critic.optimizer.state_dict())
     restored.ent_coef_optimizer.load_state_dict(model.ent_coef_optimizer.state_dict())  # type: ignore[union-attr]
-    assert restored._present_execution()._has_state(execution_due())
-
-
-def execution_due() -> Any:
-    from sb3_softsac.gradient_step import Due
-
-    return Due(1, True)
+    assert restored._present_runner().learner.has_state()
 
 
 def test_other_settings_of_vec_normalize(tmp_path: Path) -> None:

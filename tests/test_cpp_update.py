@@ -38,11 +38,12 @@ from twins import (
 )
 
 from sb3_softsac import SoftSAC, losses, policies, softsac
-from sb3_softsac.execution import runner
+from sb3_softsac.execution import inductor
 from sb3_softsac.execution.cpp import build, matmul
 from sb3_softsac.execution.cpp import update as cpp_update
-from sb3_softsac.execution.cpp.update import NativeActor, classes, error_of_build
-from sb3_softsac.execution.runner import Minibatches
+from sb3_softsac.execution.cpp.update import Classes, CppActor, error_of_build
+from sb3_softsac.execution.report import Report
+from sb3_softsac.execution.way import Minibatches
 
 pytestmark = pytest.mark.skipif(not build.suits_processor(), reason="the code is for processors with AVX2 or AVX-512")
 
@@ -51,16 +52,16 @@ pytestmark = pytest.mark.skipif(not build.suits_processor(), reason="the code is
 def no_other_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What is not plain is not compiled, which takes long; and the number of threads is as before."""
     n_threads = th.get_num_threads()
-    monkeypatch.setattr(runner, "compiled", lambda function, device: function)
+    monkeypatch.setattr(inductor, "compiled", lambda function, device: function)
     yield
     th.set_num_threads(n_threads)
 
 
 def is_native(model: SoftSAC) -> bool:
     """Whether all compiled updates until now were done in C++."""
-    assert model._execution is not None and model._execution.compiles
-    used = model._execution._native is not None and model._execution._native._update is not None
-    assert used != bool(model._execution._compiled)
+    assert model._runner is not None and model._runner.compiles
+    used = model._runner.cpp is not None and model._runner.cpp._update is not None
+    assert used != bool(model._runner.compiler.compiled)
     return used
 
 
@@ -236,9 +237,9 @@ def test_minibatches_at_once_are_the_same_as_one_by_one(name: str, n_threads: in
         batch = model.replay_buffer.sample(7 * 45)
         parts = [Minibatches(batch, 7).part(i, i + at_once) for i in range(0, 7, at_once)]
         th.manual_seed(0)
-        options, run = model._update_options(), model._present_execution()
+        options, run = model._update_options(), model._present_runner()
         outcome = run((Minibatches(part, at_once) for part in parts), options, model._n_updates)
-        assert run._was_native
+        assert run.last_way is run.cpp
         results.append({**state(model), "n": outcome[0], **outcome[1]})
     assert_identical(*results)
 
@@ -272,8 +273,8 @@ def test_pieces_make_no_difference(monkeypatch: pytest.MonkeyPatch, pieces: str,
 
 def count_calls(monkeypatch: pytest.MonkeyPatch, model: SoftSAC) -> list[int]:
     """The numbers of updates that C++ is asked for from now on, one for each call."""
-    assert model._execution is not None and model._execution._native is not None
-    updates, calls = model._execution._native, []
+    assert model._runner is not None and model._runner.cpp is not None
+    updates, calls = model._runner.cpp, []
 
     class Counting:
         def run(self, batch: Any, actor_updates: list[int], *args: Any) -> Any:
@@ -291,7 +292,7 @@ def test_how_much_is_done_at_once() -> None:
         model = make("defaults", compile=True, batch_size=256, policy_kwargs={"net_arch": [width, width]})
         model.learn(SMALL["learning_starts"] + 2)
         assert is_native(model)
-        assert low <= model._execution._native.n_at_once(256) <= high
+        assert low <= model._runner.cpp.n_at_once(256) <= high
 
 
 class Timeout(RuntimeError):
@@ -323,7 +324,7 @@ def test_errors_of_signal_handlers_end_a_run(monkeypatch: pytest.MonkeyPatch) ->
 
 def assert_same_actions(eager: SoftSAC, plain: SoftSAC, in_cpp: bool) -> None:
     obs = th.as_tensor(np.stack([eager.observation_space.sample() for _ in range(3)]))
-    assert plain._execution is not None and (plain._execution.act(obs) is not None) == in_cpp
+    assert plain._runner is not None and (plain._runner.act(obs) is not None) == in_cpp
     results = []
     for model in (eager, plain):
         th.manual_seed(5)
@@ -344,7 +345,7 @@ def test_actions_are_those_of_the_actor(
     net_arch: list[int], n_envs: int, dtype: th.dtype, bounding: str, seed: int
 ) -> None:
     model = make("defaults", policy_kwargs={"net_arch": net_arch, "log_std_bounding": bounding}, env=Odd)
-    explore = NativeActor(model.policy, classes)
+    explore = CppActor(model.policy, Classes(Report(print)))
     for n in (n_envs, 1, 2 * n_envs):
         obs = th.randn((n, 13, 3)).to(dtype).transpose(1, 2)  # not contiguous
         th.manual_seed(seed)
@@ -399,17 +400,17 @@ def test_actions_do_not_depend_on_what_has_failed(monkeypatch: pytest.MonkeyPatc
     def fail(function: Any, device: th.device) -> Any:
         raise RuntimeError("no")
 
-    monkeypatch.setattr(runner, "compiled", fail)
+    monkeypatch.setattr(inductor, "compiled", fail)
     model = make("amsgrad", compile=True).learn(SMALL["learning_starts"] + 3)
-    assert model._execution is not None and model._execution.failed
-    assert model._execution.act(th.zeros(1, 3)) is not None
+    assert model._runner is not None and model._runner.compiler.failed
+    assert model._runner.act(th.zeros(1, 3)) is not None
 
 
 @pytest.mark.parametrize("shape", [(2, 2), (2, 4), (3,), (6,), ()])
 def test_observations_that_do_not_fit_draw_nothing(shape: tuple[int, ...]) -> None:
     model = make("defaults")
     before = th.get_rng_state()
-    assert NativeActor(model.policy, classes)(th.zeros(shape)) is None
+    assert CppActor(model.policy, Classes(Report(print)))(th.zeros(shape)) is None
     assert th.equal(th.get_rng_state(), before)
 
 
@@ -431,9 +432,9 @@ def test_who_explores(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", ["gsde", "batch_norm", "log_std", "image", "dict"])
 def test_other_actors_explore_themselves(name: str) -> None:
     model = make(name, compile=True, random_steps=0).learn(5)
-    assert model._execution is not None and model._execution._native_actor is not None
+    assert model._runner is not None and model._runner.cpp_actor is not None
     before = th.get_rng_state()
-    assert model._execution.act(obs_as_tensor(model._last_obs, model.device)) is None
+    assert model._runner.act(obs_as_tensor(model._last_obs, model.device)) is None
     assert th.equal(th.get_rng_state(), before)
 
 
@@ -691,9 +692,9 @@ NOT_ACTING = {
 
 
 def reason_against(model: SoftSAC) -> str | None:
-    run = model._execution
-    assert run is not None and run._native is not None
-    return run._native.reason_against(run._optimizers())
+    run = model._runner
+    assert run is not None and run.cpp is not None
+    return run.cpp.reason_against()
 
 
 @pytest.mark.filterwarnings("ignore:The update cannot be compiled")
@@ -925,7 +926,7 @@ def test_what_is_not_plain_is_left_alone(capsys: pytest.CaptureFixture[str], cas
     model = make("defaults", **case, compile=True, verbose=1)
     model.learn(SMALL["learning_starts"] + 3)
     model.learn(3, reset_num_timesteps=False)
-    assert model._execution is not None and model._execution._compiled
+    assert model._runner is not None and model._runner.compiler.compiled
     assert lines_about_cpp(capsys) == [reason]
 
 
@@ -934,7 +935,7 @@ def test_other_processors(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     model = make("defaults", compile=True, verbose=1)
     model.learn(SMALL["learning_starts"] + 3)
     assert not is_native(model)
-    assert model._execution.act(th.zeros(1, 3)) is None
+    assert model._runner.act(th.zeros(1, 3)) is None
     assert lines_about_cpp(capsys) == ["the processor has neither AVX2 nor AVX-512"]
 
 
@@ -1009,7 +1010,7 @@ def test_shipped_hyperparameters_are_for_cpp(env_id: str) -> None:
     train(model, 4)
     assert is_native(model), reason_against(model)
     assert reason_against(model) is None
-    assert model._execution.act(th.zeros(1, *model.observation_space.shape)) is not None
+    assert model._runner.act(th.zeros(1, *model.observation_space.shape)) is not None
 
 
 def test_the_heavy_tasks_are_among_them() -> None:
@@ -1034,7 +1035,7 @@ def test_it_cannot_be_built(
             assert len([line for line in told if line.endswith("compiled by torch: it could not be built")]) == 1
             assert len([line for line in told if "half a minute or so" in line]) == 1
             assert len([line for line in told if line.startswith("Compiled in ")]) == 1
-            assert model._execution._compiled
+            assert model._runner.compiler.compiled
     finally:
         error_of_build.cache_clear()
 

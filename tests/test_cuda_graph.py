@@ -12,11 +12,12 @@ from stable_baselines3.common.logger import Logger
 from torch.utils import _pytree as pytree
 
 from sb3_softsac import SoftSAC
-from sb3_softsac.execution import runner
+from sb3_softsac.execution import cuda_graph, inductor, runner
 from sb3_softsac.execution.cpp import build
-from sb3_softsac.execution.cuda_graph import CudaGraph
-from sb3_softsac.execution.runner import Execution, Inputs
-from sb3_softsac.gradient_step import draw_noise, due
+from sb3_softsac.execution.cuda_graph import CudaGraph, CudaGraphs
+from sb3_softsac.execution.learner import Learner
+from sb3_softsac.execution.way import Minibatches, Updates
+from sb3_softsac.gradient_step import due
 
 needs_gpu = pytest.mark.skipif(not th.cuda.is_available(), reason="CUDA graphs need a GPU that torch can use")
 
@@ -195,8 +196,7 @@ def train(model: SoftSAC, n: int, seed: int = 0) -> None:
 
 def tensors(model: SoftSAC) -> list[th.Tensor]:
     """All that an update changes, whatever runs it."""
-    own = Execution(model.policy, model._ent_coef, False, print)
-    return [tensor.detach().cpu() for tensor in own.tensors()]
+    return [tensor.detach().cpu() for tensor in Learner(model.policy, model._ent_coef).tensors()]
 
 
 def assert_equal_tensors(expected: SoftSAC, actual: SoftSAC, atol: float) -> None:
@@ -208,15 +208,15 @@ def assert_equal_tensors(expected: SoftSAC, actual: SoftSAC, atol: float) -> Non
 def graphs(monkeypatch: pytest.MonkeyPatch) -> list[CudaGraph]:
     """Updates on the CPU are captured by the stand-in; what is compiled is left as it is. The graphs that were made."""
     made: list[CudaGraph] = []
-    compile_ = Execution._compile
 
-    def captured(self: Execution, *args: Any) -> Any:
-        made.append(CudaGraph(compile_(self, *args), self._addresses_of, FakeCapture(self.tensors)))
+    def finish(self: CudaGraphs, run: Any) -> Any:
+        made.append(CudaGraph(run, self._addresses, FakeCapture(self.learner.tensors)))
         return made[-1]
 
     monkeypatch.setattr(build, "suits_processor", lambda: False)
-    monkeypatch.setattr(runner, "compiled", lambda function, device: function)
-    monkeypatch.setattr(Execution, "_compile", captured)
+    monkeypatch.setattr(inductor, "compiled", lambda function, device: function)
+    monkeypatch.setattr(CudaGraphs, "_finish", finish)
+    monkeypatch.setattr(runner, "Inductor", CudaGraphs)
     return made
 
 
@@ -308,7 +308,7 @@ def test_nan_in_a_graph_leaves_all_as_it_was(graphs: list[CudaGraph]) -> None:
 @pytest.fixture
 def no_graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Compiled updates on the GPU, each launched kernel by kernel."""
-    monkeypatch.setattr(runner, "CudaGraph", lambda function, addresses, capture: function)
+    monkeypatch.setattr(cuda_graph, "CudaGraph", lambda function, addresses, capture: function)
     yield
 
 
@@ -322,7 +322,7 @@ def test_gpu_graph_equals_eager(kwargs: dict[str, Any]) -> None:
             train(model, n, seed=i)
     assert_equal_tensors(eager, captured, atol=1e-4)
     assert captured._compiles
-    runs = list(captured._execution._compiled.values())
+    runs = list(captured._runner.compiler.compiled.values())
     assert runs and all(isinstance(run, CudaGraph) and run.n_captures == 1 for run in runs)
 
 
@@ -334,7 +334,7 @@ def test_gpu_compiled_equals_eager() -> None:
         train(model, 6)
     assert_equal_tensors(eager, compiled, atol=1e-4)
     assert compiled._compiles
-    assert not any(isinstance(run, CudaGraph) for run in compiled._execution._compiled.values())
+    assert not any(isinstance(run, CudaGraph) for run in compiled._runner.compiler.compiled.values())
 
 
 @needs_gpu
@@ -343,7 +343,7 @@ def test_gpu_replay_does_not_wait(on_device: bool) -> None:
     """The host asks the device nothing during an update: it can prepare the next one meanwhile."""
     model = make("cuda", compile=True, buffer_on_device=on_device)
     train(model, 4)
-    replay, finite = model._device_replay, model._execution._finite
+    replay, finite = model._device_replay, model._runner._finite
     if replay is not None:
         replay.buffer.n_added += 1  # as if there was something new to copy
     options = model._update_options()
@@ -354,12 +354,13 @@ def test_gpu_replay_does_not_wait(on_device: bool) -> None:
             storage = None if replay is None else replay.update()
             batch = (replay or model.replay_buffer).sample(8)
             what = due(options, model._n_updates + i)
-            noise = draw_noise(model.policy, 8, what.actor_updates, model.device)
-            finite, _, values = model._execution._run(storage, Inputs(batch, noise, finite), options, what)
+            finite, (outcome,) = model._runner.compiler(
+                Updates(Minibatches(batch, 1), 0, [what], storage, options, finite)
+            )
     finally:
         th.cuda.set_sync_debug_mode("default")
-    assert finite.item() and values.isfinite().all().item()
-    (graph,) = model._execution._compiled.values()
+    assert finite.item() and outcome.values.isfinite().all().item()
+    (graph,) = model._runner.compiler.compiled.values()
     assert isinstance(graph, CudaGraph) and graph.n_captures == 1
 
 

@@ -39,7 +39,7 @@ from twins import (
 )
 
 from sb3_softsac import SoftSAC, SoftSACPolicy, softsac
-from sb3_softsac.execution import runner, threads
+from sb3_softsac.execution import eager, inductor, threads
 from sb3_softsac.execution.cpp import matmul
 from sb3_softsac.execution.cpp import update as cpp_update
 from sb3_softsac.execution.cpp.matmul import replace_products
@@ -49,7 +49,7 @@ from sb3_softsac.execution.cpp.support import NotPlain
 @pytest.fixture
 def quick_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     """Traces and differentiates as Inductor's compilation does, but generates no code."""
-    monkeypatch.setattr(runner, "BACKEND", "aot_eager")
+    monkeypatch.setattr(inductor, "BACKEND", "aot_eager")
 
 
 @pytest.fixture
@@ -65,20 +65,20 @@ def nothing_is_plain(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def only_traced(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only traces, which is what most can go wrong in; the operations are then done one by one."""
-    monkeypatch.setattr(runner, "BACKEND", "eager")
+    monkeypatch.setattr(inductor, "BACKEND", "eager")
 
 
 @pytest.fixture
 def compilations(monkeypatch: pytest.MonkeyPatch, only_traced: None) -> list[str]:
     """Names of the functions that are compiled, from now on."""
     names: list[str] = []
-    original = runner.compiled
+    original = inductor.compiled
 
     def spy(function: Callable[..., Any], device: th.device) -> Callable[..., Any]:
         names.append(function.__name__)
         return original(function, device)
 
-    monkeypatch.setattr(runner, "compiled", spy)
+    monkeypatch.setattr(inductor, "compiled", spy)
     return names
 
 
@@ -97,7 +97,7 @@ def test_compiled_equals_eager(name: str) -> None:
 
 
 def has_compiled(model: SoftSAC) -> bool:
-    return model._execution is not None and model._execution.compiles and bool(model._execution._compiled)
+    return model._runner is not None and model._runner.compiles and bool(model._runner.compiler.compiled)
 
 
 # Generated code
@@ -224,7 +224,7 @@ def test_changed_option_takes_effect(compilations: list[str]) -> None:
 
 
 def test_too_many_options_end_compilation(monkeypatch: pytest.MonkeyPatch, compilations: list[str]) -> None:
-    monkeypatch.setattr(runner, "MAX_VARIANTS", 2)
+    monkeypatch.setattr(inductor, "MAX_VARIANTS", 2)
     eager, compiled = twins("defaults")
     for i, gamma in enumerate((0.9, 0.8, 0.7, 0.6)):
         eager.gamma = compiled.gamma = gamma
@@ -477,7 +477,7 @@ def fails_at_the_second(monkeypatch: pytest.MonkeyPatch) -> None:
     def backend(module: th.fx.GraphModule, inputs: Any) -> Any:
         return module if next(calls) == 0 else no_compiler()
 
-    monkeypatch.setattr(runner, "BACKEND", backend)
+    monkeypatch.setattr(inductor, "BACKEND", backend)
 
 
 def assert_falls_back(eager: SoftSAC, compiled: SoftSAC, reason: str) -> None:
@@ -514,7 +514,7 @@ def test_extractor_that_cannot_be_compiled(extractor: type[NormExtractor]) -> No
 
 @pytest.mark.parametrize("name", ["defaults", "batch_norm", "gsde", "sgd"])
 def test_machine_without_compiler(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    monkeypatch.setattr(runner, "BACKEND", no_compiler)
+    monkeypatch.setattr(inductor, "BACKEND", no_compiler)
     assert_falls_back(*twins(name), "no C++ compiler was found")
 
 
@@ -537,12 +537,12 @@ def test_old_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     def old() -> None:
         raise RuntimeError("torch 2.6 cannot compile gradients, 2.11 and newer can")
 
-    monkeypatch.setattr(runner, "check_torch", old)
+    monkeypatch.setattr(inductor, "check_torch", old)
     assert_falls_back(*twins("fixed_ent_coef"), "torch 2.6 cannot compile gradients")
 
 
 def test_it_is_said_once_in_a_run_of_several_learns(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner, "BACKEND", no_compiler)
+    monkeypatch.setattr(inductor, "BACKEND", no_compiler)
     model = make("fixed_ent_coef", compile=True)
     with pytest.warns(UserWarning, match="cannot be compiled"):
         model.learn(SMALL["learning_starts"] + 3)
@@ -592,7 +592,7 @@ def test_many_models_in_one_process_are_compiled() -> None:
 def ten_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ten updates are worth compilation; what is compiled is left as it is, which is quicker."""
     monkeypatch.setattr(softsac, "MIN_COMPILED_UPDATES", 10)
-    monkeypatch.setattr(runner, "compiled", lambda function, device: function)
+    monkeypatch.setattr(inductor, "compiled", lambda function, device: function)
 
 
 AUTO: dict[str, tuple[dict[str, Any], int, int]] = {
@@ -675,7 +675,7 @@ def test_compilation_is_told(capsys: pytest.CaptureFixture[str], verbose: int) -
     if verbose:
         assert told[0].startswith("Compiling the update: ")
         assert told[1].startswith("Compiled in ") and told[1].endswith(" s")
-        assert float(told[1].split()[2]) == pytest.approx(model._execution.compile_seconds, abs=0.06)
+        assert float(told[1].split()[2]) == pytest.approx(model._runner.report.compile_seconds, abs=0.06)
         assert len(told) == 2
     else:
         assert not lines
@@ -689,7 +689,7 @@ def test_precision_of_products_is_the_updates_own(
     model = make("fixed_ent_coef", compile=False, matmul_precision=own)
     model.learn(SMALL["learning_starts"])
     seen: list[str] = []
-    update = runner.update
+    update = eager.update
 
     def spy(*args: Any) -> Any:
         seen.append(th.get_float32_matmul_precision())
@@ -697,7 +697,7 @@ def test_precision_of_products_is_the_updates_own(
             raise ZeroDivisionError
         return update(*args)
 
-    monkeypatch.setattr(runner, "update", spy)
+    monkeypatch.setattr(eager, "update", spy)
     before = th.get_float32_matmul_precision()
     th.set_float32_matmul_precision("high")
     try:
@@ -813,7 +813,7 @@ def test_compiled_update_is_one_graph_of_few_products(monkeypatch: pytest.Monkey
     def backend(module: th.fx.GraphModule, inputs: Any) -> Any:
         return aot_module_simplified(module, inputs, fw_compiler=keep)
 
-    monkeypatch.setattr(runner, "BACKEND", backend)
+    monkeypatch.setattr(inductor, "BACKEND", backend)
     th._dynamo.utils.counters.clear()
     model = cheetah(SoftSAC, compile=True)
     assert has_compiled(model)

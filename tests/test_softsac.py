@@ -81,7 +81,7 @@ def changes(model: SoftSAC, n_updates: int, chunk: int = 1) -> dict[str, list[in
             return outcome
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sb3_softsac.execution.runner, "update", spy)
+            patch.setattr(sb3_softsac.execution.eager, "update", spy)
             model.train(gradient_steps=chunk, batch_size=16)
     return seen
 
@@ -259,7 +259,7 @@ def test_actor_step_leaves_no_gradient_in_the_critics() -> None:
     assert not any(th.equal(g, p.grad) for g, p in zip(gradients, model.critic.parameters(), strict=True))
     model.critic.optimizer.zero_grad()
     batch = model.replay_buffer.sample(8)
-    optimizers = model._execution._optimizers()
+    optimizers = model._runner.learner.optimizers()
     noise, coefficient = th.randn(8, 1), th.tensor(0.1)
     actor_gradients(model.policy, model._ent_coef, optimizers, batch, noise, coefficient, model._update_options())
     assert all(parameter.grad is None for parameter in model.critic.parameters())
@@ -302,7 +302,7 @@ def test_log_means_are_over_the_updates_of_one_train() -> None:
         return finite, metrics
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sb3_softsac.execution.runner, "update", spy)
+        patch.setattr(sb3_softsac.execution.eager, "update", spy)
         model.train(gradient_steps=5, batch_size=8)
     for key in ("critic_loss", "actor_loss", "entropy"):
         values = [metrics[key].item() for metrics in kept if key in metrics]

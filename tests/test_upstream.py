@@ -39,8 +39,8 @@ from torch.torch_version import TorchVersion
 from twins import SMALL, assert_same, make, state, train, twins
 
 import sb3_softsac
-from sb3_softsac import _rl_zoo3, gradient_step, upstream
-from sb3_softsac.execution import runner
+from sb3_softsac import _rl_zoo3, gradient_step, optimizers, upstream
+from sb3_softsac.execution import inductor
 from sb3_softsac.execution.cpp import build, support
 from sb3_softsac.execution.cpp import update as cpp_update
 from sb3_softsac.persistence import buffer_state, callback_state, resumable
@@ -60,11 +60,11 @@ BUFFERS, SDE = (
 
 
 NAMES = {
-    "torch.optim.adam:adam": "gradient_step.pure_step compiles it; without it only gradients are compiled",
+    "torch.optim.adam:adam": "optimizers.pure_step compiles it; without it only gradients are compiled",
     "torch:_foreach_lerp_": "gradient_step.update_targets averages with it; without it one tensor at a time",
-    "torch._dynamo.exc:TorchDynamoException": "runner._is_of_compiler knows the compiler's errors by their module",
-    "torch._dynamo:config.patch": "runner.tracing sets trace_autograd_ops with it; without it nothing is compiled",
-    "torch._inductor:list_options": "runner.compiled leaves out unknown options; without it nothing is compiled",
+    "torch._dynamo.exc:TorchDynamoException": "inductor._is_of_compiler knows the compiler's errors by their module",
+    "torch._dynamo:config.patch": "inductor.tracing sets trace_autograd_ops with it; without it nothing is compiled",
+    "torch._inductor:list_options": "inductor.compiled leaves out unknown options; without it nothing is compiled",
     "torch._inductor.codecache:CppCodeCache.load": "build.load builds our C++ with it; without it torch does the work",
     "torch._inductor.custom_graph_pass:CustomGraphPass": "graph_passes; without it compiled updates are slower",
     "torch._inductor.custom_graph_pass:get_hash_for_files": "graph_passes; without it compiled updates are slower",
@@ -122,8 +122,8 @@ def test_private_names_of_modules_and_optimizers() -> None:
     assert not moved, f"{moved}: without them support.Watch sees no changes, and nothing is done in C++."
     assert {"_modules", "training"} <= vars(nn.Module()).keys(), "policies._set_training_mode writes them itself."
     for optimizer_class in (th.optim.Adam, th.optim.AdamW):
-        moved = gradient_step.moved_names(optimizer_class(nn.Linear(1, 1).parameters()))
-        assert not moved, f"{moved}: without them gradient_step.is_plain_adam is False: no C++, no compiled steps."
+        moved = optimizers.moved_names(optimizer_class(nn.Linear(1, 1).parameters()))
+        assert not moved, f"{moved}: without them optimizers.is_plain_adam is False: no C++, no compiled steps."
 
 
 def test_state_of_adam() -> None:
@@ -132,15 +132,15 @@ def test_state_of_adam() -> None:
     parameter.grad = th.ones(1)
     optimizer.step()
     assert optimizer.state[parameter].keys() == {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"}, (
-        "gradient_step.trained looks up Adam's state by these names, for compiled and native updates; "
-        "runner._place_steps and portable move 'step'."
+        "optimizers.trained looks up Adam's state by these names, for compiled and native updates; "
+        "learner.place_steps and portable move 'step'."
     )
 
 
 def test_flag_of_dynamo() -> None:
     assert hasattr(torch._dynamo.config, "trace_autograd_ops"), (
-        "runner.tracing sets trace_autograd_ops, which is gone. If compiled updates still work (test_runner.py), "
-        "this test is out of date; else runner.check_torch has to refuse this version."
+        "inductor.tracing sets trace_autograd_ops, which is gone. If compiled updates still work (test_runner.py), "
+        "this test is out of date; else inductor.check_torch has to refuse this version."
     )
 
 
@@ -149,7 +149,7 @@ def test_flag_of_dynamo() -> None:
 )
 def test_options_of_inductor(option: str) -> None:
     known = torch._inductor.list_options()
-    assert option in known, f"runner.compiled sets {option}, which is no option any more: it is left out, silently."
+    assert option in known, f"inductor.compiled sets {option}, which is no option any more: it is left out, silently."
 
 
 HEADERS = re.findall(r"#include <((?:ATen|torch|c10)/.*)>", "".join(p.read_text() for p in PACKAGE.glob("*.[ch]*")))
@@ -243,7 +243,7 @@ SIGNATURES = {
         "params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps, foreach, capturable, differentiable, "
         "fused, grad_scale, found_inf, has_complex, decoupled_weight_decay, amsgrad, beta1, beta2, lr, weight_decay, "
         "eps, maximize",
-        "gradient_step.pure_step passes the first by position",
+        "optimizers.pure_step passes the first by position",
     ),
 }
 
@@ -604,14 +604,14 @@ def _not_yet_said() -> None:
 def compilations(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the functions that are compiled, quickly."""
     names: list[str] = []
-    original = runner.compiled
+    original = inductor.compiled
 
     def spy(function: Any, device: th.device) -> Any:
         names.append(function.__name__)
         return original(function, device)
 
-    monkeypatch.setattr(runner, "BACKEND", "eager")
-    monkeypatch.setattr(runner, "compiled", spy)
+    monkeypatch.setattr(inductor, "BACKEND", "eager")
+    monkeypatch.setattr(inductor, "compiled", spy)
     return names
 
 
@@ -626,7 +626,7 @@ def assert_compiles_gradients_only(compilations: list[str]) -> None:
 
 
 def test_without_functional_adam(monkeypatch: pytest.MonkeyPatch, compilations: list[str]) -> None:
-    monkeypatch.setattr(gradient_step, "adam", None)
+    monkeypatch.setattr(optimizers, "adam", None)
     with pytest.warns(UserWarning, match="torch.optim.adam.adam, a private name .*steps are not compiled") as warned:
         assert_compiles_gradients_only(compilations)
     assert len(warned) == 1
@@ -634,22 +634,22 @@ def test_without_functional_adam(monkeypatch: pytest.MonkeyPatch, compilations: 
 
 def test_cpp_without_functional_adam(monkeypatch: pytest.MonkeyPatch) -> None:
     """It has its own, and needs no state but Adam's."""
-    monkeypatch.setattr(gradient_step, "adam", None)
+    monkeypatch.setattr(optimizers, "adam", None)
     model = make("defaults", compile=True).learn(SMALL["learning_starts"] + 3)
-    if cpp_update.error_of_build() is not None or model._execution._native is None:
+    if cpp_update.error_of_build() is not None or model._runner.cpp is None:
         pytest.skip("no C++ here")
-    assert model._execution._was_native and not model._execution._compiled
+    assert model._runner.last_way is model._runner.cpp and not model._runner.compiler.compiled
 
 
 def test_without_hooks_of_optimizers(monkeypatch: pytest.MonkeyPatch, compilations: list[str]) -> None:
     """Where a user's hooks would be is not known: they may have some."""
-    monkeypatch.setattr(gradient_step, "STEP_HOOKS", ("_moved",))
+    monkeypatch.setattr(optimizers, "STEP_HOOKS", ("_moved",))
     with pytest.warns(UserWarning, match="torch.optim.Optimizer._moved, a private name .*steps are not compiled"):
         assert_compiles_gradients_only(compilations)
 
 
 def test_without_an_option_of_adam(monkeypatch: pytest.MonkeyPatch, compilations: list[str]) -> None:
-    monkeypatch.setattr(gradient_step, "_ADAM_KEYS", {*gradient_step.ADAM_OPTIONS, "new"})
+    monkeypatch.setattr(optimizers, "_ADAM_KEYS", {*optimizers.ADAM_OPTIONS, "new"})
     with pytest.warns(UserWarning, match="Adam's option new, a private name .*steps are not compiled"):
         assert_compiles_gradients_only(compilations)
 
@@ -672,7 +672,7 @@ def test_without_hooks_of_modules(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "suits_processor", lambda: True)
     with pytest.warns(UserWarning, match="_moved, a private name .*C\\+\\+"):
         model = make("defaults", compile=True, random_steps=0).learn(5)
-    assert model._execution._native is model._execution._native_actor is None
+    assert model._runner.cpp is model._runner.cpp_actor is None
 
 
 def test_without_graph_passes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -681,7 +681,7 @@ def test_without_graph_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "sb3_softsac.execution.graph_passes", raising=False)
     monkeypatch.delattr("torch._inductor.custom_graph_pass.CustomGraphPass")
     with pytest.warns(UserWarning, match="CustomGraphPass, a private name .*left as it is, which is slower"):
-        runner.compiled(test_without_graph_passes, th.device("cpu"))
+        inductor.compiled(test_without_graph_passes, th.device("cpu"))
     assert options["fallback_random"] and "post_grad_custom_post_pass" not in options
 
 
@@ -740,17 +740,17 @@ def test_torch_without_the_flag(monkeypatch: pytest.MonkeyPatch, version: str, i
     monkeypatch.setattr(th, "__version__", TorchVersion(version))
     if is_refused:
         with pytest.raises(RuntimeError, match=f"torch {re.escape(version)} cannot compile gradients, 2.11 and newer"):
-            runner.check_torch()
+            inductor.check_torch()
     else:
-        runner.check_torch()
-        with runner.tracing():
+        inductor.check_torch()
+        with inductor.tracing():
             pass
 
 
 def test_torch_with_the_flag(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(th, "__version__", TorchVersion("2.10.0"))
-    runner.check_torch()
-    with runner.tracing():
+    inductor.check_torch()
+    with inductor.tracing():
         assert torch._dynamo.config.trace_autograd_ops
     assert not torch._dynamo.config.trace_autograd_ops
 
@@ -759,8 +759,8 @@ def test_errors_of_the_compiler() -> None:
     class Derived(torch._dynamo.exc.TorchDynamoException):
         pass
 
-    assert runner._is_of_compiler(Derived()) and runner._is_of_compiler(torch._dynamo.exc.FailOnRecompileLimitHit())
-    assert not runner._is_of_compiler(RuntimeError()) and not runner._is_of_compiler(th.OutOfMemoryError())
+    assert inductor._is_of_compiler(Derived()) and inductor._is_of_compiler(torch._dynamo.exc.FailOnRecompileLimitHit())
+    assert not inductor._is_of_compiler(RuntimeError()) and not inductor._is_of_compiler(th.OutOfMemoryError())
 
 
 def test_without_running_means_of_gymnasium(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,8 @@ from stable_baselines3.common.torch_layers import FlattenExtractor
 from torch import nn
 
 from sb3_softsac import SoftSAC
-from sb3_softsac.execution.runner import Execution, Minibatches
+from sb3_softsac.execution.runner import Runner
+from sb3_softsac.execution.way import Minibatches
 
 SMALL: dict[str, Any] = {"learning_starts": 20, "buffer_size": 300, "batch_size": 8, "device": "cpu", "seed": 0}
 # A zero gradient's rounding must not become a whole step of Adam
@@ -134,9 +135,9 @@ def train(model: SoftSAC, n: int, seed: int = 0) -> None:
 
 def poison(monkeypatch: pytest.MonkeyPatch, at: int, name: str) -> None:
     """From now on, the minibatch of this number, of those drawn at once for a ``train()``, has NaN in this tensor."""
-    run = Execution.__call__
+    run = Runner.__call__
 
-    def poisoned(self: Execution, draws: Iterable[Minibatches], *args: Any) -> Any:
+    def poisoned(self: Runner, draws: Iterable[Minibatches], *args: Any) -> Any:
         return run(self, map(with_nan, draws), *args)
 
     def with_nan(minibatches: Minibatches) -> Minibatches:
@@ -145,4 +146,4 @@ def poison(monkeypatch: pytest.MonkeyPatch, at: int, name: str) -> None:
         tensor[(at - 1) * size : at * size] *= float("nan")
         return minibatches._replace(samples=samples._replace(**{name: tensor}))
 
-    monkeypatch.setattr(Execution, "__call__", poisoned)
+    monkeypatch.setattr(Runner, "__call__", poisoned)

@@ -1,10 +1,17 @@
-"""A function that works in place on a GPU, replayed as a CUDA graph: one launch instead of hundreds."""
+"""Updates on a GPU, compiled and replayed as CUDA graphs: one launch instead of hundreds."""
 
 import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch as th
+from torch import nn
+
+from sb3_softsac.execution.eager import Held, Run
+from sb3_softsac.execution.inductor import Inductor
+from sb3_softsac.execution.learner import Learner
+from sb3_softsac.execution.report import Report
+from sb3_softsac.optimizers import Optimizers
 
 Capture = Callable[[Callable[[], Any]], tuple[Callable[[], None], Any]]
 """Takes a function without arguments; returns what replays it, and the outputs that a replay fills."""
@@ -13,7 +20,7 @@ Capture = Callable[[Callable[[], Any]], tuple[Callable[[], None], Any]]
 def capture_on(device: th.device) -> Capture:
     """
     :param device: where the function works: torch captures what happens on the present device, whichever that is
-    :return: captures without running; the function asks the device nothing, and has been run before
+    :return: captures without running; the function has no device sync, and has been run before
     """
 
     def capture(function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
@@ -114,3 +121,33 @@ class CudaGraph:
         self._replay()
         # The next replay overwrites them
         return map_leaves(_clone, self._outputs)
+
+
+class CudaGraphs(Inductor):
+    """
+    Compiles updates, and captures them in graphs.
+
+    :param learner: what is updated
+    :param report: is told of compilations
+    """
+
+    def __init__(self, learner: Learner, report: Report):
+        super().__init__(learner, report)
+        self._known_optimizers: Optimizers | None = None
+        self._known_networks: list[nn.Module] = []
+        self._known_tensors: list[th.Tensor] = []  # of the two
+
+    def _finish(self, run: Run) -> Run:
+        self.learner.place_steps()
+        return CudaGraph(run, self._addresses, capture_on(self.learner.device))
+
+    def _addresses(self, held: Held) -> tuple[Any, ...]:
+        """Where a graph finds what it was not given as inputs."""
+        networks = list(self.learner.policy.children())
+        if held.optimizers is not self._known_optimizers or networks != self._known_networks:
+            # Looking for all tensors takes a while: not each time
+            self._known_optimizers, self._known_networks = held.optimizers, networks
+            self._known_tensors = self.learner.tensors()
+        fixed = [*self._known_tensors, *self.learner.ent_coef.tensors()]
+        stored = [] if held.storage is None else leaves(held.storage)
+        return [tensor.data_ptr() for tensor in fixed], [(tensor.data_ptr(), tensor.shape) for tensor in stored]

@@ -1,4 +1,4 @@
-"""Our own C++ code: built where it runs, for the processor and the torch that are there."""
+"""SoftSAC's C++: built where it runs, for the processor and the torch that are there."""
 
 from pathlib import Path
 
@@ -7,8 +7,8 @@ import torch as th
 
 def load(*sources: Path) -> None:
     """
-    Build a library of some files, one behind the other, and load it. This is done by Inductor's own builder, which
-    keeps what it has built: it takes seconds once.
+    Build a library of some files, one behind the other, and load it. Inductor's builder does it, and keeps what it has
+    built: it takes seconds once.
 
     :param sources: C++ files that register something with torch
     :raises Exception: of many kinds, where they cannot be built or loaded

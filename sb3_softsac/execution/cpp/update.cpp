@@ -14,11 +14,11 @@
 #include <torch/custom_class.h>
 
 #include <cmath>
-#include <cstring>
 #include <limits>
 #include <new>
 #include <numeric>
 #include <optional>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -37,7 +37,6 @@ using Tensors = std::vector<Tensor>;
 
 constexpr int64_t OF_PARAMETER = 4, OF_LAYER = 2 * OF_PARAMETER;  // tensors that come with each, if it is trained
 constexpr float LOG_2 = 0.693147180559945f, HALF_LOG_2PI = 0.918938533204673f;
-constexpr float SATURATED = 0.999f;  // as in gradient_step.py
 constexpr int64_t FEW_ROWS = 3;      // for which the weights are not packed: that would take longer
 
 struct Range {
@@ -99,7 +98,7 @@ void column_sums(const float* weights, const float* matrix, int64_t columns, Ran
   });
 }
 
-// The order of numbers in this struct and the next is that of update.py
+// Options of Adam or AdamW
 struct Adam {
   double learning_rate, beta1, beta2, eps, weight_decay, is_decoupled;
 };
@@ -357,11 +356,37 @@ struct Critic : Network {
   }
 };
 
-// What an update is told besides tensors, in the order of update.py
+// What an update is told besides tensors
 struct Options {
-  double gamma, tau, target_entropy, log_action_scale, max_grad_norm, ent_coef_loss_is_exp;
+  double gamma, tau, target_entropy, log_action_scale, max_grad_norm, ent_coef_loss_is_exp, saturated;
   LogStdBounds log_std_bounds;
   Adam critic, ent_coef, actor;
+
+  // Each number by the name that it has in update.py
+  std::vector<std::pair<std::string, double*>> named() {
+    std::vector<std::pair<std::string, double*>> all = {
+        {"gamma", &gamma},
+        {"tau", &tau},
+        {"target_entropy", &target_entropy},
+        {"log_action_scale", &log_action_scale},
+        {"max_grad_norm", &max_grad_norm},
+        {"ent_coef_loss_is_exp", &ent_coef_loss_is_exp},
+        {"saturated", &saturated},
+        {"log_std_low", &log_std_bounds.low},
+        {"log_std_high", &log_std_bounds.high},
+        {"log_std_is_tanh", &log_std_bounds.is_tanh},
+    };
+    for (auto [name, adam] : {std::pair{"critic_", &critic}, {"ent_coef_", &ent_coef}, {"actor_", &actor}}) {
+      const std::string of = name;
+      all.insert(all.end(), {{of + "learning_rate", &adam->learning_rate},
+                             {of + "beta1", &adam->beta1},
+                             {of + "beta2", &adam->beta2},
+                             {of + "eps", &adam->eps},
+                             {of + "weight_decay", &adam->weight_decay},
+                             {of + "decoupled_weight_decay", &adam->is_decoupled}});
+    }
+    return all;
+  }
 };
 
 // Of a thread's rows or parameters
@@ -392,9 +417,15 @@ struct Batch {
   }
 };
 
-// The order is that of update.py
-enum Metric { CRITIC_LOSS, Q_VALUE, TARGET_Q_VALUE, CRITIC_GRAD_NORM, ENT_COEF, FINITE,
-              ACTOR_LOSS, ENTROPY, LOG_STD, SATURATED_ACTIONS, ACTOR_GRAD_NORM, ENT_COEF_LOSS, N_METRICS };
+// Columns of an update's metrics, under their log keys: those of each update, of each with the actor's, and of each with a
+// learned entropy coefficient's
+#define CRITIC_METRICS(X) X(critic_loss) X(q_value) X(target_q_value) X(critic_grad_norm) X(ent_coef) X(finite)
+#define ACTOR_METRICS(X) X(actor_loss) X(entropy) X(log_std) X(saturated_actions) X(actor_grad_norm)
+#define ENT_COEF_METRICS(X) X(ent_coef_loss)
+namespace metric {
+#define COLUMN(name) name,
+enum { CRITIC_METRICS(COLUMN) ACTOR_METRICS(COLUMN) ENT_COEF_METRICS(COLUMN) N };
+}  // namespace metric
 
 class Update : public torch::CustomClassHolder {
  public:
@@ -405,6 +436,7 @@ class Update : public torch::CustomClassHolder {
         ent_coef_(ent_coef.data(), ent_coef.size() > 1),
         learns_ent_coef_(ent_coef.size() > 1),
         n_actions_(actor_.mu.out) {
+    for (auto [name, number] : options_.named()) numbers_.push_back(number);
     critics_.resize(critics.size());
     for (size_t i = 0; i < critics.size(); i++) {
       for (size_t k = 0; k < critics[i].size(); k += OF_LAYER) critics_[i].layers.emplace_back(&critics[i][k]);
@@ -412,13 +444,26 @@ class Update : public torch::CustomClassHolder {
     }
   }
 
+  // Names of the options of run(), in their order
+  std::vector<std::string> option_names() {
+    std::vector<std::string> names;
+    for (auto [name, number] : options_.named()) names.push_back(name);
+    return names;
+  }
+
+  // Names of the columns of the metrics
+  std::vector<std::vector<std::string>> metric_names() {
+#define NAME(name) #name,
+    return {{CRITIC_METRICS(NAME)}, {ACTOR_METRICS(NAME)}, {ENT_COEF_METRICS(NAME)}};
+  }
+
   // Does updates, each with its own minibatch: the batch is observations, actions, next observations, dones, rewards
   // and maybe discounts of all. Each has a number of updates of the actor, and moves the targets (1) or not (0). Returns
   // their metrics, or nothing if tensors are not plain or do not fit: then nothing has been drawn or changed
   std::optional<Tensor> run(Tensors batch, std::vector<int64_t> actor_updates, std::vector<int64_t> with_targets,
                             std::vector<double> options, bool finite) {
-    TORCH_CHECK(options.size() * sizeof(double) == sizeof(Options), options.size(), " options");
-    std::memcpy(&options_, options.data(), sizeof(Options));
+    TORCH_CHECK(options.size() == numbers_.size(), options.size(), " options");
+    for (size_t i = 0; i < options.size(); i++) *numbers_[i] = options[i];
     const int64_t n_observations = critics_[0].layers[0].in - n_actions_;
     const int64_t widths[] = {n_observations, n_actions_, n_observations, 1, 1, 1};
     const int64_t n_updates = actor_updates.size(), n_rows = batch[3].numel(), size = n_rows / n_updates;
@@ -430,7 +475,7 @@ class Update : public torch::CustomClassHolder {
     if (!find_tensors()) return std::nullopt;
     const Batch first{size, data[0], data[1], data[2], data[3], data[4], data[5]};
     reserve(size);
-    Tensor metrics = at::empty({n_updates, N_METRICS}, batch[0].options());
+    Tensor metrics = at::empty({n_updates, metric::N}, batch[0].options());
     float* of_update = metrics.mutable_data_ptr<float>();
     const int64_t n_draws = std::accumulate(actor_updates.begin(), actor_updates.end(), n_updates);
     const Tensor drawn = at::empty({n_draws, size, n_actions_}, batch[0].options());
@@ -443,7 +488,7 @@ class Update : public torch::CustomClassHolder {
 #pragma omp single
       reserve_for(team);  // there may be fewer threads than were asked for
       Progress progress{finite, 0, 0, 0};
-      for (int64_t i = 0; i < n_updates; i++, of_update += N_METRICS) {
+      for (int64_t i = 0; i < n_updates; i++, of_update += metric::N) {
         const Batch minibatch = first.following(i, n_observations, n_actions_);
         // In the order of gradient_step.draw_noise
         const auto draw = [&] { return std::exchange(noise, noise + size * n_actions_); };
@@ -453,7 +498,7 @@ class Update : public torch::CustomClassHolder {
           actor_update(team, minibatch, k == 0 ? noise_of_pi : draw(), progress, of_update);
         }
         if (with_targets[i] && progress.finite) update_targets(team);
-        if (team.thread == 0) of_update[FINITE] = progress.finite;
+        if (team.thread == 0) of_update[metric::finite] = progress.finite;
       }
       if (team.thread == 0) done = progress;
     }
@@ -563,11 +608,11 @@ class Update : public torch::CustomClassHolder {
       progress.n_critic_steps++;
     }
     if (team.thread == 0) {
-      metrics[CRITIC_LOSS] = loss;
-      metrics[Q_VALUE] = all.q_value / (batch.size * critics_.size());
-      metrics[TARGET_Q_VALUE] = all.target_q / (batch.size * critics_.size());
-      metrics[CRITIC_GRAD_NORM] = norm;
-      metrics[ENT_COEF] = ent_coef;
+      metrics[metric::critic_loss] = loss;
+      metrics[metric::q_value] = all.q_value / (batch.size * critics_.size());
+      metrics[metric::target_q_value] = all.target_q / (batch.size * critics_.size());
+      metrics[metric::critic_grad_norm] = norm;
+      metrics[metric::ent_coef] = ent_coef;
     }
   }
 
@@ -594,7 +639,7 @@ class Update : public torch::CustomClassHolder {
       mean_delta_[i] = delta;
       log_std_delta_[i] = delta * std_[i] * noise[i] - ent_coef / n;
       sums.log_std += log_std_values_[i];
-      sums.saturated += std::abs(action) > SATURATED;
+      sums.saturated += std::abs(action) > float(options_.saturated);
     }
     each_vector({rows.begin * n_actions_, rows.end * n_actions_}, [&](int64_t i, int64_t n) {
       const Vec raw = Vec::loadu(&actor_.raw_log_std[i], n), delta = Vec::loadu(&log_std_delta_[i], n);
@@ -629,7 +674,7 @@ class Update : public torch::CustomClassHolder {
         }
         progress.n_ent_coef_steps++;
       }
-      if (team.thread == 0) metrics[ENT_COEF_LOSS] = ent_coef_loss;
+      if (team.thread == 0) metrics[metric::ent_coef_loss] = ent_coef_loss;
     }
     progress.finite = progress.finite && std::isfinite(float(loss) + float(norm));
     if (progress.finite) {
@@ -639,11 +684,11 @@ class Update : public torch::CustomClassHolder {
       progress.n_actor_steps++;
     }
     if (team.thread == 0) {
-      metrics[ACTOR_LOSS] = loss;
-      metrics[ENTROPY] = -log_prob;
-      metrics[LOG_STD] = all.log_std / (n * n_actions_);
-      metrics[SATURATED_ACTIONS] = all.saturated / (n * n_actions_);
-      metrics[ACTOR_GRAD_NORM] = norm;
+      metrics[metric::actor_loss] = loss;
+      metrics[metric::entropy] = -log_prob;
+      metrics[metric::log_std] = all.log_std / (n * n_actions_);
+      metrics[metric::saturated_actions] = all.saturated / (n * n_actions_);
+      metrics[metric::actor_grad_norm] = norm;
     }
   }
 
@@ -756,6 +801,7 @@ class Update : public torch::CustomClassHolder {
   int64_t n_actions_;
 
   Options options_;
+  std::vector<double*> numbers_;  // of the options
   std::vector<Sums> sums_;
   Floats inputs_, pi_inputs_;  // of critics, (B, O + A)
   Floats log_std_values_, std_, pi_actions_, densities_, mean_delta_, log_std_delta_;  // (B, A)
@@ -796,8 +842,14 @@ class Actor : public torch::CustomClassHolder {
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(sb3_softsac, m) {
-  m.class_<Actor>("Actor").def(torch::init<Tensors>()).def("sample", &Actor::sample);
+  m.class_<Actor>("Actor")
+      .def(torch::init<Tensors>())
+      .def("sample", &Actor::sample, "",
+           {torch::arg("observations"), torch::arg("log_std_low"), torch::arg("log_std_high"),
+            torch::arg("log_std_is_tanh")});
   m.class_<Update>("Update")
       .def(torch::init<Tensors, std::vector<Tensors>, std::vector<Tensors>, Tensors>())
+      .def("option_names", &Update::option_names)
+      .def("metric_names", &Update::metric_names)
       .def("run", &Update::run);
 }

@@ -1,13 +1,11 @@
 """
-Updates of plain SAC on the CPU, and the actions between them, by our own C++ (``update.cpp``), with the result of
-:func:`gradient_step.update` and of the actor up to rounding. Updates are faster than what Inductor makes of them, and
-built in seconds. What is not plain (see ``support``), or has other optimisers than Adam and AdamW, is left to
-torch, and it can be told why.
+Updates of plain SAC on the CPU, and the actions between them, by our own C++ (``update.cpp``): faster than what
+Inductor makes of them, and built in seconds. ``support`` says what is plain; the rest is left to torch.
 """
 
 import functools
 import math
-from collections.abc import Callable
+import warnings
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,7 @@ import torch as th
 from torch.optim import Adam, AdamW
 
 from sb3_softsac import losses
-from sb3_softsac.ent_coef import EntCoef
+from sb3_softsac.ent_coef import LearnedEntCoef
 from sb3_softsac.execution.cpp import build, matmul
 from sb3_softsac.execution.cpp.support import (
     Attributes,
@@ -28,20 +26,22 @@ from sb3_softsac.execution.cpp.support import (
     require,
     usual_arithmetic,
 )
-from sb3_softsac.gradient_step import Due, LearningRates, Optimizers, Outcome, Trained, UpdateOptions
+from sb3_softsac.execution.device_replay import gathered
+from sb3_softsac.execution.learner import Learner
+from sb3_softsac.execution.report import Report, reason_of
+from sb3_softsac.execution.way import Declined, Done, Outcome, Updates
+from sb3_softsac.gradient_step import SATURATED
+from sb3_softsac.optimizers import Optimizers, Trained
 from sb3_softsac.policies import Actor, SoftSACPolicy
 from sb3_softsac.type_aliases import ReplayBatch, TorchObs
 
 SOURCE = Path(__file__).with_name("update.cpp")
 MAX_WORK = 1 << 31  # of one call: transitions times weights, for each of which there are ten operations
-CRITIC_METRICS = ("critic_loss", "q_value", "target_q_value", "critic_grad_norm", "ent_coef", "finite")
-ACTOR_METRICS = ("actor_loss", "entropy", "log_std", "saturated_actions", "actor_grad_norm")
-ENT_COEF_METRICS = ("ent_coef_loss",)
 MISFIT = (
     "the types or sizes of a minibatch do not fit, or a parameter or an optimizer's state is not float32 on the CPU"
 )
 
-# What our C++ does instead. Who puts another function in its place gets that one
+# If the user replaces one of these, torch runs the replacement
 OWN_LOSSES = (losses.target_q_values, losses.critic_loss, losses.actor_loss, losses.ent_coef_loss)
 
 
@@ -67,17 +67,52 @@ def error_of_build() -> Exception | None:
     return None
 
 
-class NativeActor:
+class Classes:
+    """
+    The classes that ``update.cpp`` defines, built when they are first needed.
+
+    :param report: is told of the compilation
+    """
+
+    def __init__(self, report: Report):
+        self._report = report
+        self._found: Any = None
+        self._failed = False
+
+    def get(self) -> Any:
+        """
+        :return: namespace of the classes
+        :raises NotPlain: where they cannot be used; why they cannot be built, a warning says once
+        """
+        require(build.suits_processor(), "the processor has neither AVX2 nor AVX-512")
+        if self._found is None and not self._failed:
+            try:
+                self._found = self._build()
+            except Exception as error:
+                self._failed = True
+                text = f"SoftSAC's C++ cannot be built, and torch is slower without it: {reason_of(error)}"
+                warnings.warn(text, stacklevel=2)
+        require(self._found is not None, "it could not be built")
+        return self._found
+
+    def _build(self) -> Any:
+        if error_of_build.cache_info().currsize:  # by another model
+            return classes()
+        with self._report.compilation("SoftSAC's C++", "ten to thirty seconds, one"):
+            return classes()
+
+
+class CppActor:
     """
     Explores with the actor of one policy, if it is plain: torch takes many times as long for the small operators.
 
     :param policy: networks
-    :param get_classes: gives the classes that ``update.cpp`` defines, or None; called when they are first needed
+    :param classes: that ``update.cpp`` defines
     """
 
-    def __init__(self, policy: SoftSACPolicy, get_classes: Callable[[], Any]):
+    def __init__(self, policy: SoftSACPolicy, classes: Classes):
         self.policy = policy
-        self._get_classes = get_classes
+        self._classes = classes
         self._looked_at: th.nn.Module | None = None
         self._watch = Watch([])
         self._actor: Any = None
@@ -94,41 +129,65 @@ class NativeActor:
         is_vector = isinstance(observations, th.Tensor)
         if self._actor is None or not is_vector or self._watch.sees_hooks() or not usual_arithmetic():
             return None
-        return self._actor.sample(observations, *_log_std_bounds(actor))
+        return self._actor.sample(observations, **_log_std_bounds(actor))
 
     def _look_at(self, actor: th.nn.Module) -> None:
         self._looked_at, self._watch, self._actor = actor, Watch([actor]), None
         with suppress(NotPlain):
             _require_usual_methods(self._watch)
             layers = plain_actor(actor)
-            self._actor = _built(self._get_classes).Actor(parameters_of(layers))
+            self._actor = self._classes.get().Actor(parameters_of(layers))
 
 
-class NativeUpdate:
+class CppUpdate:
     """
-    Does the updates of one model, if they are plain.
+    Does updates of plain SAC, several in one call.
 
-    :param policy: networks
-    :param ent_coef: entropy coefficient
-    :param get_classes: see :class:`NativeActor`
+    :param learner: what is updated
+    :param classes: that ``update.cpp`` defines
     """
 
-    def __init__(self, policy: SoftSACPolicy, ent_coef: EntCoef, get_classes: Callable[[], Any]):
-        self.policy = policy
-        self.ent_coef = ent_coef
-        self._get_classes = get_classes
+    def __init__(self, learner: Learner, classes: Classes):
+        self.learner = learner
+        self._classes = classes
         self._update: Any = None
         self._reason: str | None = None  # why there is none
+        self._option_names: list[str] = []
+        self._metric_names: list[list[str]] = []  # of critics, actor and entropy coefficient
         self._n_weights = 1  # that are trained
-        self._adam: list[list[float]] = []  # of each optimiser, see _constants
+        self._adam: dict[str, float] = {}  # options of the optimisers
         self._optimizers: Optimizers | None = None
         self._watch = Watch([])
 
-    def reason_against(self, optimizers: Optimizers) -> str | None:
+    def __call__(self, updates: Updates) -> Done:
+        """See :class:`Way`. Noise is drawn as :func:`gradient_step.draw_noise` does."""
+        if not self.learner.has_state():
+            raise Declined
+        if (reason := self.reason_against()) is not None:
+            raise Declined(reason)
+        minibatches, first = updates.minibatches, updates.first
+        last = min(minibatches.n, first + self.n_at_once(minibatches.size))
+        dues = updates.dues[first:last]
+        tensors = _tensors(gathered(minibatches.part(first, last), updates.storage))
+        numbers = self._numbers(updates)
+        values = None
+        if tensors is not None:
+            actor_updates, targets = [due.actor_updates for due in dues], [int(due.targets) for due in dues]
+            values = self._update.run(tensors, actor_updates, targets, numbers, bool(updates.finite))
+        if values is None:
+            raise Declined(MISFIT)
+        of_critics, of_actor, of_ent_coef = self._metric_names
+        if isinstance(self.learner.ent_coef, LearnedEntCoef):
+            of_actor = of_actor + of_ent_coef
+        names = [tuple(of_critics + of_actor if due.actor_updates else of_critics) for due in dues]
+        outcomes = [Outcome(some, row[: len(some)]) for some, row in zip(names, values.unbind(), strict=True)]
+        return Done(outcomes[-1].values[of_critics.index("finite")].bool(), outcomes)
+
+    def reason_against(self) -> str | None:
         """
-        :param optimizers: what they train, with states
         :return: why the next update is not for C++; None if it is
         """
+        optimizers = self.learner.optimizers()
         if optimizers is not self._optimizers or self._watch.is_over():
             self._look_at(optimizers)
         if self._reason is not None:
@@ -139,10 +198,17 @@ class NativeUpdate:
             return "a function of sb3_softsac.losses has been replaced"
         return None if usual_arithmetic() else "float32 is to be computed less precisely (matmul_precision or autocast)"
 
+    def n_at_once(self, batch_size: int) -> int:
+        """
+        :param batch_size: B
+        :return: updates in one call, so that a run can be interrupted after a quarter of a second or so
+        """
+        return max(1, MAX_WORK // (batch_size * self._n_weights))
+
     def _look_at(self, optimizers: Optimizers) -> None:
-        policy = self.policy
+        policy = self.learner.policy
         critics = (policy.critic.q_networks, policy.critic_target.q_networks)
-        coefficient = Attributes(self.ent_coef, ("log_ent_coef", "tensor"))
+        coefficient = Attributes(self.learner.ent_coef, ("log_ent_coef", "tensor"))
         self._watch = Watch([policy, *policy.children()], [coefficient, *critics])
         self._optimizers, self._update, self._reason = optimizers, None, None
         try:
@@ -152,76 +218,41 @@ class NativeUpdate:
 
     def _make(self, optimizers: Optimizers) -> Any:
         _require_usual_methods(self._watch)
-        layers = plain_layers(self.policy)
+        layers = plain_layers(self.learner.policy)
         for name, trained in optimizers._asdict().items():
-            if trained is not None:
+            if trained.optimizer is not None:
                 _require_adam(name, trained)
         actor = _with_states("actor", optimizers.actor, parameters_of(layers.actor))
         critics = [_with_states("critic", optimizers.critic, parameters_of(critic)) for critic in layers.critics]
-        if optimizers.ent_coef is None or self.ent_coef.log_ent_coef is None:
-            fixed = self.ent_coef.tensor
-            require(fixed is not None and fixed.dtype == th.float32, "the entropy coefficient is not float32")
-            ent_coef: list[Any] = [fixed]
-        else:
-            ent_coef = _with_states("ent_coef", optimizers.ent_coef, [self.ent_coef.log_ent_coef])
-        self._adam = [_constants(part) for part in optimizers]
-        self._n_weights = sum(p.numel() for part in optimizers if part is not None for p in part.parameters)
+        ent_coef = self.learner.ent_coef.tensors()
+        require(all(tensor.dtype == th.float32 for tensor in ent_coef), "the entropy coefficient is not float32")
+        if isinstance(self.learner.ent_coef, LearnedEntCoef):
+            ent_coef = _with_states("ent_coef", optimizers.ent_coef, ent_coef)
         targets = list(map(parameters_of, layers.targets))
-        return _built(self._get_classes).Update(actor, critics, targets, ent_coef)
+        update = self._classes.get().Update(actor, critics, targets, ent_coef)
+        self._option_names, self._metric_names = update.option_names(), update.metric_names()
+        self._adam = {name: number for part in optimizers._fields for name, number in _adam(part, optimizers).items()}
+        self._n_weights = sum(p.numel() for part in optimizers for p in part.parameters)
+        return update
 
-    def n_at_once(self, batch_size: int) -> int:
-        """
-        :param batch_size: B
-        :return: updates to ask for at once, so that a run can be interrupted after a quarter of a second or so
-        """
-        return max(1, MAX_WORK // (batch_size * self._n_weights))
-
-    def __call__(
-        self,
-        batch: ReplayBatch,
-        dues: list[Due],
-        learning_rates: LearningRates,
-        finite: th.Tensor,
-        options: UpdateOptions,
-    ) -> tuple[th.Tensor, list[Outcome]] | None:
-        """
-        Do updates that there is no :meth:`reason_against`, unless the tensors do not fit. Noise is drawn as
-        :func:`gradient_step.draw_noise` does.
-
-        :param batch: one minibatch behind the other
-        :param dues: what each update consists of
-        :param learning_rates: of the optimisers
-        :param finite: whether all numbers of the updates before were finite
-        :param options: constants of the updates
-        :return: whether all numbers have been finite, and metrics of each update. None if tensors do not fit (see
-            ``MISFIT``): nothing has then been drawn or changed
-        """
-        tensors: list[Any] = [batch.observations, batch.actions, batch.next_observations, batch.dones, batch.rewards]
-        if batch.discounts is not None:
-            tensors.append(batch.discounts)
-        if not all(isinstance(tensor, th.Tensor) for tensor in tensors):
-            return None
-        limit = math.inf if options.max_grad_norm is None else options.max_grad_norm
-        numbers = [options.gamma, options.tau, options.target_entropy, options.log_action_scale, limit]
-        numbers += [options.ent_coef_loss == "exp", *_log_std_bounds(self.policy.actor)]
-        for learning_rate, constants in zip(learning_rates, self._adam, strict=True):
-            numbers += [float(learning_rate), *constants]
-        inputs = [_as_float32(tensor) for tensor in tensors]
-        actor_updates, targets = [due.actor_updates for due in dues], [int(due.targets) for due in dues]
-        values = self._update.run(inputs, actor_updates, targets, list(map(float, numbers)), bool(finite))
-        if values is None:
-            return None
-        of_actor = ACTOR_METRICS if self.ent_coef.log_ent_coef is None else ACTOR_METRICS + ENT_COEF_METRICS
-        names = [CRITIC_METRICS + of_actor if due.actor_updates else CRITIC_METRICS for due in dues]
-        outcomes = [Outcome(some, row[: len(some)]) for some, row in zip(names, values.unbind(), strict=True)]
-        return outcomes[-1].values[CRITIC_METRICS.index("finite")].bool(), outcomes
-
-
-def _built(get_classes: Callable[[], Any]) -> Any:
-    require(build.suits_processor(), "the processor has neither AVX2 nor AVX-512")
-    classes = get_classes()
-    require(classes is not None, "it could not be built")
-    return classes
+    def _numbers(self, updates: Updates) -> list[float]:
+        """What an update is told besides tensors, in the order in which ``update.cpp`` names it."""
+        options, learner = updates.options, self.learner
+        numbers = {
+            "gamma": options.gamma,
+            "tau": options.tau,
+            "target_entropy": options.target_entropy,
+            "log_action_scale": options.log_action_scale,
+            "max_grad_norm": math.inf if options.max_grad_norm is None else options.max_grad_norm,
+            "ent_coef_loss_is_exp": options.ent_coef_loss == "exp",
+            "saturated": SATURATED,
+            **_log_std_bounds(learner.policy.actor),
+            **{f"{name}_learning_rate": float(rate) for name, rate in learner.learning_rates._asdict().items()},
+            **self._adam,
+        }
+        if len(numbers) != len(self._option_names):
+            raise RuntimeError(f"update.cpp knows {self._option_names}, and update.py {list(numbers)}")
+        return [float(numbers[name]) for name in self._option_names]
 
 
 def _require_usual_methods(watch: Watch) -> None:
@@ -237,16 +268,15 @@ def _require_adam(name: str, trained: Trained) -> None:
         require(not groups[0].options[option], f"the {name} optimizer has the option {option}")
 
 
-def _constants(trained: Trained | None) -> list[float]:
-    """In the order of ``update.cpp``."""
-    names = ("beta1", "beta2", "eps", "weight_decay", "decoupled_weight_decay")
-    return [0.0 if trained is None else float(trained.groups[0].options[name]) for name in names]
+def _adam(name: str, optimizers: Optimizers) -> dict[str, float]:
+    options = ("beta1", "beta2", "eps", "weight_decay", "decoupled_weight_decay")
+    groups = getattr(optimizers, name).groups
+    return {f"{name}_{option}": float(groups[0].options[option]) if groups else 0.0 for option in options}
 
 
-def _log_std_bounds(actor: Actor) -> tuple[float, float, float]:
-    """In the order of ``update.cpp``."""
+def _log_std_bounds(actor: Actor) -> dict[str, float]:
     low, high = actor.log_std_bounds
-    return low, high, float(actor.log_std_bounding == "tanh")
+    return {"log_std_low": low, "log_std_high": high, "log_std_is_tanh": float(actor.log_std_bounding == "tanh")}
 
 
 def _with_states(name: str, trained: Trained, parameters: list[th.Tensor]) -> list[th.Tensor]:
@@ -259,5 +289,11 @@ def _with_states(name: str, trained: Trained, parameters: list[th.Tensor]) -> li
     return [tensor for parameter in parameters for tensor in states[id(parameter)]]
 
 
-def _as_float32(tensor: th.Tensor) -> th.Tensor:
-    return tensor if tensor.dtype == th.float32 and tensor.is_contiguous() else tensor.float().contiguous()
+def _tensors(batch: ReplayBatch) -> list[th.Tensor] | None:
+    """Parts of a minibatch in the order of ``Update::run``, contiguous float32; None if one is not a tensor."""
+    parts: list[Any] = [batch.observations, batch.actions, batch.next_observations, batch.dones, batch.rewards]
+    if batch.discounts is not None:
+        parts.append(batch.discounts)
+    if not all(isinstance(part, th.Tensor) for part in parts):
+        return None
+    return [p if p.dtype == th.float32 and p.is_contiguous() else p.float().contiguous() for p in parts]

@@ -1,0 +1,192 @@
+"""Updates compiled by torch: one function for each combination of what is due, on the CPU and on GPUs."""
+
+import itertools
+import types
+import warnings
+from collections import defaultdict
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeVar, cast
+
+import torch as th
+
+from sb3_softsac import upstream
+from sb3_softsac.execution.eager import Held, Inputs, Result, Run, make_update, prepare, with_gathering
+from sb3_softsac.execution.learner import Learner
+from sb3_softsac.execution.report import Report, reason_of
+from sb3_softsac.execution.way import Declined, Done, Outcome, Updates
+from sb3_softsac.gradient_step import EAGER, PURE, Due, UpdateOptions, actor_gradients, critic_gradients
+from sb3_softsac.optimizers import has_pure_step, moved_names
+
+BACKEND = "inductor"
+MAX_VARIANTS = 16  # compiled forms of one update: each has its own options and parts that are due
+MAX_COMPILATIONS = 3  # of each form
+
+Variant = tuple[Due, UpdateOptions, int, bool]
+"""What is due, how, with how many threads (compiled code divides its work among them), and whether the optimisers'
+steps are compiled, too."""
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+class Inductor:
+    """
+    Compiles an update when the first of its form is to be done. If that fails, it never tries again.
+
+    :param learner: what is updated
+    :param report: is told of compilations
+    """
+
+    def __init__(self, learner: Learner, report: Report):
+        self.learner = learner
+        self.failed = False
+        self.compiled: dict[Variant, Run] = {}
+        self._report = report
+        self._n_compilations: dict[Variant, int] = defaultdict(int)
+
+    def __call__(self, updates: Updates) -> Done:
+        """See :class:`Way`."""
+        if self.failed:
+            raise Declined("compilation failed")
+        if not self.learner.has_state():
+            raise Declined
+        variant = self._variant(updates)
+        before = _random_states(self.learner.device)
+        held, inputs = prepare(self.learner, updates)
+        run = self.compiled.get(variant)
+        if run is not None:
+            try:
+                return _done(run(held, inputs))
+            except Exception as error:
+                if not _is_of_compiler(error):
+                    raise
+        try:
+            return self._first(variant, held, inputs)
+        except Declined:
+            _set_random_states(before, self.learner.device)
+            raise
+
+    def _first(self, variant: Variant, held: Held, inputs: Inputs) -> Done:
+        """Compile, and do an update."""
+        before = [(tensor, tensor.detach().clone()) for tensor in self.learner.tensors()]
+        try:
+            self._n_compilations[variant] += 1
+            if len(self.compiled) >= MAX_VARIANTS:
+                raise RuntimeError(f"its options have changed {MAX_VARIANTS} times")
+            if self._n_compilations[variant] > MAX_COMPILATIONS:
+                raise RuntimeError(
+                    "something in the networks changes with the updates, and each change would compile anew"
+                )
+            with self._report.compilation("the update", "half a minute or so, a few seconds"):
+                what, options, _, with_steps = variant
+                run = self._compile(what, options, with_steps)
+                held = held._replace(optimizers=self.learner.optimizers())  # their steps may have moved
+                with tracing(), warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # torch's, about its own insides
+                    result = run(held, inputs)
+        except Exception as error:  # whatever a compiler may raise; if it is the user's own, the eager update raises it
+            self.failed = True
+            self.compiled.clear()
+            with th.no_grad():
+                for tensor, value in before:
+                    tensor.copy_(value)
+            warnings.warn(
+                f"The update cannot be compiled and runs eagerly, which is slower: {reason_of(error)} "
+                "(compile=False says that this is wanted)",
+                stacklevel=2,
+            )
+            raise Declined("compilation failed") from error
+        self.compiled[variant] = run
+        return _done(result)
+
+    def _variant(self, updates: Updates) -> Variant:
+        what = updates.dues[updates.first]
+        return what, updates.options, th.get_num_threads(), all(map(has_pure_step, self.learner.involved(what)))
+
+    def _compile(self, what: Due, options: UpdateOptions, with_steps: bool) -> Run:
+        check_torch()
+        device = self.learner.device
+        if with_steps:
+            return self._finish(with_gathering(compiled(make_update(self.learner, PURE, options, what), device)))
+        # What the optimiser does is its own: only the gradients are compiled
+        for name in itertools.chain.from_iterable(map(moved_names, self.learner.involved(what))):
+            upstream.say_moved(name, "the optimisers' steps are not compiled, which is slower.")
+        parts = EAGER._replace(critic=compiled(critic_gradients, device), actor=compiled(actor_gradients, device))
+        return with_gathering(make_update(self.learner, parts, options, what))
+
+    def _finish(self, run: Run) -> Run:
+        """What is done with a whole compiled update."""
+        return run
+
+
+def compiled(function: Function, device: th.device) -> Function:
+    """
+    :param function: works on tensors and modules
+    :param device: where they are
+    :return: the same, compiled as one graph when it is first called, within :func:`tracing`
+    """
+    # torch keeps compiled forms by code object, and only so many of each: the models of one process must not share it
+    own = types.FunctionType(
+        function.__code__.replace(),
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    if BACKEND != "inductor":
+        return cast(Function, th.compile(own, fullgraph=True, dynamic=False, backend=BACKEND))
+    options: dict[str, Any] = {
+        "fallback_random": True,  # the same random numbers as in an eager update, in layers such as dropout
+        "size_asserts": False,
+        "alignment_asserts": False,
+    }
+    if device.type == "cpu":
+        options["cpp_wrapper"] = True  # calls from Python took 5% of an update
+        try:
+            from sb3_softsac.execution.graph_passes import GraphPasses
+
+            options["post_grad_custom_post_pass"] = GraphPasses()
+        except ImportError:
+            name = "torch._inductor.custom_graph_pass:CustomGraphPass"
+            upstream.say_moved(name, "the graph of a compiled update is left as it is, which is slower.")
+    known = set(th._inductor.list_options())
+    options = {name: value for name, value in options.items() if name in known}
+    return cast(Function, th.compile(own, fullgraph=True, dynamic=False, options=options))
+
+
+def check_torch() -> None:
+    """
+    :raises RuntimeError: if this torch cannot compile an update
+    """
+    import torch._dynamo
+
+    # It is off by default where it is there; a later version may do without it
+    if not hasattr(torch._dynamo.config, "trace_autograd_ops") and th.__version__ < "2.11":
+        raise RuntimeError(f"torch {th.__version__} cannot compile gradients, 2.11 and newer can")
+
+
+def tracing() -> AbstractContextManager[Any]:
+    """
+    :return: context in which a function that takes gradients can be compiled
+    """
+    config = th._dynamo.config
+    return config.patch(trace_autograd_ops=True) if hasattr(config, "trace_autograd_ops") else nullcontext()
+
+
+def _done(result: Result) -> Done:
+    finite, names, values = result
+    return Done(finite, [Outcome(names, values)])
+
+
+def _is_of_compiler(error: Exception) -> bool:
+    """Whether torch's compiler raised it, and not what it has compiled."""
+    return any(cls.__module__.startswith("torch._dynamo") for cls in type(error).__mro__)
+
+
+def _random_states(device: th.device) -> list[th.Tensor]:
+    return [th.get_rng_state(), *([th.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
+
+
+def _set_random_states(states: list[th.Tensor], device: th.device) -> None:
+    th.set_rng_state(states[0])
+    if len(states) > 1:
+        th.cuda.set_rng_state(states[1], device)
