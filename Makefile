@@ -69,7 +69,7 @@ type: $(INSTALLED_DEV)  ## check the types
 	$(BIN)/python -m mypy sb3_softsac benchmarks startup
 
 docs: $(INSTALLED_DOCS)  ## build the documentation in docs/_build/html; warnings are errors
-	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html
+	$(BIN)/python -m sphinx -E -W --keep-going -b html docs docs/_build/html
 
 format: $(INSTALLED_DEV)  ## format the code and sort the imports
 	$(BIN)/python -m ruff check --select I --fix $(CHECKED)
