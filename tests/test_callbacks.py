@@ -19,6 +19,7 @@ def make_model(env: Any = "Pendulum-v1") -> SoftSAC:
     )  # fmt: skip
 
 
+@pytest.mark.learning
 @pytest.mark.parametrize("threshold", [float("-inf"), 1e6])
 def test_keeps_the_best_above_the_threshold(threshold: float, tmp_path: pathlib.Path) -> None:
     callback = SaveBestTrainingReturnCallback(threshold=threshold, save_path=str(tmp_path / "new"), min_episodes=2)

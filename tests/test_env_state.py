@@ -622,6 +622,7 @@ IN_CHILD = [
 ]
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("make", IN_CHILD)
 def test_new_process(make: str, tmp_path: Path) -> None:
     env = play(seeded(eval(make)), 23)
@@ -1072,6 +1073,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
 @pytest.mark.parametrize("method", ["fork", "forkserver"])
 def test_workers_survive_signals_and_end_with_the_process(method: str, tmp_path: Path) -> None:
@@ -1109,6 +1111,7 @@ def paths_of(tree: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     return [path, *(p for key, value in items for p in paths_of(value, (*path, key)))]
 
 
+@pytest.mark.damage
 @settings(max_examples=300)
 @given(st.data())
 def test_damaged_states_give_reasons(data: st.DataObject) -> None:

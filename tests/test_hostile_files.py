@@ -31,6 +31,8 @@ from sb3_softsac.persistence import buffer_state
 from sb3_softsac.persistence.archive import INDEX, ArchiveWriter, CheckpointError
 from sb3_softsac.persistence.run_folder import RunFolder, _manifest_text
 
+pytestmark = pytest.mark.damage
+
 Members = dict[str, bytes]
 PROCESSES = ("os.system", "subprocess.Popen", "os.exec", "os.fork", "os.posix_spawn", "os.spawn", "ctypes.dlopen")
 PROCESSES += ("pickle.find_class", "socket.connect", "os.putenv", "code.__new__")

@@ -586,6 +586,7 @@ print(sb3_softsac.__file__)
 """
 
 
+@pytest.mark.processes
 def test_import_without_private_names() -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(PACKAGE.parent)}
     command = [sys.executable, "-W", "error:a private name", "-c", IMPORT, *PRIVATE]

@@ -1,4 +1,4 @@
-"""How many threads torch should use: as many as the work keeps busy, on cores that nobody else uses."""
+"""The number of torch threads: as many as the work keeps busy, on cores that no other process uses."""
 
 import os
 import statistics
@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch as th
 
-# A thread that waits for another spins. With less work than this for each (multiplications in the largest product), or
-# with more threads than free cores, waiting takes longer than working
+# Threads spin while they wait for each other. With less work per thread than this (multiplications in the largest
+# product), or with more threads than free cores, they wait longer than they work
 WORK_PER_THREAD = 4_000_000
 CHOSEN_BY_USER = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 _AT_IMPORT = th.get_num_threads()
@@ -25,7 +25,7 @@ def are_chosen() -> bool:
 def choose(work: int) -> int:
     """
     :param work: multiplications in the largest matrix product of an update
-    :return: number of threads; what the user has set stays
+    :return: number of threads; the user's own, if there is one
     """
     if are_chosen():
         return th.get_num_threads()
@@ -34,7 +34,7 @@ def choose(work: int) -> int:
 
 def use(number: int) -> None:
     """
-    :param number: of threads that torch shall use
+    :param number: threads for torch to use
     """
     global _used
     if th.get_num_threads() != number:
@@ -52,9 +52,9 @@ def n_cores() -> int:
 
 def n_busy(samples: int = 9, interval: float = 0.01) -> int:
     """
-    :param samples: number of looks
+    :param samples: number of samples of the system's run queue, of which the median counts
     :param interval: seconds between them
-    :return: threads of others that run now; 0 where the system does not tell
+    :return: running threads of other processes; 0 where the system does not tell
     """
     running = []
     try:

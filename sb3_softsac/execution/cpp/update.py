@@ -30,7 +30,7 @@ from sb3_softsac.execution.device_replay import gathered
 from sb3_softsac.execution.learner import Learner
 from sb3_softsac.execution.report import Report, reason_of
 from sb3_softsac.execution.way import Declined, Done, Outcome, Updates
-from sb3_softsac.gradient_step import SATURATED
+from sb3_softsac.gradient_step import SATURATED, UpdateOptions
 from sb3_softsac.optimizers import Optimizers, Trained
 from sb3_softsac.policies import Actor, SoftSACPolicy
 from sb3_softsac.type_aliases import ReplayBatch, TorchObs
@@ -104,7 +104,7 @@ class Classes:
 
 class CppActor:
     """
-    Explores with the actor of one policy, if it is plain: torch takes many times as long for the small operators.
+    Samples the actions of one policy, if it is plain. Torch's overhead for such small operators is many times larger.
 
     :param policy: networks
     :param classes: that ``update.cpp`` defines
@@ -156,24 +156,24 @@ class CppUpdate:
         self._metric_names: list[list[str]] = []  # of critics, actor and entropy coefficient
         self._n_weights = 1  # that are trained
         self._adam: dict[str, float] = {}  # options of the optimisers
+        self._numbers: list[float] = []
+        self._numbers_key: Any = None  # what they were made of
         self._optimizers: Optimizers | None = None
         self._watch = Watch([])
 
     def __call__(self, updates: Updates) -> Done:
         """See :class:`Way`. Noise is drawn as :func:`gradient_step.draw_noise` does."""
-        if not self.learner.has_state():
-            raise Declined
         if (reason := self.reason_against()) is not None:
-            raise Declined(reason)
+            # Without states this update is eager, and the next one may be for C++
+            raise Declined(reason) if self.learner.has_state() else Declined
         minibatches, first = updates.minibatches, updates.first
         last = min(minibatches.n, first + self.n_at_once(minibatches.size))
         dues = updates.dues[first:last]
         tensors = _tensors(gathered(minibatches.part(first, last), updates.storage))
-        numbers = self._numbers(updates)
         values = None
         if tensors is not None:
             actor_updates, targets = [due.actor_updates for due in dues], [int(due.targets) for due in dues]
-            values = self._update.run(tensors, actor_updates, targets, numbers, bool(updates.finite))
+            values = self._update.run(tensors, actor_updates, targets, self._options(updates), bool(updates.finite))
         if values is None:
             raise Declined(MISFIT)
         of_critics, of_actor, of_ent_coef = self._metric_names
@@ -231,13 +231,21 @@ class CppUpdate:
         targets = list(map(parameters_of, layers.targets))
         update = self._classes.get().Update(actor, critics, targets, ent_coef)
         self._option_names, self._metric_names = update.option_names(), update.metric_names()
+        self._numbers_key = None
         self._adam = {name: number for part in optimizers._fields for name, number in _adam(part, optimizers).items()}
         self._n_weights = sum(p.numel() for part in optimizers for p in part.parameters)
         return update
 
-    def _numbers(self, updates: Updates) -> list[float]:
+    def _options(self, updates: Updates) -> list[float]:
         """What an update is told besides tensors, in the order in which ``update.cpp`` names it."""
-        options, learner = updates.options, self.learner
+        options, bounds = updates.options, _log_std_bounds(self.learner.policy.actor)
+        rates = {f"{name}_learning_rate": rate.item() for name, rate in self.learner.learning_rates._asdict().items()}
+        key = options, bounds, rates
+        if key != self._numbers_key:
+            self._numbers, self._numbers_key = self._named(options, bounds | rates | self._adam), key
+        return self._numbers
+
+    def _named(self, options: UpdateOptions, others: dict[str, float]) -> list[float]:
         numbers = {
             "gamma": options.gamma,
             "tau": options.tau,
@@ -246,9 +254,7 @@ class CppUpdate:
             "max_grad_norm": math.inf if options.max_grad_norm is None else options.max_grad_norm,
             "ent_coef_loss_is_exp": options.ent_coef_loss == "exp",
             "saturated": SATURATED,
-            **_log_std_bounds(learner.policy.actor),
-            **{f"{name}_learning_rate": float(rate) for name, rate in learner.learning_rates._asdict().items()},
-            **self._adam,
+            **others,
         }
         if len(numbers) != len(self._option_names):
             raise RuntimeError(f"update.cpp knows {self._option_names}, and update.py {list(numbers)}")
