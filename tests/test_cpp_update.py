@@ -1044,6 +1044,7 @@ def test_it_cannot_be_built(
 
 
 def test_it_is_told_once(capsys: pytest.CaptureFixture[str]) -> None:
+    error_of_build.cache_clear()  # as in a process that has not compiled yet
     model = make("defaults", compile=True, verbose=1)
     model.learn(SMALL["learning_starts"] + 3)
     load_optimizers(model)
