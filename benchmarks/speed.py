@@ -86,6 +86,7 @@ ARMS = {
     "eager": Arm("SoftSAC, eager", "C9", "sb3_softsac.SoftSAC", 170, 3, {"compile": False}),
     "compiled": Arm("SoftSAC, compiled", "C0", "sb3_softsac.SoftSAC", 450, 7, {"compile": True}),
     "inductor": Arm("SoftSAC, by Inductor", "C2", "sb3_softsac.SoftSAC", 350, 7, {"compile": True}, is_plain=False),
+    "before": Arm("SoftSAC, other commit", "0.5", "sb3_softsac.SoftSAC", 450, 7, {"compile": True}),
     "bf16": Arm(
         "SoftSAC, bfloat16", "navy", "sb3_softsac.SoftSAC", 400, 7, {"compile": True, "matmul_precision": "medium"}
     ),
