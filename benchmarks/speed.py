@@ -407,8 +407,9 @@ def process_of(settings: Settings, python: str, script: str) -> tuple[list[str],
     :return: command and environment of the process that measures
     """
     code = COMPILED_CODE / _program(settings)
-    own = {"OMP_NUM_THREADS": str(settings["threads"]), "TORCHINDUCTOR_CACHE_DIR": str(code), "JAX_PLATFORMS": "cpu"}
-    return [python, script, "worker", json.dumps(settings)], {**os.environ, **own}
+    own = {"OMP_NUM_THREADS": str(settings["threads"]), "JAX_PLATFORMS": "cpu"}
+    caches = dict.fromkeys(("TORCHINDUCTOR_CACHE_DIR", "SB3_SOFTSAC_CACHE_DIR"), str(code))
+    return [python, script, "worker", json.dumps(settings)], {**os.environ, **own, **caches}
 
 
 def measure(settings: Settings, python: str, first_compilation: bool) -> Row:

@@ -5,7 +5,6 @@ Inductor makes of them, and built in seconds. ``support`` says what is plain; th
 
 import functools
 import math
-import warnings
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -75,23 +74,21 @@ class Classes:
     """
 
     def __init__(self, report: Report):
+        self.error: str | None = None  # of the build
         self._report = report
         self._found: Any = None
-        self._failed = False
 
     def get(self) -> Any:
         """
         :return: namespace of the classes
-        :raises NotPlain: where they cannot be used; why they cannot be built, a warning says once
+        :raises NotPlain: where they cannot be used
         """
         require(build.suits_processor(), "the processor has neither AVX2 nor AVX-512")
-        if self._found is None and not self._failed:
+        if self._found is None and self.error is None:
             try:
                 self._found = self._build()
             except Exception as error:
-                self._failed = True
-                text = f"SoftSAC's C++ cannot be built, and torch is slower without it: {reason_of(error)}"
-                warnings.warn(text, stacklevel=2)
+                self.error = reason_of(error)
         require(self._found is not None, "it could not be built")
         return self._found
 
