@@ -1,10 +1,16 @@
-"""The number of torch threads: as many as the work keeps busy, on cores that no other process uses."""
+"""
+The number of torch threads: as many as the work keeps busy, on cores of our own.
+
+On a shared node, a job has cores of its own (by CPU affinity, a container's quota or Slurm), whatever the rest of the
+node does. Otherwise, running threads of other processes count.
+"""
 
 import os
 import statistics
 import time
 from pathlib import Path
 
+import loky
 import torch as th
 
 # Threads spin while they wait for each other. With less work per thread than this (multiplications in the largest
@@ -29,7 +35,9 @@ def choose(work: int) -> int:
     """
     if are_chosen():
         return th.get_num_threads()
-    return max(1, min(_AT_IMPORT, round(work / WORK_PER_THREAD), n_cores() - n_busy()))
+    cores = n_cores()
+    is_share = cores < (os.cpu_count() or 1)
+    return max(1, min(_AT_IMPORT, round(work / WORK_PER_THREAD), cores if is_share else cores - n_busy()))
 
 
 def use(number: int) -> None:
@@ -44,10 +52,11 @@ def use(number: int) -> None:
 
 def n_cores() -> int:
     """
-    :return: cores that this process may use
+    :return: cores that this process may use, at least 1: by CPU affinity, cgroup and ``SLURM_CPUS_PER_TASK``
     """
-    affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
+    of_task = os.environ.get("SLURM_CPUS_PER_TASK", "")
+    cores: int = loky.cpu_count()
+    return min(cores, max(1, int(of_task))) if of_task.isdecimal() else cores
 
 
 def n_busy(samples: int = 9, interval: float = 0.01) -> int:
