@@ -1137,6 +1137,27 @@ def test_damaged_states_give_reasons(data: st.DataObject) -> None:
     assert callable(inner.step) and not vars(inner).keys() & {"__class__", "x"}
 
 
+@pytest.mark.parametrize(("n_envs", "who"), [(2, "0 and 1"), (3, "0 and 2 others"), (500, "0 and 499 others")])
+def test_reason_of_many_environments_is_one_sentence(n_envs: int, who: str) -> None:
+    env = DummyVecEnv([Walk] * n_envs)
+    env.reset()
+    state = env_state.capture(env)
+    for tree in state["envs"]:
+        tree["missing"] = "a clock"
+    (reason,) = env_state.restore(env, state, mid_episode=True)
+    assert reason.startswith(f"environment {who}: ") and reason.endswith("a clock") and len(reason) < 100
+
+
+def test_many_reasons_are_counted() -> None:
+    env = DummyVecEnv([Walk] * 50)
+    env.reset()
+    state = env_state.capture(env)
+    for i, tree in enumerate(state["envs"]):
+        tree["missing"] = f"reason {i}"
+    reasons = env_state.restore(env, state, mid_episode=True)
+    assert len(reasons) == env_state.MAX_REASONS + 1 and reasons[-1] == f"{50 - env_state.MAX_REASONS} other reasons"
+
+
 def test_damaged_states_do_not_end_workers() -> None:
     env = seeded(SubprocVecEnv([Walk, Walk], start_method="fork"))
     state = env_state.capture(env)
