@@ -6,6 +6,7 @@ audit hook watches for processes, unpickling, and changes of files elsewhere.
 """
 
 import base64
+import copy
 import io
 import json
 import os
@@ -609,7 +610,7 @@ def mutate_tree(tree: Any, rng: np.random.Generator) -> Any:
         if not found:
             break
         place, other = (found[i] for i in rng.integers(len(found), size=2))
-        part, value = look_up(tree, place[:-1]), VALUES[int(rng.integers(len(VALUES)))]
+        part, value = look_up(tree, place[:-1]), copy.deepcopy(VALUES[int(rng.integers(len(VALUES)))])
         match int(rng.integers(6)):
             case 0:
                 del part[place[-1]]

@@ -724,13 +724,13 @@ def attempt(run: pathlib.Path, newest: int) -> str:
     """:return: what came of loading a damaged folder; it is none of them if something else was loaded"""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        start = time.perf_counter()
+        start = time.process_time()  # of ours only: others may be at work on the machine
         try:
             step = load(run)[2]  # compares with what was saved
         except CheckpointError:
             return "refused"
         finally:
-            assert time.perf_counter() - start < 1.0
+            assert time.process_time() - start < 1.0
     if step == newest:
         return "equal"
     told = any("Falling back to checkpoint" in str(warning.message) for warning in caught)
