@@ -62,13 +62,11 @@ class Runner:
         """
         return self._compiles and not self.compiler.failed
 
-    def _ways(self) -> Iterator[Way]:
+    def _ways(self) -> list[Way]:
         """The ways that may do the next update, the fastest first."""
-        if self.compiles and self.cpp is not None:
-            yield self.cpp
-        if self.compiles:
-            yield self.compiler
-        yield self._eager
+        if not self.compiles:
+            return [self._eager]
+        return [self.compiler, self._eager] if self.cpp is None else [self.cpp, self.compiler, self._eager]
 
     def _run(self, updates: Updates) -> Done:
         for way in self._ways():
