@@ -1,9 +1,11 @@
 # Needs Python 3.10 or newer and make; everything else goes into $(VENV). `make help` lists what there is.
-# Settings, e.g. `make train SEED=2`: PYTHON, VENV, PIP_FLAGS, PYTEST_FLAGS, ENV_ID, SEED, STEPS, LOGS.
+# Settings, e.g. `make train SEED=2`: PYTHON, VENV, PIP_FLAGS, N_PROCESSES, PYTEST_FLAGS, ENV_ID, SEED, STEPS, LOGS.
 
 PYTHON ?= python3
 VENV ?= .venv
 PIP_FLAGS ?=
+# One more process than cores: some tests wait for others
+N_PROCESSES ?= $(shell $(PYTHON) -c 'import os; print(1 + (os.cpu_count() or 1))')
 PYTEST_FLAGS ?=
 ENV_ID ?= Pendulum-v1
 SEED ?= 1
@@ -12,6 +14,7 @@ STEPS ?= -1
 LOGS ?= logs
 
 BIN := $(VENV)/bin
+PYTEST = $(BIN)/python -m pytest -q -n $(N_PROCESSES) --dist worksteal
 PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt $(PIP_FLAGS)
 METADATA := setup.cfg pyproject.toml setup.py constraints.txt $(wildcard startup/*)
 CHECKED := sb3_softsac tests benchmarks startup docs setup.py
@@ -25,7 +28,7 @@ INSTALLED_DOCS := $(VENV)/.stamp-installed-docs
 .DEFAULT_GOAL := help
 # Two installations into one environment at a time would break it
 .NOTPARALLEL:
-.PHONY: help train docs test test-slow lint type format check-format commit-checks clean
+.PHONY: help train docs test test-fast test-slow lint type format check-format commit-checks clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -57,10 +60,13 @@ train: $(INSTALLED)  ## train on Pendulum-v1 (or ENV_ID=...), evaluate over 20,0
 	$(BIN)/python benchmarks/plot_run.py $$run -o $$run/learning_curve.png
 
 test: $(INSTALLED_DEV)  ## run the tests, except the slow ones
-	$(BIN)/python -m pytest -m "not slow" $(PYTEST_FLAGS)
+	$(PYTEST) -m "not slow" $(PYTEST_FLAGS)
+
+test-fast: $(INSTALLED_DEV)  ## run the tests that are quick: most of what a change can break
+	$(PYTEST) -m "not slow and not compiler and not damage and not learning and not processes" $(PYTEST_FLAGS)
 
 test-slow: $(INSTALLED_DEV)  ## run the slow tests
-	$(BIN)/python -m pytest -m slow $(PYTEST_FLAGS)
+	$(PYTEST) -m slow $(PYTEST_FLAGS)
 
 lint: $(INSTALLED_DEV)  ## look for mistakes in the code
 	$(BIN)/python -m ruff check $(CHECKED)

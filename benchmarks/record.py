@@ -25,7 +25,7 @@ def circumstances() -> dict[str, Any]:
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": " ".join(["python", relative(sys.argv[0]), *sys.argv[1:]]),
-        "commit": _commit(),
+        "commit": commit(),
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in PACKAGES},
         "machine": {
@@ -98,8 +98,12 @@ def filled(text: str, tables: dict[str, str]) -> str:
     return text
 
 
-def _commit() -> str | None:
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+def commit(folder: Path = ROOT) -> str | None:
+    """
+    :param folder: a clone
+    :return: its commit; None if it is no clone
+    """
+    command = ["git", "-C", str(folder), "describe", "--always", "--dirty"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):

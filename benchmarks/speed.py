@@ -86,6 +86,7 @@ ARMS = {
     "eager": Arm("SoftSAC, eager", "C9", "sb3_softsac.SoftSAC", 170, 3, {"compile": False}),
     "compiled": Arm("SoftSAC, compiled", "C0", "sb3_softsac.SoftSAC", 450, 7, {"compile": True}),
     "inductor": Arm("SoftSAC, by Inductor", "C2", "sb3_softsac.SoftSAC", 350, 7, {"compile": True}, is_plain=False),
+    "before": Arm("SoftSAC, other commit", "0.5", "sb3_softsac.SoftSAC", 450, 7, {"compile": True}),
     "bf16": Arm(
         "SoftSAC, bfloat16", "navy", "sb3_softsac.SoftSAC", 400, 7, {"compile": True, "matmul_precision": "medium"}
     ),
@@ -406,8 +407,9 @@ def process_of(settings: Settings, python: str, script: str) -> tuple[list[str],
     :return: command and environment of the process that measures
     """
     code = COMPILED_CODE / _program(settings)
-    own = {"OMP_NUM_THREADS": str(settings["threads"]), "TORCHINDUCTOR_CACHE_DIR": str(code), "JAX_PLATFORMS": "cpu"}
-    return [python, script, "worker", json.dumps(settings)], {**os.environ, **own}
+    own = {"OMP_NUM_THREADS": str(settings["threads"]), "JAX_PLATFORMS": "cpu"}
+    caches = dict.fromkeys(("TORCHINDUCTOR_CACHE_DIR", "SB3_SOFTSAC_CACHE_DIR"), str(code))
+    return [python, script, "worker", json.dumps(settings)], {**os.environ, **own, **caches}
 
 
 def measure(settings: Settings, python: str, first_compilation: bool) -> Row:

@@ -3,6 +3,7 @@ How many times as fast SoftSAC trains as Stable-Baselines3's SAC and SBX's, on a
 
     python benchmarks/speed_ratio.py run --sbx-python sbx/bin/python
     python benchmarks/speed_ratio.py report
+    python benchmarks/speed_ratio.py run --arms compiled before --before ../clone-of-another-commit --output FILE
 
 All arms of a cell (see ``speed.py``, also for SBX's environment) train at the same time, but only one of them at any
 moment: each in a process of its own, warmed up, does the steps of one slice (half a second or so) while the others
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from record import RESULTS, circumstances, fill_documents, markdown_table, relative
+from record import RESULTS, circumstances, commit, fill_documents, markdown_table, relative
 from speed import ARMS, CELLS, Settings, make_model, process_of, use_cores
 
 WARMUP_UPDATES = 300
@@ -64,13 +65,16 @@ def work(args: argparse.Namespace) -> None:
 
 
 @contextmanager
-def worker(settings: Settings, python: str) -> Iterator[subprocess.Popen[str]]:
+def worker(settings: Settings, python: str, package: Path | None = None) -> Iterator[subprocess.Popen[str]]:
     """
     :param settings: of the arm
     :param python: interpreter
+    :param package: folder of another sb3_softsac than the installed one
     :return: process that has been warmed up and waits
     """
     command, environment = process_of(settings, python, __file__)
+    if package is not None:
+        environment["PYTHONPATH"] = str(package.resolve())
     process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdin is not None
     try:
@@ -111,12 +115,14 @@ def run(args: argparse.Namespace) -> None:
     :param args: arguments of the command ``run``
     """
     pythons = {arm: args.sbx_python if arm == "sbx" else sys.executable for arm in args.arms}
+    packages = {"before": args.before}
     args.output.parent.mkdir(parents=True, exist_ok=True)
     for name in args.cells:
         all_settings = {arm: slice_settings(name, arm, args.threads) for arm in args.arms}
         with ExitStack() as stack:
             workers = {
-                arm: stack.enter_context(worker(settings, pythons[arm])) for arm, settings in all_settings.items()
+                arm: stack.enter_context(worker(settings, pythons[arm], packages.get(arm)))
+                for arm, settings in all_settings.items()
             }
             rates: dict[str, list[float]] = {arm: [] for arm in workers}
             for _ in range(args.rounds):
@@ -126,6 +132,8 @@ def run(args: argparse.Namespace) -> None:
                     process.stdin.flush()
                     rates[arm].append(round(float(_read_line(process)), 1))
         row = {"cell": name, "threads": args.threads, "settings": all_settings, "rates": rates, **circumstances()}
+        if args.before is not None:
+            row["before"] = commit(args.before)
         with args.output.open("a") as file:
             file.write(json.dumps(row) + "\n")
         print(name, {arm: round(float(np.median(of_arm))) for arm, of_arm in rates.items()}, flush=True)
@@ -235,6 +243,7 @@ def main() -> None:
     command.add_argument("--threads", type=int, default=2, help="of each arm")
     command.add_argument("--rounds", type=int, default=30, help="slices of each arm")
     command.add_argument("--sbx-python", metavar="PATH", help="interpreter of SBX's environment")
+    command.add_argument("--before", type=Path, metavar="FOLDER", help="clone of the commit of the arm 'before'")
     command.add_argument("--output", type=Path, default=RUNS, help="file that results are appended to")
     command.set_defaults(do=run)
 
@@ -249,6 +258,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.do is run and "sbx" in args.arms and args.sbx_python is None:
         parser.error("SBX needs its interpreter: --sbx-python PATH, or leave it out: --arms sb3 compiled.")
+    if args.do is run and "before" in args.arms and args.before is None:
+        parser.error("The arm 'before' needs a clone of its commit: --before FOLDER.")
     args.do(args)
 
 

@@ -32,7 +32,8 @@ def seconds(algo: str, env_id: str, steps: int, seed: int) -> float:
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "rl_zoo3.train", "--algo", algo, "--env", env_id, "-n", str(steps)]
         command += ["--seed", str(seed), "-f", str(Path(folder, "logs"))]
-        environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(Path(folder, "compiled"))}
+        caches = ("TORCHINDUCTOR_CACHE_DIR", "SB3_SOFTSAC_CACHE_DIR")
+        environment = {**os.environ, **dict.fromkeys(caches, str(Path(folder, "compiled")))}
         start = time.perf_counter()
         subprocess.run(command, env=environment, cwd=folder, check=True, capture_output=True)
         return time.perf_counter() - start

@@ -198,8 +198,7 @@ class ReplayBuffer(SB3ReplayBuffer):
         if self.handle_timeout_termination:
             self.timeouts[pos] = timeout
         map_obs(lambda storage, new: storage.__setitem__(..., new), self._newest_next_obs, next_obs)
-        for env_index in np.flatnonzero(done).tolist():
-            self._keep_on_side(pos, env_index)
+        self._keep_on_side(pos, np.flatnonzero(done))
 
         self.n_added += 1
         self.pos += 1
@@ -454,19 +453,18 @@ class ReplayBuffer(SB3ReplayBuffer):
                 np.logical_or(broken, differs.reshape(self.n_envs, -1).any(axis=1), out=broken)
 
         map_obs(compare, self._newest_next_obs, obs)
-        for env_index in np.flatnonzero(broken & (self._side_slot[previous] == 0)).tolist():
-            self._keep_on_side(previous, env_index)
+        self._keep_on_side(previous, np.flatnonzero(broken & (self._side_slot[previous] == 0)))
 
-    def _keep_on_side(self, row: int, env_index: int) -> None:
-        if not self._free_slots:
+    def _keep_on_side(self, row: int, envs: np.ndarray) -> None:
+        if len(envs) == 0:
+            return
+        while len(self._free_slots) < len(envs):
             self._grow_side()
-        slot = self._free_slots.pop()
+        slots = np.array([self._free_slots.pop() for _ in envs])
         map_obs(
-            lambda side, newest_next: side.__setitem__(slot, newest_next[env_index]),
-            self._side_obs,
-            self._newest_next_obs,
+            lambda side, newest_next: side.__setitem__(slots, newest_next[envs]), self._side_obs, self._newest_next_obs
         )
-        self._side_slot[row, env_index] = slot + 1
+        self._side_slot[row, envs] = slots + 1
 
     def _release_slots(self, row: int) -> None:
         slots = self._side_slot[row]

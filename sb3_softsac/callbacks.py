@@ -5,6 +5,7 @@ import signal
 import sys
 import threading
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -19,6 +20,7 @@ from sb3_softsac.persistence.run_folder import RunFolder
 from sb3_softsac.softsac import SoftSAC
 
 EXIT_STATUS = 143  # 128 + SIGTERM: what schedulers expect of a job that they have asked to stop
+UNCATCHABLE = {getattr(signal, name) for name in ("SIGKILL", "SIGSTOP") if hasattr(signal, name)}
 
 
 class CheckpointCallback(BaseCallback):
@@ -30,7 +32,8 @@ class CheckpointCallback(BaseCallback):
         environments; 0: only on signals
     :param save_path: folder; that of another run is refused
     :param keep_last: checkpoints to keep, at least 1
-    :param on_signal: at SIGTERM and SIGUSR1, save a checkpoint at the end of the current step and exit with status 143
+    :param on_signal: at these signals, save a checkpoint at the end of the current step and exit with status 143: names
+        or numbers such as ``("SIGTERM", "SIGUSR2")``; True: SIGTERM and SIGUSR1; False: none
     :param save_replay_buffer: False: leave the replay buffer out
     :param verbose: 1: print each checkpoint
     :raises ValueError: for values that are not valid; at the start of training, if ``save_path`` has another run's
@@ -44,7 +47,7 @@ class CheckpointCallback(BaseCallback):
         save_freq: int,
         save_path: str | Path,
         keep_last: int = 2,
-        on_signal: bool = True,
+        on_signal: bool | Iterable[str | int] = True,
         save_replay_buffer: bool = True,
         verbose: int = 0,
     ):
@@ -54,7 +57,7 @@ class CheckpointCallback(BaseCallback):
         self.save_freq = save_freq
         self.save_path = Path(save_path)
         self.keep_last = keep_last
-        self.on_signal = on_signal
+        self.on_signal = _signals(on_signal)
         self.save_replay_buffer = save_replay_buffer
         self._signal: int | None = None
 
@@ -77,14 +80,13 @@ class CheckpointCallback(BaseCallback):
         if not self.on_signal:
             return
         if threading.current_thread() is not threading.main_thread():
-            warnings.warn("on_signal=True has no effect: signals can be handled in the main thread only.", stacklevel=2)
+            warnings.warn("on_signal has no effect: signals can be handled in the main thread only.", stacklevel=2)
             return
-        numbers = [signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else [])]
-        env_state.ignore_signals(self.training_env, numbers)
+        env_state.ignore_signals(self.training_env, self.on_signal)
         for callback in callback_state.walk(self.model._callback):
             if isinstance(eval_env := getattr(callback, "eval_env", None), VecEnv):
-                env_state.ignore_signals(eval_env, numbers)
-        for number in numbers:
+                env_state.ignore_signals(eval_env, self.on_signal)
+        for number in self.on_signal:
             before = signal.getsignal(number)
             if getattr(before, "__self__", None).__class__ is not _Handler:
                 signal.signal(number, _Handler(before).handle)
@@ -128,6 +130,23 @@ class CheckpointCallback(BaseCallback):
         )
         if self.verbose > 0:
             print(f"Saved a checkpoint at step {model.num_timesteps} in {self.save_path}")
+
+
+def _signals(on_signal: bool | Iterable[str | int]) -> list[signal.Signals]:
+    if isinstance(on_signal, bool):
+        return [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if on_signal and hasattr(signal, name)]
+    try:
+        if isinstance(on_signal, str):
+            raise ValueError
+        found = [signal.Signals[each] if isinstance(each, str) else signal.Signals(each) for each in on_signal]
+        if set(found) & UNCATCHABLE:
+            raise ValueError
+        return found
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(
+            f"on_signal={on_signal!r} is not valid: use True, False, or names of signals that a process can handle, "
+            "such as ('SIGTERM', 'SIGUSR2')."
+        ) from None
 
 
 class _Handler:

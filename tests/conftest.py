@@ -1,6 +1,7 @@
 """Shared settings: one torch thread, since two processes with two threads each collapse on a small machine."""
 
 import itertools
+import os
 import random
 import zlib
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import torch as th
 from gymnasium.utils import seeding
 from hypothesis import settings
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start
 th.set_num_threads(1)
 settings.register_profile("default", deadline=None, max_examples=60)
 settings.load_profile("default")

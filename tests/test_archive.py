@@ -345,6 +345,7 @@ def loads_equal(path: pathlib.Path, data: bytes, bits: list[int], env: DummyVecE
         assert load() == whole
 
 
+@pytest.mark.damage
 def test_flip_bits(saved: list[bytes], env: DummyVecEnv, tmp_path: pathlib.Path) -> None:
     rng = np.random.default_rng(0)
     n_bits = 8 * len(saved[0])
@@ -379,6 +380,7 @@ def damage(path: pathlib.Path, saved: list[bytes], n: int) -> None:
     assert attempts.slowest < 1.0
 
 
+@pytest.mark.damage
 def test_random_damage(saved: list[bytes], tmp_path: pathlib.Path) -> None:
     needs_little(lambda: damage(tmp_path / "model.zip", saved, 3000))
 

@@ -301,6 +301,7 @@ def check_after_kill(path: pathlib.Path, env: DummyVecEnv, reports: list[str]) -
     assert step_of(path, env) in (committed, max(committed + 1, STEP)), "a committed file is lost, or one is invented"
 
 
+@pytest.mark.damage
 def test_kill_at_each_operation(env: DummyVecEnv, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model(env)
     monkeypatch.setattr(atomic_files, "BUFFER", 20_000)

@@ -1,6 +1,7 @@
 """Callbacks."""
 
 import pathlib
+import signal
 from typing import Any
 
 import gymnasium as gym
@@ -9,7 +10,7 @@ import pytest
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
-from sb3_softsac import SaveBestTrainingReturnCallback, SoftSAC
+from sb3_softsac import CheckpointCallback, SaveBestTrainingReturnCallback, SoftSAC
 
 
 def make_model(env: Any = "Pendulum-v1") -> SoftSAC:
@@ -19,6 +20,7 @@ def make_model(env: Any = "Pendulum-v1") -> SoftSAC:
     )  # fmt: skip
 
 
+@pytest.mark.learning
 @pytest.mark.parametrize("threshold", [float("-inf"), 1e6])
 def test_keeps_the_best_above_the_threshold(threshold: float, tmp_path: pathlib.Path) -> None:
     callback = SaveBestTrainingReturnCallback(threshold=threshold, save_path=str(tmp_path / "new"), min_episodes=2)
@@ -58,3 +60,30 @@ def test_saves_normalisation(tmp_path: pathlib.Path) -> None:
     callback = SaveBestTrainingReturnCallback(save_path=str(tmp_path), min_episodes=1)
     make_model(venv).learn(210, callback=callback)
     assert (tmp_path / "best_training_model_vecnormalize.pkl").exists()
+
+
+@pytest.mark.parametrize(
+    ("on_signal", "expected"),
+    [
+        (True, ["SIGTERM", "SIGUSR1"]),
+        (False, []),
+        (("SIGTERM", "SIGUSR2"), ["SIGTERM", "SIGUSR2"]),
+        ([signal.SIGUSR2, 1], ["SIGUSR2", "SIGHUP"]),
+    ],
+)
+def test_signals_that_are_handled(on_signal: Any, expected: list[str], tmp_path: pathlib.Path) -> None:
+    numbers = [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP]
+    before = {number: signal.getsignal(number) for number in numbers}
+    try:
+        make_model().learn(1, CheckpointCallback(0, tmp_path, on_signal=on_signal))
+        changed = [number.name for number in numbers if signal.getsignal(number) is not before[number]]
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert sorted(changed) == sorted(expected)
+
+
+@pytest.mark.parametrize("on_signal", ["SIGTERM", ["SIGNOTHING"], [12345], 5, ["SIGKILL"]])
+def test_signals_that_cannot_be(on_signal: Any, tmp_path: pathlib.Path) -> None:
+    with pytest.raises(ValueError, match=r"^on_signal=.* is not valid: use True, False, or names"):
+        CheckpointCallback(0, tmp_path, on_signal=on_signal)

@@ -449,6 +449,7 @@ def places(tree: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     return [place for key, item in items for place in [(*at, key), *places(item, (*at, key))]]
 
 
+@pytest.mark.damage
 @given(st.data())
 @settings(max_examples=1500)
 def test_damaged_trees(data: st.DataObject) -> None:

@@ -82,10 +82,12 @@ class Odd(gym.Env):
         return self.np_random.normal(size=(3, 13)), float(action.sum()), bool(end), False, {}
 
 
+@pytest.mark.compiler
 def test_it_can_be_built() -> None:
     assert error_of_build() is None
 
 
+@pytest.mark.processes
 def test_nobody_waits_for_compilers_at_import() -> None:
     code = "import sys, sb3_softsac; print('torch._inductor.codecache' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -1017,6 +1019,7 @@ def test_the_heavy_tasks_are_among_them() -> None:
     assert {"default", *SIZES} <= set(OF_VECTORS)
 
 
+@pytest.mark.compiler
 def test_it_cannot_be_built(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -1041,6 +1044,7 @@ def test_it_cannot_be_built(
 
 
 def test_it_is_told_once(capsys: pytest.CaptureFixture[str]) -> None:
+    error_of_build.cache_clear()  # as in a process that has not compiled yet
     model = make("defaults", compile=True, verbose=1)
     model.learn(SMALL["learning_starts"] + 3)
     load_optimizers(model)

@@ -305,12 +305,14 @@ class OwnSamples(ReplayBuffer):
 
 @pytest.mark.usefixtures("cpu_is_of_use")
 def test_where_there_can_be_no_copy() -> None:
+    small: dict[str, Any] = {"learning_starts": 10, "buffer_size": 70}
+
     def her(**kwargs: Any) -> SoftSAC:
         env = BitFlippingEnv(n_bits=3, continuous=True)
-        return SoftSAC("MultiInputPolicy", env, replay_buffer_class=HerReplayBuffer, learning_starts=10, **kwargs)
+        return SoftSAC("MultiInputPolicy", env, replay_buffer_class=HerReplayBuffer, **small, **kwargs)
 
     def normalised(**kwargs: Any) -> SoftSAC:
-        return SoftSAC("MlpPolicy", VecNormalize(DummyVecEnv([Steps])), learning_starts=10, **kwargs)
+        return SoftSAC("MlpPolicy", VecNormalize(DummyVecEnv([Steps])), **small, **kwargs)
 
     def own(**kwargs: Any) -> SoftSAC:
         return make(replay_buffer_class=OwnSamples, **kwargs)

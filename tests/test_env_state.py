@@ -622,6 +622,7 @@ IN_CHILD = [
 ]
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("make", IN_CHILD)
 def test_new_process(make: str, tmp_path: Path) -> None:
     env = play(seeded(eval(make)), 23)
@@ -1072,6 +1073,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
 @pytest.mark.parametrize("method", ["fork", "forkserver"])
 def test_workers_survive_signals_and_end_with_the_process(method: str, tmp_path: Path) -> None:
@@ -1109,6 +1111,7 @@ def paths_of(tree: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     return [path, *(p for key, value in items for p in paths_of(value, (*path, key)))]
 
 
+@pytest.mark.damage
 @settings(max_examples=300)
 @given(st.data())
 def test_damaged_states_give_reasons(data: st.DataObject) -> None:
@@ -1132,6 +1135,27 @@ def test_damaged_states_give_reasons(data: st.DataObject) -> None:
         assert isinstance(reasons, list) and all(isinstance(reason, str) for reason in reasons)
     inner = env.unwrapped.envs[0].unwrapped  # type: ignore[attr-defined]
     assert callable(inner.step) and not vars(inner).keys() & {"__class__", "x"}
+
+
+@pytest.mark.parametrize(("n_envs", "who"), [(2, "0 and 1"), (3, "0 and 2 others"), (500, "0 and 499 others")])
+def test_reason_of_many_environments_is_one_sentence(n_envs: int, who: str) -> None:
+    env = DummyVecEnv([Walk] * n_envs)
+    env.reset()
+    state = env_state.capture(env)
+    for tree in state["envs"]:
+        tree["missing"] = "a clock"
+    (reason,) = env_state.restore(env, state, mid_episode=True)
+    assert reason.startswith(f"environment {who}: ") and reason.endswith("a clock") and len(reason) < 100
+
+
+def test_many_reasons_are_counted() -> None:
+    env = DummyVecEnv([Walk] * 50)
+    env.reset()
+    state = env_state.capture(env)
+    for i, tree in enumerate(state["envs"]):
+        tree["missing"] = f"reason {i}"
+    reasons = env_state.restore(env, state, mid_episode=True)
+    assert len(reasons) == env_state.MAX_REASONS + 1 and reasons[-1] == f"{50 - env_state.MAX_REASONS} other reasons"
 
 
 def test_damaged_states_do_not_end_workers() -> None:

@@ -13,6 +13,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from sb3_softsac.execution.cpp import matmul
 from sb3_softsac.execution.graph_passes import GraphPasses, compute_scalars_once
 
+pytestmark = pytest.mark.compiler
+
 aten = th.ops.aten
 
 

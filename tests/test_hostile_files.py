@@ -6,6 +6,7 @@ audit hook watches for processes, unpickling, and changes of files elsewhere.
 """
 
 import base64
+import copy
 import io
 import json
 import os
@@ -30,6 +31,8 @@ from sb3_softsac import SoftSAC, checkpoint
 from sb3_softsac.persistence import buffer_state
 from sb3_softsac.persistence.archive import INDEX, ArchiveWriter, CheckpointError
 from sb3_softsac.persistence.run_folder import RunFolder, _manifest_text
+
+pytestmark = pytest.mark.damage
 
 Members = dict[str, bytes]
 PROCESSES = ("os.system", "subprocess.Popen", "os.exec", "os.fork", "os.posix_spawn", "os.spawn", "ctypes.dlopen")
@@ -607,7 +610,7 @@ def mutate_tree(tree: Any, rng: np.random.Generator) -> Any:
         if not found:
             break
         place, other = (found[i] for i in rng.integers(len(found), size=2))
-        part, value = look_up(tree, place[:-1]), VALUES[int(rng.integers(len(VALUES)))]
+        part, value = look_up(tree, place[:-1]), copy.deepcopy(VALUES[int(rng.integers(len(VALUES)))])
         match int(rng.integers(6)):
             case 0:
                 del part[place[-1]]

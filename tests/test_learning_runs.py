@@ -26,6 +26,8 @@ sys.path.insert(0, str(SCRIPT.parent))
 import learning_report  # noqa: E402
 import record  # noqa: E402
 
+pytestmark = pytest.mark.processes
+
 
 def learning(*args: str) -> "subprocess.Popen[str]":
     return subprocess.Popen(

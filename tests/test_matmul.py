@@ -178,6 +178,7 @@ def test_threads_compute_it() -> None:
     assert len(found) == 1 and b"GOMP_parallel" in found[0]
 
 
+@pytest.mark.compiler
 def test_operator_that_cannot_be_built(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Products are then torch's."""
     (tmp_path / "matmul.cpp").write_text("not C++")

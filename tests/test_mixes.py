@@ -3,6 +3,8 @@
 import pytest
 from mixes import Finding, draw, try_mixes
 
+pytestmark = pytest.mark.processes
+
 # They had found faults: strides of images, VecNormalize over discrete observations, gSDE's matrices of several
 # environments (two seeds)
 FEW = (0, 5, 89, 97)

@@ -21,7 +21,10 @@ ROOT = Path(__file__).resolve().parents[1]
 STARTUP_FILES = {"_sb3_softsac_startup.py", "sb3_softsac.pth", "sb3_softsac.start"}
 PIP_INSTALL = ["install", "--no-deps", "--no-build-isolation", "--no-index", "--quiet"]
 
-pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").is_file(), reason="needs the source tree")
+pytestmark = [
+    pytest.mark.processes,
+    pytest.mark.skipif(not (ROOT / "setup.py").is_file(), reason="needs the source tree"),
+]
 
 
 def run(*args: str | Path, cwd: Path) -> str:

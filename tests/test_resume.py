@@ -35,6 +35,8 @@ from sb3_softsac import CheckpointCallback, CheckpointError, ReplayBuffer, SoftS
 from sb3_softsac.persistence import model_file
 from sb3_softsac.persistence.run_folder import RunFolder
 
+pytestmark = pytest.mark.processes
+
 # Cases that the default suite leaves out: others do nearly the same
 SLOW = set(
     "small_ring Hopper Walker2d Swimmer InvertedPendulum all_steps gsde gsde_warmup normal_noise ou_noise n_steps "

@@ -30,6 +30,8 @@ import pytest
 
 import sb3_softsac
 
+pytestmark = pytest.mark.processes
+
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MPLBACKEND": "agg", "SDL_VIDEODRIVER": "dummy", "TRUST_REMOTE_CODE": "True"}
 # The number of steps must not depend on the yml
 ONE_STEP = ["n_envs:1", "train_freq:1", "gradient_steps:1", "batch_size:32"]

@@ -357,6 +357,7 @@ def kill_at_random(path: pathlib.Path, n_kills: int, n_saves: int = 12) -> int:
     return n_kills
 
 
+@pytest.mark.damage
 def test_kill(tmp_path: pathlib.Path) -> None:
     n_kills = kill_at_each(tmp_path, N_SAVES, keep_last=2, every=3)
     n_kills += kill_at_random(tmp_path / "random", 60)
@@ -459,6 +460,7 @@ def train_with_kills(path: pathlib.Path, n_kills: int) -> None:
     assert len(set(steps)) > min(5, n_kills // 3)
 
 
+@pytest.mark.processes
 def test_kill_a_training_run(tmp_path: pathlib.Path) -> None:
     train_with_kills(tmp_path, 15)
 
@@ -534,6 +536,7 @@ def newest(run: pathlib.Path) -> int:
         return 0
 
 
+@pytest.mark.damage
 def test_power_loss(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     n_states = lose_power(tmp_path, monkeypatch, N_SAVES, every=2)
     print("states", n_states)
@@ -721,13 +724,13 @@ def attempt(run: pathlib.Path, newest: int) -> str:
     """:return: what came of loading a damaged folder; it is none of them if something else was loaded"""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        start = time.perf_counter()
+        start = time.process_time()  # of ours only: others may be at work on the machine
         try:
             step = load(run)[2]  # compares with what was saved
         except CheckpointError:
             return "refused"
         finally:
-            assert time.perf_counter() - start < 1.0
+            assert time.process_time() - start < 1.0
     if step == newest:
         return "equal"
     told = any("Falling back to checkpoint" in str(warning.message) for warning in caught)
@@ -754,6 +757,7 @@ def flip_bits(run: pathlib.Path, every: int) -> dict[str, int]:
     return counts
 
 
+@pytest.mark.damage
 def test_flip_bits(two_runs: list[pathlib.Path]) -> None:
     counts = flip_bits(two_runs[1], every=37)
     assert counts["fallen back"] > 1000
@@ -796,6 +800,7 @@ def damage(runs: list[pathlib.Path], n: int) -> dict[str, int]:
     return counts
 
 
+@pytest.mark.damage
 def test_random_damage(two_runs: list[pathlib.Path]) -> None:
     needs_little(lambda: check_damage(damage(two_runs, 2000), 2000))
 

@@ -45,6 +45,8 @@ from sb3_softsac.execution.cpp import update as cpp_update
 from sb3_softsac.execution.cpp.matmul import replace_products
 from sb3_softsac.execution.cpp.support import NotPlain
 
+pytestmark = pytest.mark.compiler
+
 
 @pytest.fixture
 def quick_compiler(monkeypatch: pytest.MonkeyPatch) -> None:

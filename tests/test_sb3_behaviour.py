@@ -471,6 +471,7 @@ def test_sb3_callbacks(tmp_path: pathlib.Path) -> None:
     assert {"best_model.zip", "rl_model_50_steps.zip", "rl_model_replay_buffer_50_steps.pkl"} <= names
 
 
+@pytest.mark.learning
 def test_identity_env_is_solved() -> None:
     model = SoftSAC("MlpPolicy", IdentityEnvBox(eps=0.5), learning_starts=100, learning_rate=3e-3, seed=0,
                     policy_kwargs={"net_arch": [64]}, batch_size=64, buffer_size=2000, device="cpu")  # fmt: skip
@@ -546,7 +547,7 @@ def test_her_waits_for_the_first_episode(verbose: int, capsys: pytest.CaptureFix
     """Where SB3 stops with an error."""
     env = BitFlippingEnv(n_bits=12, continuous=True, max_steps=30)
     her: dict[str, Any] = {"replay_buffer_class": HerReplayBuffer, "learning_starts": 5, "seed": 0}
-    model = SoftSAC("MultiInputPolicy", env, device="cpu", batch_size=8, verbose=verbose, **her)
+    model = SoftSAC("MultiInputPolicy", env, device="cpu", batch_size=8, buffer_size=1000, verbose=verbose, **her)
     model.learn(50)
     assert model._n_updates == 50 - 29  # the first one at the end of the episode
     said = capsys.readouterr().out
@@ -556,7 +557,7 @@ def test_her_waits_for_the_first_episode(verbose: int, capsys: pytest.CaptureFix
 def test_her_without_an_episode_has_learned_nothing() -> None:
     env = gym.wrappers.TimeLimit(BitFlippingEnv(n_bits=12, continuous=True, max_steps=10**6), 10**6)
     her: dict[str, Any] = {"replay_buffer_class": HerReplayBuffer, "learning_starts": 5, "seed": 0}
-    model = SoftSAC("MultiInputPolicy", env, device="cpu", batch_size=8, **her)
+    model = SoftSAC("MultiInputPolicy", env, device="cpu", batch_size=8, buffer_size=1000, **her)
     with pytest.warns(UserWarning, match="Nothing was learned, since training has ended before the first episode has"):
         model.learn(20)
     assert model._n_updates == 0 and model.num_timesteps == 20

@@ -583,6 +583,7 @@ def test_tensorboard_log_is_named_after_the_algorithm(tmp_path: Any) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["SoftSAC_1"]
 
 
+@pytest.mark.learning
 def test_learns_pendulum_a_little() -> None:
     """Not a benchmark: learning visibly works in 4,000 steps (random policy: about -1200)."""
     model = SoftSAC(

@@ -1,6 +1,8 @@
 """The number of threads: the work's, the machine's, or the user's."""
 
+import builtins
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(threads, "_AT_IMPORT", 8)
     monkeypatch.setattr(threads, "_used", 8)
     monkeypatch.setattr(threads, "n_cores", lambda: 8)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
     monkeypatch.setattr(threads, "n_busy", lambda: 0)
     th.set_num_threads(8)
 
@@ -39,8 +42,68 @@ def test_work_decides() -> None:
 )
 def test_only_free_cores_are_used(monkeypatch: pytest.MonkeyPatch, n_cores: int, n_busy: int, expected: int) -> None:
     monkeypatch.setattr(threads, "n_cores", lambda: n_cores)
+    monkeypatch.setattr(os, "cpu_count", lambda: n_cores)
     monkeypatch.setattr(threads, "n_busy", lambda: n_busy)
     assert threads.choose(100 * LARGE) == expected
+
+
+@dataclass
+class Node:
+    """A simulated node, with 64 cores and others' threads."""
+
+    affinity: int = 64
+    quota: str | None = None  # of the cgroup: microseconds, and of how many
+    slurm: str | None = None
+    n_busy: int = 0
+
+
+NODES = {
+    "to itself": (Node(), 64),
+    "to itself, busy": (Node(n_busy=60), 4),
+    "pinned": (Node(affinity=4), 4),
+    "pinned, busy": (Node(affinity=4, n_busy=40), 4),
+    "pinned to one, busy": (Node(affinity=1, n_busy=64), 1),
+    "quota": (Node(quota="400000 100000"), 4),
+    "quota, busy": (Node(quota="400000 100000", n_busy=40), 4),
+    "part of a core": (Node(quota="50000 100000", n_busy=40), 1),
+    "no quota, busy": (Node(quota="max 100000", n_busy=62), 2),
+    "Slurm": (Node(slurm="6"), 6),
+    "Slurm, busy": (Node(slurm="6", n_busy=58), 6),
+    "Slurm, pinned to fewer": (Node(slurm="6", affinity=3, n_busy=50), 3),
+    "Slurm, unreadable": (Node(slurm="many", affinity=8, n_busy=50), 8),
+    "Slurm, none": (Node(slurm="0", n_busy=50), 1),
+    "all three": (Node(affinity=16, quota="800000 100000", slurm="12", n_busy=64), 8),
+}
+
+
+@pytest.mark.parametrize(("node", "expected"), NODES.values(), ids=NODES)
+def test_share_of_a_node(monkeypatch: pytest.MonkeyPatch, node: Node, expected: int, tmp_path: Path) -> None:
+    """Load of others does not count against cores that are ours."""
+    for name in (*threads.CHOSEN_BY_USER, "SLURM_CPUS_PER_TASK", "LOKY_MAX_CPU_COUNT"):
+        monkeypatch.delenv(name, raising=False)
+    if node.slurm is not None:
+        monkeypatch.setenv("SLURM_CPUS_PER_TASK", node.slurm)
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(node.affinity)), raising=False)
+    monkeypatch.setattr(threads, "n_busy", lambda: node.n_busy)
+    monkeypatch.setattr(threads, "_AT_IMPORT", 64)
+    monkeypatch.setattr(threads, "_used", th.get_num_threads())
+    quota = tmp_path / "cpu.max"
+    if node.quota is not None:
+        quota.write_text(node.quota)
+    with_quota(monkeypatch, quota)
+    assert threads.choose(1000 * LARGE) == expected
+
+
+def with_quota(monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
+    """cgroup's file is another one."""
+
+    def replaced(name: Any) -> Any:
+        return str(path) if str(name) == "/sys/fs/cgroup/cpu.max" else name
+
+    exists, original = os.path.exists, builtins.open
+    monkeypatch.setattr(os.path, "exists", lambda name: exists(replaced(name)))
+    monkeypatch.setattr(builtins, "open", lambda name, *args, **kwargs: original(replaced(name), *args, **kwargs))
 
 
 @pytest.mark.usefixtures("machine")
@@ -65,16 +128,6 @@ def test_never_more_than_torch_has(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(threads, "_AT_IMPORT", 4)
     th.set_num_threads(4)
     assert threads.choose(100 * LARGE) == 4
-
-
-def test_cores_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {1, 3, 5}, raising=False)
-    assert threads.n_cores() == 3
-    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
-    monkeypatch.setattr(os, "cpu_count", lambda: 6)
-    assert threads.n_cores() == 6
-    monkeypatch.setattr(os, "cpu_count", lambda: None)
-    assert threads.n_cores() == 1
 
 
 def loadavg(monkeypatch: pytest.MonkeyPatch, texts: list[Any]) -> None:

@@ -14,6 +14,8 @@ import yaml
 
 from sb3_softsac import SoftSAC
 
+pytestmark = pytest.mark.learning
+
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "trained_agents"
 AGENTS = json.loads((FOLDER / "agents.json").read_text())

@@ -14,13 +14,13 @@ from sb3_softsac.execution.report import Report
 from sb3_softsac.optimizers import Optimizers
 
 Capture = Callable[[Callable[[], Any]], tuple[Callable[[], None], Any]]
-"""Takes a function without arguments; returns what replays it, and the outputs that a replay fills."""
+"""Takes a function without arguments; returns a function that replays it, and the outputs that a replay fills."""
 
 
 def capture_on(device: th.device) -> Capture:
     """
-    :param device: where the function works: torch captures what happens on the present device, whichever that is
-    :return: captures without running; the function has no device sync, and has been run before
+    :param device: of the function: torch captures what happens on the current device, whichever that is
+    :return: captures a function without running it; it must not sync with the device, and has to have run before
     """
 
     def capture(function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
@@ -34,9 +34,9 @@ def capture_on(device: th.device) -> Capture:
 
 def map_leaves(function: Callable[[Any], Any], tree: Any) -> Any:
     """
-    :param function: takes what is neither a tuple, a list nor a dict
-    :param tree: tuples, named ones too, lists and dicts, within each other
-    :return: the same with the function's results
+    :param function: called with each leaf: what is neither a tuple, a list nor a dict
+    :param tree: nested tuples, named tuples, lists and dicts
+    :return: the same structure with the function's results
     """
     if isinstance(tree, dict):
         return {key: map_leaves(function, part) for key, part in tree.items()}
@@ -49,7 +49,7 @@ def map_leaves(function: Callable[[Any], Any], tree: Any) -> Any:
 def leaves(tree: Any) -> list[Any]:
     """
     :param tree: see :func:`map_leaves`
-    :return: what its tuples, lists and dicts hold
+    :return: its leaves, in order
     """
     found: list[Any] = []
     map_leaves(found.append, tree)
@@ -61,7 +61,7 @@ def _clone(leaf: Any) -> Any:
 
 
 def _layout(tree: Any) -> Any:
-    """What two trees of inputs have to agree in, for one to be copied into the other."""
+    """What two trees of inputs must have in common for one to be copied into the other."""
     if isinstance(tree, dict):
         return {key: _layout(part) for key, part in tree.items()}, list(tree)
     if isinstance(tree, tuple | list):
@@ -73,13 +73,13 @@ class CudaGraph:
     """
     Calls a function, from the second time on as a graph.
 
-    A graph reads and writes the addresses of its capture. Inputs are therefore copied to places of their own, and if a
-    tensor of the state has moved (an optimiser's, after its state was loaded), it is captured again. What cannot be
-    captured is called without a graph, and a warning says so.
+    A graph reads and writes the addresses of its capture. So inputs are copied to fixed places, and the function is
+    captured again if a tensor of the state has moved (as an optimiser's does when its state is loaded). A function that
+    cannot be captured is called without a graph, with a warning.
 
-    :param function: takes its state, and inputs: tensors, in tuples and dicts; changes the state in place; returns
+    :param function: takes its state and inputs (tensors, in tuples and dicts), changes the state in place, and returns
         tensors and plain values
-    :param addresses: takes its state; returns where all tensors are that it reads or changes and that are not inputs
+    :param addresses: takes the state; returns the addresses of all tensors that are read or changed, besides inputs
     :param capture: see :data:`Capture`
     """
 
@@ -95,7 +95,7 @@ class CudaGraph:
         self._key: Any = None
 
     def __call__(self, held: Any, *args: Any) -> Any:
-        if not self._warm or self._failed:  # libraries set themselves up in the first run, which cannot be captured
+        if not self._warm or self._failed:  # libraries initialise in the first run, which cannot be captured
             self._warm = True
             return self.function(held, *args)
         key = _layout(args), self._addresses(held)
@@ -104,7 +104,7 @@ class CudaGraph:
             self._inputs = leaves(own_args)
             try:
                 self._replay, self._outputs = self._capture(lambda: self.function(held, *own_args))
-            except RuntimeError as error:  # CUDA's, or too little memory. Nothing has been run
+            except RuntimeError as error:  # CUDA's, or out of memory. Nothing has run
                 self._failed, self._replay, self._outputs, self._inputs = True, None, None, []
                 warnings.warn(
                     f"The update cannot be captured in a CUDA graph and runs without one, which is slower: {error}",
@@ -119,7 +119,7 @@ class CudaGraph:
                     own.copy_(new, non_blocking=True)
         assert self._replay is not None
         self._replay()
-        # The next replay overwrites them
+        # The next replay overwrites its outputs
         return map_leaves(_clone, self._outputs)
 
 

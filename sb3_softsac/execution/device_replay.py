@@ -1,8 +1,7 @@
 """
-A copy of the replay buffer on a GPU: minibatches are gathered there, as part of an update, instead of in the computer's
-memory and then sent over.
+A copy of the replay buffer on a GPU. An update gathers its minibatch there, instead of receiving it from the host.
 
-The buffer stays what is saved and drawn from: which transitions are in a minibatch is the same with a copy or without.
+The buffer on the host is still the one that is saved and drawn from: minibatches are the same with a copy or without.
 """
 
 from typing import Any, NamedTuple
@@ -25,7 +24,7 @@ class Storage(NamedTuple):
     """What minibatches are gathered from: R = rows x E transitions, those of one row side by side."""
 
     observations: TorchObs  # (R, ...), or a dict of them
-    next_observations: TorchObs  # likewise
+    next_observations: TorchObs  # (R, ...), or a dict of them
     actions: th.Tensor  # (R, A)
 
 
@@ -40,7 +39,7 @@ def gathered(batch: ReplayBatch | StoredBatch, storage: Storage | None) -> Repla
     """
     :param batch: minibatch
     :param storage: what it is gathered from
-    :return: the minibatch with all its parts; asks the device nothing
+    :return: the minibatch with all its parts; without a device sync
     """
     if not isinstance(batch, StoredBatch):
         return batch
@@ -62,10 +61,10 @@ class DeviceReplay:
     """
     Observations, next observations and actions of a replay buffer, copied to a device.
 
-    Next observations are stored in full: twice the buffer's own memory, but one index for each transition.
+    Next observations are stored in full. This takes twice the buffer's own memory, but one index per transition.
 
-    :param buffer: where they come from
-    :param device: where they go
+    :param buffer: the replay buffer
+    :param device: of the copy
     """
 
     def __init__(self, buffer: ReplayBuffer, device: th.device):
@@ -84,9 +83,9 @@ class DeviceReplay:
 
     def update(self) -> Storage:
         """
-        Copy what is new in the buffer.
+        Copy the rows that are new in the buffer.
 
-        :return: what minibatches can be gathered from until the buffer changes
+        :return: storage that is up to date until the buffer changes
         """
         buffer = self.buffer
         piece = max(1, PIECE // max(1, _row_bytes(buffer)))
@@ -112,7 +111,7 @@ class DeviceReplay:
 
     def sample(self, batch_size: int, env: VecNormalize | None = None) -> StoredBatch:
         """
-        Draw what ``buffer.sample`` would draw.
+        Draw the same transitions as ``buffer.sample`` would.
 
         :param batch_size: B
         :param env: normalises rewards, if given
@@ -134,10 +133,10 @@ class DeviceReplay:
 def obstacle(buffer: SB3ReplayBuffer, env: VecNormalize | None) -> str | None:
     """
     :param buffer: a model's replay buffer
-    :param env: what normalises its samples, if anything
-    :return: why there can be no copy on a device, or None
+    :param env: normalises its samples; None: nothing does
+    :return: why there can be no copy on a device; None if there can
     """
-    if type(buffer) is not ReplayBuffer:  # what derives from it may draw otherwise, or change rows that were copied
+    if type(buffer) is not ReplayBuffer:  # a subclass may sample differently, or change rows that were copied
         return f"replay_buffer_class={type(buffer).__name__} is not sb3_softsac.ReplayBuffer itself"
     if not samples_itself(buffer):
         return "sample() of the replay buffer has been replaced"
@@ -148,7 +147,9 @@ def obstacle(buffer: SB3ReplayBuffer, env: VecNormalize | None) -> str | None:
 
 def fits(buffer: ReplayBuffer, device: th.device) -> bool:
     """
-    :return: whether a copy takes at most half of the memory that a GPU has free, or that torch keeps there unused
+    :param buffer: a model's replay buffer
+    :param device: a GPU
+    :return: whether a copy takes at most half of its free memory, including what torch holds in its cache
     """
     n_bytes = 2 * buffer.buffer_size * _row_bytes(buffer) + buffer.actions.nbytes
     free, _ = th.cuda.mem_get_info(device)

@@ -1,4 +1,4 @@
-"""What is done to the graph of a compiled update on the CPU before Inductor makes code of it."""
+"""Passes over the graph of a compiled update on the CPU, before Inductor generates code."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ class GraphPasses(CustomGraphPass):
     """For Inductor's option ``post_grad_custom_post_pass``."""
 
     def __init__(self) -> None:
-        # Asked for here already, since code from Inductor's cache calls it, too
+        # Built here already: code from Inductor's cache calls it, too
         self._operator = matmul.operator_of_products() if matmul.ours_are_faster() else None
 
     def _operator_if_exact(self) -> Any:
@@ -33,8 +33,8 @@ class GraphPasses(CustomGraphPass):
 
 def compute_scalars_once(graph: Graph) -> None:
     """
-    Inductor computes scalars wherever they are used, in the innermost loops. Adam has powers among them, of its numbers
-    of steps: here, what depends on nothing but scalar inputs is computed once, in front of everything.
+    Compute scalars that depend on scalar inputs only once, before everything else. Inductor would compute them wherever
+    they are used, in the innermost loops; Adam's bias corrections are powers of the number of steps.
 
     :param graph: graph of ATen operators
     """
@@ -54,7 +54,7 @@ def compute_scalars_once(graph: Graph) -> None:
         last.append(node)
         last = node
     with graph.inserting_before(last.next):
-        # A concatenation, if of more than one, is always written to memory, and read from there
+        # A concatenation of more than one tensor is always written to memory, and read from there
         parts = [call(graph, aten.reshape.default, node, [1]) for node in wanted]
         vector = call(graph, aten.cat.default, parts if len(parts) > 1 else parts * 2)
         for i, (node, users) in enumerate(wanted.items()):

@@ -45,9 +45,7 @@ class Inductor:
 
     def __call__(self, updates: Updates) -> Done:
         """See :class:`Way`."""
-        if self.failed:
-            raise Declined("compilation failed")
-        if not self.learner.has_state():
+        if self.failed or not self.learner.has_state():
             raise Declined
         variant = self._variant(updates)
         before = _random_states(self.learner.device)
@@ -89,12 +87,7 @@ class Inductor:
             with th.no_grad():
                 for tensor, value in before:
                     tensor.copy_(value)
-            warnings.warn(
-                f"The update cannot be compiled and runs eagerly, which is slower: {reason_of(error)} "
-                "(compile=False says that this is wanted)",
-                stacklevel=2,
-            )
-            raise Declined("compilation failed") from error
+            raise Declined(reason_of(error)) from error
         self.compiled[variant] = run
         return _done(result)
 

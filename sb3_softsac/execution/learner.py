@@ -25,7 +25,7 @@ class Learner:
         self.device = policy.device
         rates = (critic := th.zeros((), device=self.device), th.zeros_like(critic), th.zeros_like(critic))
         self.learning_rates = LearningRates(*rates)
-        self._values = [0.0] * len(rates)
+        self.rates = [0.0] * len(rates)  # the same as numbers
         self._is_in_training_mode = False
         self._trained: Optimizers | None = None
         self._trained_key: Any = None
@@ -37,8 +37,8 @@ class Learner:
         ent_coef = self.ent_coef.optimizers()
         for i, optimizers in enumerate(([self.policy.critic.optimizer], ent_coef, [self.policy.actor.optimizer])):
             value = float(optimizers[0].param_groups[0]["lr"]) if optimizers else 0.0
-            if value != self._values[i]:
-                self._values[i] = value
+            if value != self.rates[i]:
+                self.rates[i] = value
                 self.learning_rates[i].fill_(value)
 
     def set_training_mode(self) -> None:

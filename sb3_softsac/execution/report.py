@@ -1,6 +1,7 @@
 """What is said to the user about the way in which updates are run."""
 
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -22,6 +23,14 @@ class Report:
         if text not in self._told:
             self._told.add(text)
             self._say(text)
+
+    def warn_once(self, text: str) -> None:
+        """
+        :param text: a warning, given unless it has been given before
+        """
+        if text not in self._told:
+            self._told.add(text)
+            warnings.warn(text, stacklevel=2)
 
     @contextmanager
     def compilation(self, what: str, duration: str) -> Iterator[None]:

@@ -27,6 +27,8 @@ from sb3_softsac.gradient_step import UpdateOptions, due
 from sb3_softsac.policies import SoftSACPolicy
 from sb3_softsac.type_aliases import TorchObs
 
+NOT_BUILT = "SoftSAC's C++ cannot be built"
+
 
 class Runner:
     """
@@ -46,10 +48,10 @@ class Runner:
         for name in support.moved_names() if has_cpp else ():
             has_cpp = False
             upstream.say_moved(name, "neither updates nor actions are computed in C++, which is faster.")
-        classes = Classes(self.report)
-        self.cpp = CppUpdate(self.learner, classes) if has_cpp else None
+        self._classes = Classes(self.report)
+        self.cpp = CppUpdate(self.learner, self._classes) if has_cpp else None
         # Also used if updates turn out not to compile: a run that is continued does not know that before its first
-        self.cpp_actor = CppActor(policy, classes) if has_cpp else None
+        self.cpp_actor = CppActor(policy, self._classes) if has_cpp else None
         self.last_way: Way | None = None
         self._finite = th.ones((), dtype=th.bool, device=policy.device)
 
@@ -60,26 +62,35 @@ class Runner:
         """
         return self._compiles and not self.compiler.failed
 
-    def _ways(self) -> Iterator[Way]:
+    def _ways(self) -> list[Way]:
         """The ways that may do the next update, the fastest first."""
-        if self.compiles and self.cpp is not None:
-            yield self.cpp
-        if self.compiles:
-            yield self.compiler
-        yield self._eager
+        if not self.compiles:
+            return [self._eager]
+        return [self.compiler, self._eager] if self.cpp is None else [self.cpp, self.compiler, self._eager]
 
     def _run(self, updates: Updates) -> Done:
         for way in self._ways():
             try:
                 done = way(updates)
             except Declined as declined:
-                reason = str(declined)
-                if way is self.cpp and reason:
-                    self.report.once(f"Updates are not run by SoftSAC's C++, but compiled by torch: {reason}")
+                if str(declined):
+                    self._note(way, str(declined))
                 continue
+            if way is self.compiler and self._classes.error is not None:
+                self.report.warn_once(f"{NOT_BUILT}, and torch is slower without it: {self._classes.error}")
             self.last_way = way
             return done
         raise AssertionError("eager updates are always possible")
+
+    def _note(self, way: Way, reason: str) -> None:
+        if way is self.cpp:
+            self.report.once(f"Updates are not run by SoftSAC's C++, but compiled by torch: {reason}")
+            return
+        also = "" if self._classes.error is None else f". {NOT_BUILT}: {self._classes.error}"
+        self.report.warn_once(
+            f"The update cannot be compiled and runs eagerly, which is slower: {reason}{also} (compile=False says that "
+            "this is wanted)"
+        )
 
     def __call__(
         self,

@@ -1,14 +1,20 @@
-"""How many threads torch should use: as many as the work keeps busy, on cores that nobody else uses."""
+"""
+The number of torch threads: as many as the work keeps busy, on cores of our own.
+
+On a shared node, a job has cores of its own (by CPU affinity, a container's quota or Slurm), whatever the rest of the
+node does. Otherwise, running threads of other processes count.
+"""
 
 import os
 import statistics
 import time
 from pathlib import Path
 
+import loky
 import torch as th
 
-# A thread that waits for another spins. With less work than this for each (multiplications in the largest product), or
-# with more threads than free cores, waiting takes longer than working
+# Threads spin while they wait for each other. With less work per thread than this (multiplications in the largest
+# product), or with more threads than free cores, they wait longer than they work
 WORK_PER_THREAD = 4_000_000
 CHOSEN_BY_USER = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 _AT_IMPORT = th.get_num_threads()
@@ -25,16 +31,18 @@ def are_chosen() -> bool:
 def choose(work: int) -> int:
     """
     :param work: multiplications in the largest matrix product of an update
-    :return: number of threads; what the user has set stays
+    :return: number of threads; the user's own, if there is one
     """
     if are_chosen():
         return th.get_num_threads()
-    return max(1, min(_AT_IMPORT, round(work / WORK_PER_THREAD), n_cores() - n_busy()))
+    cores = n_cores()
+    is_share = cores < (os.cpu_count() or 1)
+    return max(1, min(_AT_IMPORT, round(work / WORK_PER_THREAD), cores if is_share else cores - n_busy()))
 
 
 def use(number: int) -> None:
     """
-    :param number: of threads that torch shall use
+    :param number: threads for torch to use
     """
     global _used
     if th.get_num_threads() != number:
@@ -44,17 +52,18 @@ def use(number: int) -> None:
 
 def n_cores() -> int:
     """
-    :return: cores that this process may use
+    :return: cores that this process may use, at least 1: by CPU affinity, cgroup and ``SLURM_CPUS_PER_TASK``
     """
-    affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
+    of_task = os.environ.get("SLURM_CPUS_PER_TASK", "")
+    cores: int = loky.cpu_count()
+    return min(cores, max(1, int(of_task))) if of_task.isdecimal() else cores
 
 
 def n_busy(samples: int = 9, interval: float = 0.01) -> int:
     """
-    :param samples: number of looks
+    :param samples: number of samples of the system's run queue, of which the median counts
     :param interval: seconds between them
-    :return: threads of others that run now; 0 where the system does not tell
+    :return: running threads of other processes; 0 where the system does not tell
     """
     running = []
     try:

@@ -1,11 +1,11 @@
 """
-Matrix products of a compiled update, on the CPU.
+Matrix products of a compiled update on the CPU.
 
-PyTorch's wheels take float32 products from MKL, which does not use AVX-512 on processors that are not Intel's, and is
-slow for matrices with few columns: an update has more of those than of others. ``matmul.cpp`` has products for the
-sizes of an update, which replace them on AMD's processors. Products with a single row, column or term, such as a
-critic's last layer, are faster as part of the loops around them. And of the gradient of a critic's input, the actor's
-update needs the actions' columns only.
+PyTorch's wheels take float32 products from MKL. It does not use AVX-512 on processors of other makers than Intel, and
+is slow for matrices with few columns, of which an update has many. On AMD's processors, products of our own
+(``matmul.cpp``) replace them. On all processors, products with a single row, column or term, such as a critic's last
+layer, become part of the loops around them. And the actor's update computes only the columns that it needs of the
+gradient of a critic's input: those of the actions.
 """
 
 import functools
@@ -26,7 +26,7 @@ aten = th.ops.aten
 
 def ours_are_faster() -> bool:
     """
-    :return: whether our own products are known to be faster here than torch's
+    :return: whether our own products are known to be faster than torch's on this processor
     """
     return build.suits_processor() and "AuthenticAMD" in _processor()
 
@@ -41,9 +41,13 @@ def _processor() -> str:
 @functools.cache
 def operator_of_products() -> Any:
     """
-    :return: operator that gives the product (R, C) of two matrices (R, K) and (K, C); None where it cannot be built. It
-        also takes a layer's bias (C,) or None and whether relu follows; and a matrix (R, C) or None that was made by a
-        relu, if the product is the gradient of that. All are float32 and on the CPU. It is there from the first call on
+    Build the operator ``sb3_softsac::product`` of float32 matrices on the CPU. It takes
+
+    - two matrices, (R, K) and (K, C),
+    - a layer's bias (C,), or None, and whether a ReLU follows,
+    - the output (R, C) of a ReLU, if the product is its gradient, or None.
+
+    :return: the operator, whose result is (R, C); None where it cannot be built
     """
 
     def fake(a: th.Tensor, b: th.Tensor, bias: th.Tensor | None, relu: bool, relu_of: th.Tensor | None) -> th.Tensor:
@@ -52,6 +56,8 @@ def operator_of_products() -> Any:
     try:
         build.load(HEADER, SOURCE)
         th.library.register_fake("sb3_softsac::product", fake)
+    except build.NoCompiler:  # Inductor cannot compile the graph either, and has a warning
+        return None
     except Exception as error:  # compilers and linkers have many ways to fail
         warnings.warn(f"Matrix products are torch's, which are slower here: {error}", stacklevel=2)
         return None
@@ -60,7 +66,7 @@ def operator_of_products() -> Any:
 
 def exact_products_are_wanted() -> bool:
     """
-    :return: whether float32 products are to be float32 throughout; lower precision is torch's matter
+    :return: whether float32 products use full precision; lower precisions are left to torch
     """
     products: Any = getattr(th.backends.mkldnn, "matmul", None)
     if not hasattr(products, "fp32_precision"):  # before torch 2.9. Where it is there, the older getter may raise
@@ -71,7 +77,7 @@ def exact_products_are_wanted() -> bool:
 def replace_products(graph: Graph, operator: Any) -> None:
     """
     :param graph: graph of ATen operators
-    :param operator: see :func:`operator_of_products`; None: products stay torch's, if they are not thin
+    :param operator: see :func:`operator_of_products`; None: only thin products are replaced
     """
     for node in graph.find_nodes(op="call_function", target=aten.addmm.default):
         _separate_sum(graph, node)
@@ -183,7 +189,7 @@ def _use(operator: Any, graph: Graph, node: Node, a: Node, b: Node, bias: Node |
 
 
 def _relu_of(user: Node, gradient: Node) -> Node | None:
-    """What a relu has made, if the user is its gradient: ``where(made <= 0, 0, gradient)``."""
+    """The output of a ReLU, if the user is its gradient: ``where(output <= 0, 0, gradient)``."""
     if user.target is not aten.where.self or user.args[2] is not gradient:
         return None
     condition, zero = user.args[:2]

@@ -1,6 +1,6 @@
 """
-The networks of plain SAC, which our C++ computes: what they have to be, what else there is if they are not, and whether
-they have been changed since they were looked at.
+What our C++ supports: the networks of plain SAC. Checks that say why a network is not supported, and the detection of
+later changes.
 """
 
 import itertools
@@ -16,9 +16,9 @@ from sb3_softsac.execution.cpp import matmul
 from sb3_softsac.policies import Actor, Critic, Preprocessing, SoftSACPolicy
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-# Who puts another function in the place of one of these gets that one
+# If a user replaces one of these, torch runs the replacement
 OWN_METHODS = ("forward", "extract_features", "get_action_dist_params", "sample", "targets")
-# Of actors and critics, besides their parts
+# Of actors and critics, besides their modules
 ATTRIBUTES = ("use_sde", "separate_log_std_net", "preprocessing", "q_networks")
 
 _END = object()
@@ -26,14 +26,14 @@ _hooks_of_gradient = attrgetter("_backward_hooks")
 
 
 class NotPlain(Exception):
-    """There is something that our C++ does not do; the message says what."""
+    """A network or optimiser is not supported; the message is the reason."""
 
 
 def require(condition: bool, otherwise: str) -> None:
     """
-    :param condition: holds for plain SAC
-    :param otherwise: what there is, if it does not hold
-    :raises NotPlain: if it does not hold
+    :param condition: true for plain SAC
+    :param otherwise: the reason if it is not
+    :raises NotPlain: if it is not
     """
     if not condition:
         raise NotPlain(otherwise)
@@ -48,7 +48,7 @@ class Layers(NamedTuple):
 
 
 class Attributes:
-    """Some attributes of an object, None for those that it does not have; iterating gives the present ones."""
+    """Iterates over the present values of some attributes of an object; None for those that it does not have."""
 
     def __init__(self, owner: Any, names: Iterable[str]):
         self._values = vars(owner)
@@ -60,11 +60,10 @@ class Attributes:
 
 class Watch:
     """
-    Notices when something about modules is no longer what it was, in microseconds: this is asked before updates and
-    each action.
+    Detects changed modules in microseconds, before updates and each action.
 
-    :param modules: networks; what is within them is watched, too
-    :param others: further collections whose items count
+    :param modules: networks, watched with all modules inside them
+    :param others: further collections to watch
     """
 
     def __init__(self, modules: Iterable[nn.Module], others: Iterable[Iterable[Any]] = ()):
@@ -87,8 +86,8 @@ class Watch:
 
     def is_over(self) -> bool:
         """
-        :return: whether a module, its class, a parameter or one of the other items was exchanged, or an attribute added
-            (such as a method that takes the place of the class's)
+        :return: whether a module, its class, a parameter or one of the other items has been replaced, or an attribute
+            added (such as a function in place of a method)
         """
         return list(map(len, self._attributes)) != self._n_attributes or not all(
             map(is_, self._present_items(), self._items)
@@ -96,20 +95,20 @@ class Watch:
 
     def sees_hooks(self) -> bool:
         """
-        :return: whether there are hooks now, on modules or on gradients
+        :return: whether there are hooks on modules or gradients
         """
         return any(self._hooks) or any(map(_hooks_of_gradient, self._parameters))
 
     def sees_own_methods(self) -> bool:
         """
-        :return: whether a method of a module has been exchanged for another
+        :return: whether a method of a module has been replaced
         """
         return any(not attributes.keys().isdisjoint(OWN_METHODS) for attributes in self._attributes)
 
 
 def moved_names() -> list[str]:
     """
-    :return: private names of torch's that :class:`Watch` reads, and which are no longer there
+    :return: private names of torch that :class:`Watch` reads and that no longer exist
     """
     names = [f"torch.nn.Module.{name}" for name in ("_modules", "_parameters", *HOOKS) if name not in vars(nn.Module())]
     names += [
@@ -120,7 +119,7 @@ def moved_names() -> list[str]:
 
 def usual_arithmetic() -> bool:
     """
-    :return: whether torch is to compute in float32 at present
+    :return: whether torch computes in full float32 precision at present
     """
     return matmul.exact_products_are_wanted() and not th.is_autocast_enabled("cpu")
 
@@ -129,7 +128,7 @@ def plain_actor(actor: nn.Module) -> list[nn.Linear]:
     """
     :param actor: any actor
     :return: its linear layers, with mu and log_std at the end
-    :raises NotPlain: if there is more to it
+    :raises NotPlain: if it is not supported
     """
     require(type(actor) is Actor, f"the actor's class is {type(actor).__name__}")
     assert isinstance(actor, Actor)
@@ -149,7 +148,7 @@ def plain_layers(policy: SoftSACPolicy) -> Layers:
     """
     :param policy: any policy
     :return: its linear layers
-    :raises NotPlain: if there is more to it
+    :raises NotPlain: if it is not supported
     """
     require(policy.actor_target is None, "there is a target actor (use_actor_target)")
     require(
@@ -177,7 +176,7 @@ def parameters_of(layers: Iterable[nn.Linear]) -> list[th.Tensor]:
 
 
 def _are_in_order(layers: Layers, policy: SoftSACPolicy) -> bool:
-    """Targets follow their networks in the order of parameters, which need not be that of SB3's lists of networks."""
+    """Targets are averaged in the order of parameters, which may differ from that of SB3's list ``q_networks``."""
     for chains, network in ((layers.critics, policy.critic), (layers.targets, policy.critic_target)):
         ours = [parameter for chain in chains for parameter in parameters_of(chain)]
         if list(map(id, ours)) != list(map(id, network.parameters())):
@@ -186,7 +185,7 @@ def _are_in_order(layers: Layers, policy: SoftSACPolicy) -> bool:
 
 
 def _fit(layers: Layers) -> bool:
-    """Whether sizes are such as C++ takes for granted; they are not after networks have been exchanged for others."""
+    """Whether sizes are those that C++ relies on: a user may have replaced a network by one of another size."""
 
     def sizes(chain: list[nn.Linear]) -> list[tuple[int, ...]]:
         return [tuple(layer.weight.shape) for layer in chain]
@@ -207,7 +206,7 @@ def _follow_each_other(layers: list[nn.Linear]) -> bool:
 
 
 def _require_vectors(network: Actor | Critic, name: str) -> None:
-    """The network's features have to be the observations as they are."""
+    """Require that features are the unchanged observations."""
     preprocessing, extractor = network.preprocessing, network.features_extractor
     require(type(preprocessing) is Preprocessing, f"the {name} has its own preprocessing of observations")
     require(preprocessing.is_box, f"the observation space is {type(preprocessing.space).__name__}, not Box")
@@ -222,14 +221,14 @@ def _require_type(module: Any, expected: type[nn.Module], name: str) -> None:
 
 
 def _chain(module: nn.Module, name: str) -> list[nn.Module]:
-    """What is done one after the other, and nothing else."""
+    """Modules of a plain ``nn.Sequential``."""
     _require_type(module, nn.Sequential, name)
     assert isinstance(module, nn.Sequential)
     return list(module)
 
 
 def _linear_layers(modules: list[nn.Module], name: str, n_last: int = 1) -> list[nn.Linear]:
-    """Linear layers that have relu between them, with ``n_last`` at the end."""
+    """Linear layers with ReLU between them, of which the ``n_last`` last ones have none."""
     hidden, last = modules[:-n_last], modules[-n_last:]
     require(len(hidden) > 0, f"the {name} has no hidden layers")
     for module, expected in [*zip(hidden, itertools.cycle((nn.Linear, nn.ReLU))), *((m, nn.Linear) for m in last)]:

@@ -844,9 +844,7 @@ class Actor : public torch::CustomClassHolder {
 TORCH_LIBRARY_FRAGMENT(sb3_softsac, m) {
   m.class_<Actor>("Actor")
       .def(torch::init<Tensors>())
-      .def("sample", &Actor::sample, "",
-           {torch::arg("observations"), torch::arg("log_std_low"), torch::arg("log_std_high"),
-            torch::arg("log_std_is_tanh")});
+      .def("sample", &Actor::sample);
   m.class_<Update>("Update")
       .def(torch::init<Tensors, std::vector<Tensors>, std::vector<Tensors>, Tensors>())
       .def("option_names", &Update::option_names)

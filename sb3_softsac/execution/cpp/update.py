@@ -5,7 +5,6 @@ Inductor makes of them, and built in seconds. ``support`` says what is plain; th
 
 import functools
 import math
-import warnings
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ from sb3_softsac.execution.device_replay import gathered
 from sb3_softsac.execution.learner import Learner
 from sb3_softsac.execution.report import Report, reason_of
 from sb3_softsac.execution.way import Declined, Done, Outcome, Updates
-from sb3_softsac.gradient_step import SATURATED
+from sb3_softsac.gradient_step import SATURATED, UpdateOptions
 from sb3_softsac.optimizers import Optimizers, Trained
 from sb3_softsac.policies import Actor, SoftSACPolicy
 from sb3_softsac.type_aliases import ReplayBatch, TorchObs
@@ -75,23 +74,21 @@ class Classes:
     """
 
     def __init__(self, report: Report):
+        self.error: str | None = None  # of the build
         self._report = report
         self._found: Any = None
-        self._failed = False
 
     def get(self) -> Any:
         """
         :return: namespace of the classes
-        :raises NotPlain: where they cannot be used; why they cannot be built, a warning says once
+        :raises NotPlain: where they cannot be used
         """
         require(build.suits_processor(), "the processor has neither AVX2 nor AVX-512")
-        if self._found is None and not self._failed:
+        if self._found is None and self.error is None:
             try:
                 self._found = self._build()
             except Exception as error:
-                self._failed = True
-                text = f"SoftSAC's C++ cannot be built, and torch is slower without it: {reason_of(error)}"
-                warnings.warn(text, stacklevel=2)
+                self.error = reason_of(error)
         require(self._found is not None, "it could not be built")
         return self._found
 
@@ -104,7 +101,7 @@ class Classes:
 
 class CppActor:
     """
-    Explores with the actor of one policy, if it is plain: torch takes many times as long for the small operators.
+    Samples the actions of one policy, if it is plain. Torch's overhead for such small operators is many times larger.
 
     :param policy: networks
     :param classes: that ``update.cpp`` defines
@@ -129,7 +126,8 @@ class CppActor:
         is_vector = isinstance(observations, th.Tensor)
         if self._actor is None or not is_vector or self._watch.sees_hooks() or not usual_arithmetic():
             return None
-        return self._actor.sample(observations, **_log_std_bounds(actor))
+        # By position, since names take a tenth of its time: low, high, whether it is tanh
+        return self._actor.sample(observations, *actor.log_std_bounds, float(actor.log_std_bounding == "tanh"))
 
     def _look_at(self, actor: th.nn.Module) -> None:
         self._looked_at, self._watch, self._actor = actor, Watch([actor]), None
@@ -153,35 +151,32 @@ class CppUpdate:
         self._update: Any = None
         self._reason: str | None = None  # why there is none
         self._option_names: list[str] = []
-        self._metric_names: list[list[str]] = []  # of critics, actor and entropy coefficient
+        self._metric_names: tuple[tuple[str, ...], ...] = ()  # of an update without the actor's, and with it
         self._n_weights = 1  # that are trained
         self._adam: dict[str, float] = {}  # options of the optimisers
+        self._numbers: list[float] = []
+        self._numbers_key: Any = None  # what they were made of
         self._optimizers: Optimizers | None = None
         self._watch = Watch([])
 
     def __call__(self, updates: Updates) -> Done:
         """See :class:`Way`. Noise is drawn as :func:`gradient_step.draw_noise` does."""
-        if not self.learner.has_state():
-            raise Declined
         if (reason := self.reason_against()) is not None:
-            raise Declined(reason)
+            # Without states this update is eager, and the next one may be for C++
+            raise Declined(reason) if self.learner.has_state() else Declined
         minibatches, first = updates.minibatches, updates.first
         last = min(minibatches.n, first + self.n_at_once(minibatches.size))
         dues = updates.dues[first:last]
         tensors = _tensors(gathered(minibatches.part(first, last), updates.storage))
-        numbers = self._numbers(updates)
         values = None
         if tensors is not None:
             actor_updates, targets = [due.actor_updates for due in dues], [int(due.targets) for due in dues]
-            values = self._update.run(tensors, actor_updates, targets, numbers, bool(updates.finite))
+            values = self._update.run(tensors, actor_updates, targets, self._options(updates), bool(updates.finite))
         if values is None:
             raise Declined(MISFIT)
-        of_critics, of_actor, of_ent_coef = self._metric_names
-        if isinstance(self.learner.ent_coef, LearnedEntCoef):
-            of_actor = of_actor + of_ent_coef
-        names = [tuple(of_critics + of_actor if due.actor_updates else of_critics) for due in dues]
+        names = [self._metric_names[due.actor_updates > 0] for due in dues]
         outcomes = [Outcome(some, row[: len(some)]) for some, row in zip(names, values.unbind(), strict=True)]
-        return Done(outcomes[-1].values[of_critics.index("finite")].bool(), outcomes)
+        return Done(values[-1, names[0].index("finite")].bool(), outcomes)
 
     def reason_against(self) -> str | None:
         """
@@ -230,14 +225,26 @@ class CppUpdate:
             ent_coef = _with_states("ent_coef", optimizers.ent_coef, ent_coef)
         targets = list(map(parameters_of, layers.targets))
         update = self._classes.get().Update(actor, critics, targets, ent_coef)
-        self._option_names, self._metric_names = update.option_names(), update.metric_names()
+        of_critics, of_actor, of_ent_coef = map(tuple, update.metric_names())
+        if isinstance(self.learner.ent_coef, LearnedEntCoef):
+            of_actor += of_ent_coef
+        self._metric_names = of_critics, of_critics + of_actor
+        self._option_names, self._numbers_key = update.option_names(), None
         self._adam = {name: number for part in optimizers._fields for name, number in _adam(part, optimizers).items()}
         self._n_weights = sum(p.numel() for part in optimizers for p in part.parameters)
         return update
 
-    def _numbers(self, updates: Updates) -> list[float]:
+    def _options(self, updates: Updates) -> list[float]:
         """What an update is told besides tensors, in the order in which ``update.cpp`` names it."""
-        options, learner = updates.options, self.learner
+        actor, rates = self.learner.policy.actor, self.learner.rates
+        key = updates.options, actor.log_std_bounds, actor.log_std_bounding, *rates
+        if key != self._numbers_key:
+            names = [f"{name}_learning_rate" for name in self.learner.learning_rates._fields]
+            others = {**_log_std_bounds(actor), **dict(zip(names, rates, strict=True)), **self._adam}
+            self._numbers, self._numbers_key = self._named(updates.options, others), key
+        return self._numbers
+
+    def _named(self, options: UpdateOptions, others: dict[str, float]) -> list[float]:
         numbers = {
             "gamma": options.gamma,
             "tau": options.tau,
@@ -246,9 +253,7 @@ class CppUpdate:
             "max_grad_norm": math.inf if options.max_grad_norm is None else options.max_grad_norm,
             "ent_coef_loss_is_exp": options.ent_coef_loss == "exp",
             "saturated": SATURATED,
-            **_log_std_bounds(learner.policy.actor),
-            **{f"{name}_learning_rate": float(rate) for name, rate in learner.learning_rates._asdict().items()},
-            **self._adam,
+            **others,
         }
         if len(numbers) != len(self._option_names):
             raise RuntimeError(f"update.cpp knows {self._option_names}, and update.py {list(numbers)}")

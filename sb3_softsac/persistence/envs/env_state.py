@@ -65,6 +65,7 @@ from sb3_softsac.persistence.envs.object_state import (
 CALL = "_sb3_softsac_call"
 VEC_NORMALIZE = f"{VecNormalize.__module__}.{VecNormalize.__qualname__}"
 CLOSE_SECONDS = 5.0
+MAX_REASONS = 5  # in a warning
 _GUARDED: "weakref.WeakSet[SubprocVecEnv]" = weakref.WeakSet()
 
 
@@ -181,15 +182,30 @@ def _restore_vec_env(chain: list[Any], state: dict[str, Any], mid_episode: bool)
     seeds, options = decode(state["seeds"]), decode(state["options"])
     if not len(envs) == len(seeds) == len(options) == base.num_envs:
         raise ValueError(f"{len(envs)} environments, {len(seeds)} seeds and {len(options)} options")
+    envs_of: dict[str, list[int]] = {}
     for i, tree in enumerate(envs):
         found, is_random_state_back = _call(base, "restore", tree, mid_episode, indices=[i])[0]
-        reasons += [f"environment {i}: {reason}" for reason in found]
+        for reason in found:
+            envs_of.setdefault(reason, []).append(i)
         # SB3's load() has put the seed there again, and the next reset would repeat the very first episodes
         if is_random_state_back and isinstance(seeds[i], int | None):
             base._seeds[i] = seeds[i]
         if isinstance(options[i], dict):
             base._options[i] = options[i]
-    return reasons
+    return reasons + _summary(envs_of)
+
+
+def _summary(envs_of: dict[str, list[int]]) -> list[str]:
+    """
+    :param envs_of: by reason, the environments that have it; there may be thousands
+    :return: a few sentences
+    """
+    sentences = []
+    for reason, (first, *others) in list(envs_of.items())[:MAX_REASONS]:
+        also = f" and {len(others)} others" if len(others) > 1 else f" and {others[0]}" if others else ""
+        sentences.append(f"environment {first}{also}: {reason}")
+    n_left = len(envs_of) - len(sentences)
+    return sentences + ([f"{n_left} other reasons"] if n_left else [])
 
 
 def _tell_other_settings(chain: list[Any], layers: list[dict[str, Any]]) -> None:
