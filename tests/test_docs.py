@@ -17,7 +17,7 @@ FENCE = re.compile(r"^( *)(`{3,})([^\n`]*)\n(.*?)^\1\2 *$", re.DOTALL | re.MULTI
 CODE = re.compile(r"`[^`\n]+`")
 LINK = re.compile(r"(?<!\\)\]\(([^()\s]+)\)")
 HEADING = re.compile(r"^#{1,6} +(.+?) *$", re.MULTILINE)
-MAX_STEPS = 150  # of learn(), a little more than learning_starts
+FIRST_STEPS, MORE_STEPS = 120, 20  # of learn(): more than learning_starts, and after that
 SAVE_FREQ = 60  # of checkpoints
 
 pytestmark = pytest.mark.skipif(not (ROOT / "docs").is_dir(), reason="needs the source tree")
@@ -48,7 +48,8 @@ def short_runs(monkeypatch: pytest.MonkeyPatch) -> None:
         learn = algorithm.learn
 
         def few(self: Any, total_timesteps: int, *args: Any, learn: Any = learn, **kwargs: Any) -> Any:
-            return learn(self, min(total_timesteps, MAX_STEPS), *args, **kwargs)
+            most = MORE_STEPS if self.num_timesteps else FIRST_STEPS
+            return learn(self, min(total_timesteps, most), *args, **kwargs)
 
         monkeypatch.setattr(algorithm, "learn", few)
 
