@@ -17,17 +17,18 @@ BIN := $(VENV)/bin
 PYTEST = $(BIN)/python -m pytest -q -n $(N_PROCESSES) --dist worksteal
 PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt $(PIP_FLAGS)
 METADATA := setup.cfg pyproject.toml setup.py constraints.txt $(wildcard startup/*)
-CHECKED := sb3_softsac tests benchmarks startup setup.py
+CHECKED := sb3_softsac tests benchmarks startup docs setup.py
 
 # Stamps instead of the installed files themselves: they are there only if the whole step has succeeded
 VENV_READY := $(VENV)/.stamp-venv
 INSTALLED := $(VENV)/.stamp-installed
 INSTALLED_DEV := $(VENV)/.stamp-installed-dev
+INSTALLED_DOCS := $(VENV)/.stamp-installed-docs
 
 .DEFAULT_GOAL := help
 # Two installations into one environment at a time would break it
 .NOTPARALLEL:
-.PHONY: help train test test-fast test-slow lint type format check-format commit-checks clean
+.PHONY: help train docs test test-fast test-slow lint type format check-format commit-checks clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -45,6 +46,10 @@ $(INSTALLED): $(VENV_READY) $(METADATA)
 $(INSTALLED_DEV): $(VENV_READY) $(METADATA)
 	$(PIP_INSTALL) -e '.[plots,tests,dev]'
 	@touch $@ $(INSTALLED)
+
+$(INSTALLED_DOCS): $(VENV_READY) $(METADATA)
+	$(PIP_INSTALL) -e '.[docs]'
+	@touch $@
 
 train: $(INSTALLED)  ## train on Pendulum-v1 (or ENV_ID=...), evaluate over 20,000 steps, draw the learning curve
 	$(BIN)/python -m rl_zoo3.train --algo softsac --env $(ENV_ID) --seed $(SEED) -n $(STEPS) -f $(LOGS) --eval-freq 1000 --eval-episodes 10
@@ -69,6 +74,9 @@ lint: $(INSTALLED_DEV)  ## look for mistakes in the code
 type: $(INSTALLED_DEV)  ## check the types
 	$(BIN)/python -m mypy sb3_softsac benchmarks startup
 
+docs: $(INSTALLED_DOCS)  ## build the documentation in docs/_build/html; warnings are errors
+	$(BIN)/python -m sphinx -E -W --keep-going -b html docs docs/_build/html
+
 format: $(INSTALLED_DEV)  ## format the code and sort the imports
 	$(BIN)/python -m ruff check --select I --fix $(CHECKED)
 	$(BIN)/python -m ruff format $(CHECKED)
@@ -79,5 +87,5 @@ check-format: $(INSTALLED_DEV)
 commit-checks: check-format lint type test  ## all of the checks above, before a commit
 
 clean:  ## remove what this file and the tools have made, logs excepted
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist docs/_build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find $(CHECKED) -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -166,7 +166,7 @@ def _median(costs: list[dict[str, float]], name: str) -> float:
 
 
 def report(results: list[dict[str, Any]]) -> None:
-    """Print the tables of the README."""
+    """Print the tables of docs/results.md."""
     header = ["1,000,000 transitions", "", "file MB", "save s", "extra memory MB", "load s", "extra memory"]
     rows = []
     for row in results:

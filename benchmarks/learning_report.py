@@ -348,7 +348,7 @@ def report_tables(tasks: dict[str, Arms]) -> dict[str, str]:
 def report(folder: Path) -> str:
     """
     Write ``report.md``, ``curves.png`` and ``diagnostics.png`` into a folder of runs; tables of runs that are committed
-    also into README.md and docs/results.md.
+    also into README.md and the pages in docs/.
 
     :param folder: see :func:`read_runs`
     :return: text of the report

@@ -3,7 +3,7 @@ Draw a run that was never stopped and the same run killed and continued, on top 
 
     python benchmarks/plot_resume.py WHOLE KILLED CONTINUED -o resume.png
 
-The three are folders of the RL Zoo with evaluations; the README's section "Checkpoints" says how they are made. Prints
+The three are folders of the RL Zoo with evaluations; docs/guide/saving.md says how they are made. Prints
 by how much the evaluations of the continued run differ from those of the whole one.
 """
 

@@ -68,13 +68,21 @@ def markdown_table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def documents() -> list[Path]:
+    """
+    :return: README.md and the pages of the documentation
+    """
+    built = ROOT / "docs" / "_build"
+    return [ROOT / "README.md", *sorted(path for path in (ROOT / "docs").rglob("*.md") if built not in path.parents)]
+
+
 def fill_documents(tables: dict[str, str]) -> None:
     """
-    Put tables where README.md and docs/results.md have room for them: between ``<!-- name -->`` and ``<!-- end -->``.
+    Put tables where the documents have room for them: between ``<!-- name -->`` and ``<!-- end -->``.
 
     :param tables: Markdown by name
     """
-    for path in (ROOT / "README.md", ROOT / "docs" / "results.md"):
+    for path in documents():
         path.write_text(filled(path.read_text(), tables))
 
 

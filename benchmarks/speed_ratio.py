@@ -10,7 +10,7 @@ moment: each in a process of its own, warmed up, does the steps of one slice (ha
 wait. A round is a slice of each. What slows the machine down for longer than a round slows all arms, and the ratios
 within a round do not know of it. The rates of all rounds are added to a file; ``report`` pools what was measured in
 several sittings, prints the medians of the ratios, with 95% intervals by bootstrap over the rounds, puts the table into
-README.md or docs/results.md, and draws ``speed.png``.
+the documents that have room for it, and draws ``speed.png``.
 """
 
 import argparse

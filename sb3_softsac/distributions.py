@@ -23,7 +23,7 @@ def log_det_tanh(gaussian_actions: th.Tensor) -> th.Tensor:
     Logarithm of the derivative of tanh, ``log(1 - tanh(u)^2)``, for each element.
 
     :param gaussian_actions: u, any shape
-    :return: values <= 0 (up to rounding), same shape; finite with finite gradient for |u| < 1e37 in float32
+    :return: values <= 0 (up to rounding), same shape; finite with finite gradient for ``|u| < 1e37`` in float32
     """
     return 2.0 * (LOG_2 - gaussian_actions - F.softplus(-2.0 * gaussian_actions))
 
@@ -71,8 +71,8 @@ def unsquash(actions: th.Tensor) -> th.Tensor:
     """
     Inverse of ``squash``, for actions whose gaussian sample is not known (demonstrations, ``evaluate_actions``).
 
-    tanh rounds to +-1 for |u| > 9 in float32, so the inverse is not unique there: actions are clamped to the
-    largest float below 1 in magnitude (|u| = 8.66 in float32, 18.7 in float64) and densities of saturated
+    tanh rounds to +-1 for ``|u| > 9`` in float32, so the inverse is not unique there: actions are clamped to the
+    largest float below 1 in magnitude (``|u| = 8.66`` in float32, 18.7 in float64) and densities of saturated
     actions are those of that value.
 
     :param actions: scaled actions in [-1, 1], any shape

@@ -3,8 +3,8 @@ Stable-Baselines3's own tests with ``SoftSAC`` in the place of its ``SAC``::
 
     python tests/sb3_suite.py PATH_OF_ITS_REPOSITORY [arguments of pytest]
 
-A test that fails and is not in ``DIFFERENCES`` is a fault of ours. Of those that are, the README says why ("From SAC to
-SoftSAC").
+A test that fails and is not in ``DIFFERENCES`` is a fault of ours. docs/migration.md ("From SAC to
+SoftSAC") says why those fail that are.
 """
 
 import sys

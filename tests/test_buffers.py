@@ -243,7 +243,7 @@ def test_dtypes_and_memory() -> None:
     ids=["HalfCheetah", "Humanoid"],
 )
 def test_memory(obs_dim: int, action_dim: int, episode_length: int, bytes_per_row: int) -> None:
-    """The bounds that the README states for a million transitions, scaled down."""
+    """The bounds that the documentation states for a million transitions, scaled down."""
     n_rows = 30_000
     space = spaces.Box(-np.inf, np.inf, (obs_dim,), dtype=np.float64)
     buffer = ReplayBuffer(n_rows, space, spaces.Box(-1.0, 1.0, (action_dim,)), "cpu")

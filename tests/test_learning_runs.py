@@ -114,7 +114,7 @@ def test_what_cannot_be_resumed(tmp_path: Path, algo: str, message: str) -> None
 def test_documents_show_the_recorded_results(folder: str) -> None:
     tables = learning_report.report_tables(learning_report.read_runs(RESULTS / folder))
     shown = 0
-    for path in (ROOT / "README.md", ROOT / "docs" / "results.md"):
+    for path in record.documents():
         text = path.read_text()
         assert record.filled(text, {f"{folder}: {name}": table for name, table in tables.items()}) == text
         shown += text.count(f"<!-- {folder}: ")
