@@ -243,3 +243,21 @@ def test_no_compiler_is_one_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert text.startswith("The update cannot be compiled and runs eagerly, which is slower: ")
     assert "SoftSAC's C++ cannot be built: there is no C++ compiler. Install g++" in text
     assert model._runner is not None and not model._runner.compiles and model._n_updates == 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [0, 200_000, 300_000])
+def test_run_after_a_cut_is_native(size: int, tmp_path: Path) -> None:
+    """With the compiler, and a library that was damaged as a kill or a power cut does."""
+    code = textwrap.dedent("""\
+        from sb3_softsac import SoftSAC
+        model = SoftSAC("MlpPolicy", "Pendulum-v1", compile=True, device="cpu", learning_starts=10).learn(15)
+        print(model._runner.last_way is model._runner.cpp)
+        """)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), build.CACHE: str(tmp_path)}
+    command = [sys.executable, "-W", "error", "-c", code]
+    for _ in range(2):
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        assert result.returncode == 0 and result.stdout.strip() == "True", result.stderr
+        (library,) = tmp_path.glob("*.so")
+        os.truncate(library, size)
