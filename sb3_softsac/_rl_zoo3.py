@@ -269,7 +269,7 @@ def _load_pretrained_agent(original: Callable[..., Any], self: Any, hyperparams:
     print("Loading pretrained agent")
     changes = {name: value for name, value in hyperparams.items() if name not in ("policy", "policy_kwargs")}
     noise = changes.pop("action_noise", None)
-    # Goes on where the file was written, random states included: the zoo's seed is drawn anew for each command
+    # Goes on where the file was written, random states included: the zoo draws a new seed for each command
     model = SoftSAC.load(
         self.trained_agent,
         env=env,
@@ -353,7 +353,7 @@ class _Editor(ast.NodeTransformer):
 
     IMPORTS = {  # noqa: RUF012
         # huggingface_hub no longer uses requests: for a model without VecNormalize, load_from_hub waits for the error
-        # of a missing file in vain
+        # of a missing file, which never comes
         ("requests.exceptions", "HTTPError"): ("huggingface_hub.errors", "EntryNotFoundError"),
         # sb3-team-hf-integration 3.2 no longer has it: push_to_hub fails for every algorithm
         ("huggingface_sb3.push_to_hub", "generate_metadata"): (__name__, "generate_metadata"),

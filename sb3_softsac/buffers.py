@@ -281,7 +281,7 @@ class ReplayBuffer(SB3ReplayBuffer):
 
     def get_state(self) -> dict[str, Any]:
         """
-        :return: what there is besides the rows
+        :return: its state besides the rows
         """
         newest = map_obs(np.copy, self._newest_next_obs)
         return {"pos": self.pos, "full": self.full, "newest_next_obs": newest, "rng": self.rng.bit_generator.state}
@@ -513,7 +513,7 @@ class NextObservations(NDArrayOperatorsMixin):
     """
     Read-only stand-in for the array ``next_observations`` of SB3's buffer.
 
-    Indexing gathers just what is asked for; ``np.asarray``, and whatever else arrays can do, gathers all.
+    Indexing gathers only the indexed rows. ``np.asarray``, and all other array operations, gather all rows.
 
     :param buffer: where the observations are
     :param key: of Dict observations, or None

@@ -28,7 +28,7 @@ class FixedEntCoef:
 
     def tensors(self) -> list[th.Tensor]:
         """
-        :return: what it consists of
+        :return: its tensors
         """
         return [self.value()]
 
@@ -69,7 +69,7 @@ class LearnedEntCoef:
 
     def tensors(self) -> list[th.Tensor]:
         """
-        :return: what it consists of
+        :return: its tensors
         """
         assert self.log_ent_coef is not None
         return [self.log_ent_coef]

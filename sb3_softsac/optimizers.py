@@ -1,7 +1,7 @@
 """
 What optimisers train, and their steps: each optimiser's own, and one of Adam or AdamW that can be compiled.
 
-Compiled code is made anew whenever a number that it has read changes. So it reads :class:`Trained`, and not the
+Torch compiles code again whenever a number that it has read changes. So it reads :class:`Trained`, and not the
 optimiser with its learning rate.
 """
 

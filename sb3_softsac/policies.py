@@ -37,7 +37,7 @@ WEIGHT_INITS = (None, "xavier", "orthogonal")
 
 class Preprocessing:
     """
-    SB3's ``preprocess_obs``, which looks at each batch whether its space is one of images, and so cannot be compiled.
+    Like SB3's ``preprocess_obs``, but decides once whether the space is an image, so that it can be compiled.
 
     :param space: of the observations
     :param normalize_images: divide images by 255

@@ -99,7 +99,7 @@ class SoftSAC(ResumableAlgorithm):
         ``"auto"``: if it takes at most half of the memory that is free there; True; False. Minibatches are the same.
         After writing to the buffer's arrays, call its ``mark_changed()``
     :param num_threads: threads of torch on the CPU. ``"auto"``: as many as the networks keep busy and as there are free
-        cores when ``learn()`` starts, unless torch or the environment (``OMP_NUM_THREADS``) was told otherwise
+        cores when ``learn()`` starts, unless you have set it in torch or in the environment (``OMP_NUM_THREADS``)
     :raises ValueError: for action spaces that are not bounded boxes, and for option values that are not valid
     """
 
@@ -122,7 +122,7 @@ class SoftSAC(ResumableAlgorithm):
     _runner: Runner | None = None
     _device_replay: DeviceReplay | None = None
     _compiles = False  # stays with the run, also when it is continued from a file
-    _threads: int | None = None  # likewise
+    _threads: int | None = None  # stays with the run, too
 
     def __init__(
         self,
@@ -508,7 +508,7 @@ class SoftSAC(ResumableAlgorithm):
 
     def _set_exploration_state(self, state: list[list[th.Tensor]]) -> None:
         """:raises ValueError: if the matrices are not of this actor"""
-        # A target actor that is new has none in the file, and one that is no longer wanted has them in vain
+        # The file has none for a target actor that is new here, and too many if the target actor is gone
         for dist, (matrix, matrices) in zip(self._noise_distributions(), state, strict=False):
             shape = dist.exploration_mat.shape
             # There is one for each environment of the rollout in progress; a new rollout draws new ones

@@ -16,7 +16,7 @@ for n-step returns, discounts: (B, 1)."""
 TorchObs = th.Tensor | TensorDict
 
 Metrics = dict[str, th.Tensor]
-"""Scalars of one update by log key, on the device and detached; whoever logs them pays for the one transfer."""
+"""Scalars of one update by log key, detached and on the device; logging them takes one transfer."""
 
 
 class PolicySample(NamedTuple):

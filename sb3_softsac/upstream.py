@@ -13,7 +13,7 @@ from typing import Any
 def find(name: str) -> Any:
     """
     :param name: of something that another package has not promised to keep, such as ``"torch.optim.adam:adam"``
-    :return: what it stands for; None if it is no longer there
+    :return: the object of this name; None if there is none
     """
     try:
         return pkgutil.resolve_name(name)

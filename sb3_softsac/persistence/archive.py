@@ -69,7 +69,7 @@ class ArchiveWriter:
 
     def __exit__(self, exception_type: type[BaseException] | None, *args: object) -> None:
         if exception_type is not None:
-            self._zip.fp = None  # else it would write its end when it is collected, to whatever the file is then
+            self._zip.fp = None  # otherwise it would write its end when it is garbage collected
 
     @contextmanager
     def member(self, name: str) -> Iterator[IO[bytes]]:
@@ -177,7 +177,8 @@ class ArchiveReader:
         if INDEX in self.sizes and not (isinstance(index, dict) and index.get("format") == FORMAT):
             found = index.get("format") if isinstance(index, dict) else index
             raise CheckpointError(
-                f"{name} has the format {found!r}, this version of sb3_softsac reads {FORMAT}: use that which wrote it."
+                f"{name} has the format {found!r}, this version of sb3_softsac reads {FORMAT}: open it with the "
+                "version that wrote it."
             )
         self.index: dict[str, Any] | None = index
 
@@ -196,7 +197,7 @@ class ArchiveReader:
             members = dict(self.index["members"])
             for name in sorted({*members, *self.sizes} - {INDEX}):
                 if name not in members or name not in self.sizes:
-                    raise CheckpointError(f"{self.name} lacks the member {name}, or has it without being asked.")
+                    raise CheckpointError(f"{self.name} has a missing or unexpected member: {name}.")
                 if self.sizes[name] != members[name]["size"]:
                     raise CheckpointError(
                         f"{name} in {self.name} has {self.sizes[name]} bytes, not {members[name]['size']}."
@@ -227,7 +228,7 @@ class ArchiveReader:
         """
         :param name: name of a ``.pth`` member
         :param device: where its tensors go
-        :return: what it holds: tensors and plain containers, nothing else can be in it
+        :return: its contents; only tensors and plain containers can be in it
         """
         what = f"{name} in {self.name}"
         with naming(what), self.open(name) as stream:
@@ -247,7 +248,7 @@ class ArchiveReader:
     def array(self, name: str, dtype: np.dtype, shape: tuple[int | None, ...]) -> np.ndarray:
         """
         :param name: name of a member in the npy format
-        :param dtype: what it must hold
+        :param dtype: expected dtype
         :param shape: its shape; None: any length
         :raises CheckpointError: before anything is allocated, if it holds something else
         """

@@ -47,12 +47,12 @@ class _Appender:
 @contextmanager
 def atomic_file(path: Path, sync: bool = True) -> Iterator[BinaryIO]:
     """
-    Write a file; it replaces ``path`` when the block ends without an exception, else nothing has changed.
+    Write a file. It replaces ``path`` when the block ends without an exception; otherwise nothing changes.
 
-    :param path: final name; the folder is made if it is not there
+    :param path: final name; missing folders are created
     :param sync: sync the folder too; a caller that writes many files does that once, with :func:`sync_folder`
     :return: file to append to
-    :raises OSError: from the system, whatever it is
+    :raises OSError: any error of the system
     """
     make_folder(path.parent)
     temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}{TEMPORARY}")
@@ -94,9 +94,9 @@ def sync_folder(folder: Path) -> None:
 
 def make_folder(folder: Path) -> None:
     """
-    Make a folder and those above it, durably.
+    Make a folder and its parents, durably.
 
-    :param folder: the folder; may be there already
+    :param folder: the folder; may exist already
     """
     if folder.is_dir():
         return
@@ -108,7 +108,7 @@ def make_folder(folder: Path) -> None:
 
 def remove(path: Path) -> None:
     """
-    :param path: file to remove; may be gone already; a folder stays
+    :param path: file to remove, if it exists; a folder stays
     """
     if path.is_dir() and not path.is_symlink():
         return
@@ -118,7 +118,7 @@ def remove(path: Path) -> None:
 
 def remove_leftovers(folder: Path, name: str = ".*") -> None:
     """
-    Remove temporary files of processes of this machine that are no more.
+    Remove temporary files that ended processes of this machine have left behind.
 
     :param folder: where to look
     :param name: regular expression of the final names

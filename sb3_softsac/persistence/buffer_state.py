@@ -76,7 +76,7 @@ def describe(buffer: SB3ReplayBuffer) -> dict[str, Any]:
 
 def get_state(buffer: SB3ReplayBuffer) -> Any:
     """
-    :return: JSON tree of what there is besides the rows
+    :return: JSON tree of the state besides the rows
     :raises NotEncodable: naming what a class of the user's has and cannot be written
     """
     state = buffer.get_state() if isinstance(buffer, ReplayBuffer) else {}
@@ -121,7 +121,7 @@ def may_have_changed(buffer: SB3ReplayBuffer, segment: Segment, rows_before: int
     :param rows_before: ``n_added`` of the buffer at an earlier time, or None
     :return: False only if no row of the segment has changed since
     """
-    # A class of the user's may change what it likes
+    # A user's class may change any row
     if type(buffer) is not ReplayBuffer or rows_before is None:
         return True
     first, last = segment

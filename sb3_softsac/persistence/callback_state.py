@@ -26,13 +26,13 @@ from sb3_softsac.persistence.codec import NotEncodable, decode, encode
 from sb3_softsac.persistence.envs import env_state
 from sb3_softsac.persistence.envs.object_state import describe_error, offers_state
 
-# Attributes that change during training. What a user passes to a callback is not among them.
+# Attributes that change during training, as opposed to a callback's arguments
 STATE = (
     *("n_calls", "n_episodes", "last_time_trigger", "best_mean_reward", "last_mean_reward", "best_mean_return"),
     *("evaluations_results", "evaluations_timesteps", "evaluations_length", "evaluations_successes"),
     *("_is_success_buffer", "last_best_mean_reward", "no_improvement_evals", "_episodes_seen", "_timesteps_counter"),
 )
-# Callbacks that nothing depends on: those that hold others, or have no state
+# Callbacks without a state of their own
 STATELESS: tuple[type[Any], ...] = (CallbackList, ConvertCallback, ProgressBarCallback)
 OF_EVERY_CALLBACK = vars(ConvertCallback(lambda *_: True)).keys() | {"model", "eval_env", "callback_on_new_best"}
 KNOWN_PACKAGES = ("stable_baselines3", "sb3_contrib", "rl_zoo3", "sb3_softsac")
@@ -65,9 +65,9 @@ def restore(
     """
     :param callback: the callback of ``learn()``; each takes the first state that is left of its class
     :param states: what :func:`capture` has returned
-    :param counts_anew: what has ended the run may not end what is trained now at once; False: it is the same run
-    :return: evaluations that have not seen the last step, as a callback before them in the list had saved the model;
-        and what could not be restored, a sentence each
+    :param counts_anew: restart stop callbacks that already fired, so that training can go on
+    :return: evaluations that have not seen the last step, since a callback before them in the list saved the model;
+        and a sentence for each thing that could not be restored
     """
     late: list[BaseCallback] = []
     lost: list[str] = []
@@ -80,7 +80,7 @@ def restore(
             continue
         lost += [f"{type(each).__name__}: {reason}" for reason in _restore_one(each, left[i], counts_anew, late)]
         del left[i]
-    # A callback may have been left out or added knowingly; with both, it may be one whose class has another name now
+    # A callback may be left out or added on purpose. Both at once may be a class that was renamed
     unused = [name for name, *_ in left if name not in map(_name_of, STATELESS)]
     if unused and without_state:
         lost.append(f"{', '.join(without_state)} begins anew, since the file has states of {', '.join(unused)} only")
@@ -125,8 +125,8 @@ def _restore_one(each: BaseCallback, saved: list[Any], counts_anew: bool, late: 
 
 def _digests(callback: BaseCallback) -> dict[str, str | None]:
     """
-    Of attributes that a class of the user's has, and that are not saved since nobody knows which are settings: only
-    whether they have changed can be told. None: of what is not plain data.
+    Digests of the attributes of a user's class. They are not saved, since they may be settings; but a change can be
+    noticed. None: the attribute is not plain data.
     """
     if _name(callback).partition(".")[0] in KNOWN_PACKAGES or offers_state(callback):
         return {}
@@ -156,7 +156,7 @@ def _own_state(callback: BaseCallback) -> Any:
 
 
 def _count_anew(callback: BaseCallback) -> None:
-    """What ended the run would end the next one at once: who trains on wants more than one step."""
+    """Restart a stop callback that already fired: it would end the next run after one step."""
     if isinstance(callback, StopTrainingOnMaxEpisodes) and callback.n_episodes >= callback._total_max_episodes:
         callback.n_episodes = 0
     elif isinstance(callback, StopTrainingOnNoModelImprovement) and (

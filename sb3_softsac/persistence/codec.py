@@ -29,9 +29,9 @@ from torch import nn
 
 KIND = "$"
 KNOWN_PACKAGES = ("torch", "numpy", "gymnasium", "stable_baselines3", "sb3_contrib", "rl_zoo3", "sb3_softsac")
-# What is imported for the sake of a name in a file. Other modules must be there already: importing some does a lot.
+# Packages whose modules may be imported to find a name. Other modules must be imported already: some have side effects
 IMPORTED = ("torch.nn", "torch.optim", "gymnasium.spaces", "stable_baselines3", "sb3_contrib", "sb3_softsac")
-# What a name in a file may stand for: nothing that does more than to be built when it is called
+# Classes that a file may name: their constructors have no side effects
 NAMED_CLASSES: tuple[type, ...] = (
     nn.Module,
     th.optim.Optimizer,
@@ -41,7 +41,7 @@ NAMED_CLASSES: tuple[type, ...] = (
     Enum,
     np.generic,
 )
-# Objects that are their attributes
+# Classes whose objects are restored by their attributes, without a constructor
 PLAIN_CLASSES: tuple[type, ...] = (
     spaces.Space,
     ActionNoise,

@@ -143,7 +143,7 @@ def read_data(
 
 def write_parameters(archive: ArchiveWriter, model: BaseAlgorithm) -> None:
     """
-    Write SB3's ``.pth`` members and what it says about itself.
+    Write SB3's ``.pth`` members, its version and its system information.
 
     :param archive: where to
     :param model: whose parameters
@@ -169,11 +169,11 @@ def _system_info() -> str:
 
 def read_parameters(archive: ArchiveReader, model: BaseAlgorithm, optional: set[str]) -> None:
     """
-    Put SB3's ``.pth`` members into a model.
+    Read SB3's ``.pth`` members into a model.
 
     :param archive: where from
     :param model: with networks and optimisers of the same shapes
-    :param optional: names that the file may lack, or have in vain
+    :param optional: names that may be in the file or in the model only
     :raises CheckpointError: if the file has other parameters than the model
     """
     names, variable_names = model._get_torch_save_params()
@@ -199,14 +199,14 @@ def read_parameters(archive: ArchiveReader, model: BaseAlgorithm, optional: set[
 def frozen_parameters(policy: nn.Module) -> list[str]:
     """
     :param policy: networks
-    :return: names of the parameters that are not trained, which state dicts do not tell
+    :return: names of the parameters that are not trained, which state dicts do not hold
     """
     return [name for name, parameter in policy.named_parameters() if not parameter.requires_grad]
 
 
 def freeze(policy: nn.Module, names: list[str] | None, what: str) -> None:
     """
-    Train as many parameters as were trained before.
+    Freeze the parameters that were frozen before.
 
     :param policy: networks
     :param names: what :func:`frozen_parameters` has returned; None: of a file that does not say
@@ -237,7 +237,7 @@ def write_replay(archive: ArchiveWriter, buffer: SB3ReplayBuffer) -> None:
 
 class ModelFile:
     """
-    What ``load`` reads from: a model file, or a checkpoint of a run folder.
+    The source of ``load``: a model file, or a checkpoint of a run folder.
 
     :param archive: the model file
     :param run: folder and manifest, if it is part of a checkpoint
@@ -252,7 +252,7 @@ class ModelFile:
     @property
     def replay(self) -> dict[str, Any] | None:
         """
-        :return: what the file says about the replay buffer; None if it has no rows of it
+        :return: description of the replay buffer; None if its rows are not in the file
         """
         replay = self.index.get("replay")
         return None if replay is None or (replay["segments"] is None and self.run is None) else replay
@@ -277,7 +277,7 @@ class ModelFile:
 @contextmanager
 def open_model_file(path: str | Path | BinaryIO) -> Iterator[ModelFile]:
     """
-    Open and verify what a model is loaded from.
+    Open and verify a model file.
 
     :param path: model file (``.zip`` may be left out), file object, or folder of a run's checkpoints
     :return: the newest checkpoint of a folder that is whole, the file otherwise
@@ -305,7 +305,7 @@ def open_model_file(path: str | Path | BinaryIO) -> Iterator[ModelFile]:
 
 @contextmanager
 def _using(name: str) -> Iterator[None]:
-    """Settings that no model can have make it fail anywhere. A ValueError says itself what is wrong."""
+    """Impossible settings can fail anywhere. A ValueError has a message of its own."""
     try:
         yield
     except ValueError:
@@ -362,7 +362,7 @@ def new_file(path: str | Path | BinaryIO, suffix: str = ".zip") -> Iterator[Bina
     """
     :param path: file name, with or without ``suffix``, or file object
     :param suffix: of files without one
-    :return: file to append to; a named file is there as a whole or not at all
+    :return: file to append to; a named file is complete or does not exist
     """
     if not isinstance(path, str | os.PathLike):
         if path.seekable() and path.tell() != 0:

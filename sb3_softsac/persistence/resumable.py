@@ -44,9 +44,9 @@ class Pending(NamedTuple):
     """What a file holds for the next ``learn()``, which brings the callbacks and the logger."""
 
     callbacks: list[Any] | None = None  # see callback_state
-    counts_anew: bool = False  # what has ended the run may not end the next learn() at once
+    counts_anew: bool = False  # restart stop callbacks that already fired
     log: dict[str, dict[str, Any]] | None = None  # recorded, and not yet written by the logger
-    # With a run that goes on in mid-episode: whatever is done until then may draw from other states
+    # Of a run that goes on in mid-episode: what is done until then must not change them
     random_states: dict[str, Any] | None = None
 
 
@@ -90,7 +90,7 @@ class ResumableAlgorithm(RolloutAlgorithm):
         raise NotImplementedError
 
     def _note_deleted_buffer(self) -> None:
-        """After SB3's idiom ``del model.replay_buffer`` there is none, and everything but the user may ask for it."""
+        """``del model.replay_buffer`` is an idiom of SB3: from then on, there is no replay buffer."""
         vars(self).setdefault("replay_buffer", None)
 
     def _known_threads(self) -> int | None:
@@ -98,7 +98,7 @@ class ResumableAlgorithm(RolloutAlgorithm):
         return th.get_num_threads()
 
     def _exploration_state(self) -> Any:
-        """What the policy's exploration has drawn, apart from its parameters; :func:`encode` can write it."""
+        """Exploration noise that is kept over several steps, as a value that :func:`encode` takes."""
         raise NotImplementedError
 
     def _set_exploration_state(self, state: Any) -> None:
@@ -120,13 +120,13 @@ class ResumableAlgorithm(RolloutAlgorithm):
         :param callback: callback, or list of callbacks
         :param log_interval: episodes between log entries
         :param tb_log_name: name of the run in TensorBoard
-        :param reset_num_timesteps: start the step count, the schedules and the TensorBoard run anew; None: only if the
+        :param reset_num_timesteps: restart the step count, the schedules and the TensorBoard run; None: only if the
             model has not been loaded from a file
         :param progress_bar: show one (tqdm and rich)
         :return: self
         """
         self._note_deleted_buffer()
-        self._setup_replay_buffer()  # one that was deleted begins anew
+        self._setup_replay_buffer()  # if it was deleted
         self.is_learning, self.after_step = True, deque()
         try:
             super().learn(
@@ -265,7 +265,7 @@ class ResumableAlgorithm(RolloutAlgorithm):
         """
         Write everything that the run consists of, replay buffer included, to one file.
 
-        A file of that name is replaced when the new one is complete, whatever happens until then.
+        A file of that name is replaced only when the new one is complete.
 
         :param path: name of the file (``.zip`` is added), or file object
         :param exclude: what to leave out besides ``save_exclude``: ``"replay_buffer"``, or names of attributes
@@ -386,9 +386,9 @@ class ResumableAlgorithm(RolloutAlgorithm):
             leaves the replay buffer out
         :param print_system_info: print the system's and the file's
         :param force_reset: start a new episode; False: go on in the middle of the episode, bit for bit, if the
-            environment's state can be restored (see ``env_state``); else a warning says why not
+            environment's state can be restored (see ``env_state``); otherwise a warning says why not
         :param allow_pickle: unpickle what is pickled (SB3's files, what has no name): runs any code that is in it
-        :param kwargs: attributes to change, e.g. ``learning_rate``; with ``seed``, random states begin anew
+        :param kwargs: attributes to change, e.g. ``learning_rate``; ``seed`` restarts all random states
         :return: the model
         :raises CheckpointError: (a ValueError) if the file is damaged, does not fit, or would have to be unpickled
         """
@@ -476,7 +476,7 @@ class ResumableAlgorithm(RolloutAlgorithm):
         folder, manifest = file.run
         buffer = self.replay_buffer if reads_replay else None
         if buffer is not None and file.replay and file.replay["description"] != buffer_state.describe(buffer):
-            buffer = None  # rows that were laid out anew are not those of the segments
+            buffer = None  # rows in another layout are not those of the segments
         folder.continues(manifest, buffer)
         self.run_folders = {folder.path.resolve(): folder}
 
@@ -520,15 +520,15 @@ class ResumableAlgorithm(RolloutAlgorithm):
             self._end_stored_episodes()
 
     def _end_stored_episodes(self) -> None:
-        """A new episode begins, and hindsight goals of the old one must not come from it."""
+        """A new episode begins: it must not give hindsight goals to the old one."""
         buffer = self.replay_buffer
         if isinstance(buffer, HerReplayBuffer) and buffer.size() > 0:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # SB3 warns that it does what it is asked for
+                warnings.simplefilter("ignore")  # SB3 warns that it truncates
                 buffer.truncate_last_trajectory()
 
     def _log_state(self) -> Any:
-        """What has been recorded since the logger was dumped last; of pictures and the like, their names."""
+        """Values recorded since the logger was dumped last; only the names of pictures and the like."""
         logger = getattr(self, "_logger", None)
         if self._pending.log is not None:
             return encode(self._pending.log)

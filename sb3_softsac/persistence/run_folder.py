@@ -7,8 +7,8 @@ A folder of checkpoints of one run, each of which costs what is new since the on
     step-30000-000003.zip          everything but the replay buffer's rows: a model file
     replay/00000-08192-<hash>.npz  rows of the replay buffer; shared by all checkpoints in which they are the same
 
-A file is never changed once it is there. The manifest comes last: without it, a checkpoint does not exist. Only then is
-removed what no kept manifest names.
+A file never changes once it exists. The manifest is written last: without it, a checkpoint does not exist. Only then
+are files removed that no kept manifest names.
 """
 
 import hashlib
@@ -145,7 +145,7 @@ class RunFolder:
     def read_segments(self, manifest: Manifest, replay: dict[str, Any]) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
         """
         :param manifest: of a checkpoint
-        :param replay: what its model file says of the replay buffer
+        :param replay: description of the replay buffer in its model file
         :return: first rows and arrays, segment by segment
         """
         for entry in manifest["segments"]:
@@ -257,7 +257,7 @@ class RunFolder:
         for number in self.numbers():
             if number < oldest:
                 atomic_files.remove(self.path / f"ckpt-{number:06d}.json")
-        atomic_files.sync_folder(self.path)  # no manifest may outlive what it names
+        atomic_files.sync_folder(self.path)  # a manifest must not outlive its files
         named = {entry["file"] for manifest in kept for entry in [manifest["state"], *manifest["segments"]]}
         for folder, pattern in (("", STATE), ("replay/", SEGMENT)):
             inside = self.path / folder

@@ -1,10 +1,10 @@
 // Updates of plain SAC on the CPU, and actions of its actor, see update.py. It is compiled behind matmul.h.
 //
-// All threads go through the updates together, and wait for each other only where one needs what another has made. What
-// takes longest otherwise is to read what another core has written. So the work of a critic is done by the same threads
-// from beginning to end, as many critics at a time as the threads can be divided among. What several threads share,
-// always the actor, is divided by rows of the minibatch: each computes the gradients of its own rows, and then adds all
-// threads' gradients of a part of the parameters.
+// All threads go through the updates together, and synchronise only on data dependences. Otherwise, cross-core traffic
+// dominates: reading what another core has written. So the same threads do the work of a critic from beginning to end, as
+// many critics at a time as the threads can be divided among. What several threads share, always the actor, is divided by
+// rows of the minibatch: each thread computes the gradients of its own rows, and then adds all threads' gradients of a
+// part of the parameters.
 
 #include <omp.h>
 

@@ -128,7 +128,7 @@ def restore(env: VecEnv, state: dict[str, Any], mid_episode: bool) -> list[str]:
 def statistics(state: dict[str, Any] | None) -> dict[str, Any] | None:
     """
     :param state: result of :func:`capture`
-    :return: what it says of ``VecNormalize``, for other environments than those it is of; None if nothing
+    :return: the part about ``VecNormalize``, which fits any environments; None if there is none
     """
     try:
         wrappers = [layer for layer in state["wrappers"] if layer["class"] == VEC_NORMALIZE]  # type: ignore[index]

@@ -44,7 +44,7 @@ MAX_REPLAY = 100_000  # steps of one episode
 
 class Recorder(Bookkeeping):
     """
-    Stands in for ``reset`` and ``step`` of an environment that cannot be read, and remembers how it came where it is.
+    Records the reset and actions of the episode, for an environment whose state cannot be read.
 
     :param env: without wrappers
     """
@@ -70,7 +70,7 @@ class Recorder(Bookkeeping):
     def reset(self, *args: Any, **kwargs: Any) -> Any:
         if self.is_busy:
             return self.real_reset(*args, **kwargs)
-        # Only after an episode is it known which attributes there are
+        # All attributes are known only after an episode
         if self.reason is None and not self.is_needed:
             self.is_needed = not _is_readable(self.env)
             if not self.is_needed:

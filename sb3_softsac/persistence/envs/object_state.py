@@ -66,12 +66,12 @@ STATE: dict[type, tuple[tuple[str, ...], tuple[str, ...] | None]] = {
     ),
     RecordEpisodeStatistics: (("episode_count", "time_queue", "return_queue", "length_queue"), None),
     NormalizeReward: (("discounted_reward",), None),
-    # The settings (training, norm_reward, clip_obs, ...) are for the user to choose anew
+    # The user chooses settings (training, norm_reward, clip_obs, ...) for the new environment
     VecNormalize: (("obs_rms", "ret_rms", "returns"), ("old_obs", "old_reward")),
     VecMonitor: (("episode_count", "t_start"), ("episode_returns", "episode_lengths")),
     VecFrameStack: ((), ("stacked_obs",)),
     VecCheckNan: ((), ("_user_warned", "_actions", "_observations")),
-    # DummyVecEnv's buffers are written anew in each step; pending seeds and options are kept apart
+    # DummyVecEnv overwrites its buffers in each step; pending seeds and options are kept apart
     **dict.fromkeys((DummyVecEnv, SubprocVecEnv, VecTransposeImage, VecExtractDictObs), ((), ())),
     **dict.fromkeys((VecVideoRecorder, RecordVideo, RenderCollection, HumanRendering), ((), ())),
 }
@@ -86,7 +86,7 @@ SETTINGS: dict[type, tuple[str, ...]] = {
 SAME_CLASSES = {"rl_zoo3.gym_patches.PatchedTimeLimit": "gymnasium.wrappers.common.TimeLimit"}
 # The checker compares the data of the first two steps by identity, which no file can keep: its checks count as done
 CHECKS_DONE = {"checked_reset": True, "checked_step": True, "checked_data_reuse": True, "_previous_data": None}
-# Clocks begin anew in each process: what is kept is the time that has passed
+# Clocks restart in each process: the elapsed time is kept
 CLOCKS: dict[str, tuple[Callable[[], float], tuple[type, ...]]] = {
     "t_start": (time.time, (Monitor, VecMonitor)),
     "episode_start_time": (time.perf_counter, (RecordEpisodeStatistics,)),
@@ -322,7 +322,7 @@ def encode_attribute(obj: Any, name: str, value: Any, where: str) -> dict[str, A
 
 
 def _unchanged(obj: Any, name: str, value: Any) -> dict[str, Any] | None:
-    """What is written of large data that is still what it was."""
+    """Stands for large data that has not changed."""
     data = vars(obj).get(LARGE_DATA)
     noted = data.digests.get(name) if isinstance(data, LargeData) else None
     return {"digest": noted} if noted is not None and _digest(value, name) == noted else None
@@ -361,7 +361,7 @@ def _digest(value: Any, where: str) -> str:
 def _decode(tree: dict[str, Any], current: Any, where: str) -> Any:
     """
     :param tree: of :func:`encode_attribute`
-    :param current: what is there now; written in place if it is an object of the same kind, so that aliases stay
+    :param current: present value; an object of the same kind is changed in place, so that aliases stay
     :return: the new value
     """
     ((kind, content),) = tree.items()
