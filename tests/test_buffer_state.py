@@ -163,6 +163,7 @@ ACTIONS = st.one_of(
 )
 
 
+@pytest.mark.damage
 @settings(max_examples=100)
 @given(
     actions=st.lists(ACTIONS, min_size=1, max_size=8),

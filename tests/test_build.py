@@ -24,7 +24,10 @@ from sb3_softsac.execution.cpp import build, matmul
 from sb3_softsac.execution.cpp import update as cpp_update
 from sb3_softsac.persistence import atomic_files
 
-pytestmark = pytest.mark.skipif(not build.suits_processor(), reason="the code is for processors with AVX2 or AVX-512")
+pytestmark = [
+    pytest.mark.compiler,
+    pytest.mark.skipif(not build.suits_processor(), reason="the code is for processors with AVX2 or AVX-512"),
+]
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = "// not looked at by the fake compiler"
 
@@ -149,7 +152,6 @@ def test_kill_while_the_compiler_works(
     assert is_whole(build.built(TEXT, tmp_path / "cache"), library) and calls() == 2
 
 
-@pytest.mark.processes
 def test_eight_processes_build_once(
     calls: Callable[[], int], library: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

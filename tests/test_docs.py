@@ -61,6 +61,7 @@ def short_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(CheckpointCallback, "__init__", often)
 
 
+@pytest.mark.learning
 @pytest.mark.parametrize("page", [page for page in PAGES if examples(page)], ids=name_of)
 @pytest.mark.usefixtures("short_runs")
 @pytest.mark.filterwarnings("ignore::tqdm.std.TqdmExperimentalWarning")

@@ -197,6 +197,7 @@ def test_files_that_somebody_has_removed_are_written_again(tmp_path: pathlib.Pat
 # -- Errors ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.damage
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
 @pytest.mark.parametrize("stays", [False, True])
 @pytest.mark.parametrize("n_before", [0, 5])  # the first save; one with a wrapped ring and something to clean up
@@ -552,6 +553,7 @@ def test_power_loss_in_all_states(tmp_path: pathlib.Path, monkeypatch: pytest.Mo
     assert n_states >= 40_000
 
 
+@pytest.mark.damage
 @pytest.mark.parametrize("left_out", ["segment", "replay", "state", "run", "manifest"])
 def test_power_loss_would_be_noticed(left_out: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No fsync is there for nothing: without it, the simulation shows a loss."""
@@ -700,6 +702,7 @@ def test_errors_of_the_command_line(
     assert sorted(os.listdir(tmp_path)) == ["empty", "text"]
 
 
+@pytest.mark.processes
 def test_as_a_module(real_run: tuple[SoftSAC, pathlib.Path]) -> None:
     _, path = real_run
     command = [sys.executable, "-m", "sb3_softsac.checkpoint", "verify", str(path / "run")]
@@ -818,6 +821,7 @@ def test_more_random_damage(two_runs: list[pathlib.Path]) -> None:
 VALUES: list[Any] = [None, True, -1, 0, 1, 10**30, 0.5, float("nan"), "", "x", "../../x", "/etc/passwd", [], {}, [[]]]
 
 
+@pytest.mark.damage
 def test_manifests_with_right_hashes(two_runs: list[pathlib.Path], capsys: pytest.CaptureFixture[str]) -> None:
     """Whatever they say: an error that is named, or the older checkpoint; and nothing is taken that does not match."""
     run = two_runs[0]

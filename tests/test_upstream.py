@@ -196,6 +196,7 @@ def test_vec_envs() -> None:
     assert names <= assigned(SubprocVecEnv), "env_state asks by them whether the workers live, and ends them."
 
 
+@pytest.mark.processes
 def test_worker_of_subproc_vec_env() -> None:
     env = SubprocVecEnv([lambda: gym.make("Pendulum-v1")])
     try:
