@@ -186,6 +186,15 @@ def test_cache_that_cannot_be_used(calls: Callable[[], int], tmp_path: Path, mon
         build.load(*sources)
 
 
+def test_user_without_a_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container that is run with a number instead of a user."""
+    for name in (build.CACHE, "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert build.cache_folders() == [tmp_path / f"sb3_softsac-{os.getuid()}"]
+
+
 def test_folder_of_another_user_is_not_trusted(
     calls: Callable[[], int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

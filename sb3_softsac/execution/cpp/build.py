@@ -73,7 +73,8 @@ def cache_folders() -> list[Path]:
         return [Path(os.environ[CACHE])]
     of_user = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
     uid = os.getuid() if hasattr(os, "getuid") else "cache"  # a container's user need not have a name
-    return [of_user / "sb3_softsac", Path(tempfile.gettempdir()) / f"sb3_softsac-{uid}"]
+    temporary = Path(tempfile.gettempdir()) / f"sb3_softsac-{uid}"
+    return [of_user / "sb3_softsac", temporary] if of_user.is_absolute() else [temporary]  # relative: no home is known
 
 
 def _require_own(folder: Path) -> None:
