@@ -15,7 +15,7 @@ from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
 from sb3_softsac.buffers import ReplayBuffer
 from sb3_softsac.persistence.archive import ArchiveReader, ArchiveWriter, CheckpointError
-from sb3_softsac.persistence.codec import decode, encode
+from sb3_softsac.persistence.codec import decode, encode, full_name
 
 # Given to the constructor, not state
 SETTINGS = {
@@ -67,7 +67,7 @@ def describe(buffer: SB3ReplayBuffer) -> dict[str, Any]:
     :return: JSON tree of what a file and a buffer must agree in: kind of buffer, capacity, arrays by name
     """
     return {
-        "class": f"{type(buffer).__module__}.{type(buffer).__qualname__}",
+        "class": full_name(type(buffer)),
         "buffer_size": buffer.buffer_size,
         "n_envs": buffer.n_envs,
         "arrays": {name: [rows.dtype.str, list(rows.shape[1:])] for name, rows in get_rows(buffer, 0, 0).items()},

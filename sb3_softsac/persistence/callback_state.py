@@ -22,7 +22,7 @@ from stable_baselines3.common.callbacks import (
 )
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_softsac.persistence.codec import NotEncodable, decode, encode
+from sb3_softsac.persistence.codec import NotEncodable, decode, encode, full_name
 from sb3_softsac.persistence.envs import env_state
 from sb3_softsac.persistence.envs.object_state import describe_error, offers_state
 
@@ -81,7 +81,7 @@ def restore(
         lost += [f"{type(each).__name__}: {reason}" for reason in _restore_one(each, left[i], counts_anew, late)]
         del left[i]
     # A callback may be left out or added on purpose. Both at once may be a class that was renamed
-    unused = [name for name, *_ in left if name not in map(_name_of, STATELESS)]
+    unused = [name for name, *_ in left if name not in map(full_name, STATELESS)]
     if unused and without_state:
         lost.append(f"{', '.join(without_state)} begins anew, since the file has states of {', '.join(unused)} only")
     return late, lost
@@ -192,8 +192,4 @@ def _walk(callback: BaseCallback | None, sees_all_steps: bool = True) -> Iterato
 
 
 def _name(callback: BaseCallback) -> str:
-    return _name_of(type(callback))
-
-
-def _name_of(cls: type[Any]) -> str:
-    return f"{cls.__module__}.{cls.__qualname__}"
+    return full_name(type(callback))

@@ -98,7 +98,7 @@ def _encode(value: Any, where: str) -> Any:
     for kind in _KINDS:
         if kind.matches(value):
             return {KIND: kind.name, **kind.to_tree(value, where)}
-    raise NotEncodable(f"{where} is a {_full_name(type(value))}, which cannot be written without pickle")
+    raise NotEncodable(f"{where} is a {full_name(type(value))}, which cannot be written without pickle")
 
 
 def _decode(tree: Any) -> Any:
@@ -127,7 +127,7 @@ def name_of(value: Any, where: str = "value", kinds: tuple[type, ...] = NAMED_CL
     :return: ``package.module.Class``, by which it can be found again
     :raises NotEncodable: if it is not in a known package, or not under its own name
     """
-    name = _full_name(value)
+    name = full_name(value)
     try:
         if find_class(name, kinds) is value:
             return name
@@ -181,8 +181,12 @@ def _module(name: str) -> Any:
         return None
 
 
-def _full_name(value: Any) -> str:
-    return f"{getattr(value, '__module__', None)}.{getattr(value, '__qualname__', type(value).__qualname__)}"
+def full_name(cls: type) -> str:
+    """
+    :param cls: a class
+    :return: ``package.module.Class``
+    """
+    return f"{getattr(cls, '__module__', '')}.{cls.__qualname__}"  # some extension types have no module
 
 
 def _encode_array(array: np.ndarray, where: str) -> dict[str, Any]:
@@ -271,7 +275,7 @@ def _encode_object(value: Any, where: str) -> dict[str, Any]:
         name: (_encode_bound if _is_bound(value, item) else _encode)(item, f"{where}.{name}")
         for name, item in vars(value).items()
     }
-    name = _full_name(type(value))
+    name = full_name(type(value))
     return {"class": name if name in PLAIN_NAMES else name_of(type(value), where, PLAIN_CLASSES), "state": state}
 
 
@@ -403,7 +407,7 @@ _KINDS = [
     _Kind("class", inspect.isclass, lambda v, where: {"name": name_of(v, where)}, lambda t: find_class(t["name"])),
     _Kind(
         "object",
-        lambda v: isinstance(v, PLAIN_CLASSES) or _full_name(type(v)) in PLAIN_NAMES,
+        lambda v: isinstance(v, PLAIN_CLASSES) or full_name(type(v)) in PLAIN_NAMES,
         _encode_object,
         _decode_object,
     ),

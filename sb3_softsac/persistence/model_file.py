@@ -11,7 +11,6 @@ import base64
 import io
 import os
 import platform
-import random
 import re
 import sys
 import warnings
@@ -36,7 +35,7 @@ from torch import nn
 from sb3_softsac.persistence import atomic_files, buffer_state
 from sb3_softsac.persistence.archive import DAMAGE, ArchiveReader, ArchiveWriter, CheckpointError, naming
 from sb3_softsac.persistence.buffer_state import Segment
-from sb3_softsac.persistence.codec import KIND, NotEncodable, check_random_state, decode, encode
+from sb3_softsac.persistence.codec import KIND, NotEncodable, decode, encode
 from sb3_softsac.persistence.run_folder import Manifest, RunFolder, checkpoint_of
 
 PICKLED = ":serialized:"  # SB3's key
@@ -375,34 +374,6 @@ def new_file(path: str | Path | BinaryIO, suffix: str = ".zip") -> Iterator[Bina
         atomic_files.remove_leftovers(path.parent, re.escape(path.name))
     with atomic_files.atomic_file(path) as file:
         yield file
-
-
-def random_states(device: th.device) -> dict[str, Any]:
-    """
-    :param device: of the model
-    :return: JSON tree of the process's random states
-    """
-    states: dict[str, Any] = {
-        "python": random.getstate(),
-        "numpy": np.random.get_state(legacy=False),
-        "torch": th.get_rng_state(),
-    }
-    if device.type == "cuda":
-        states["cuda"] = th.cuda.get_rng_state(device)
-    return encode(states)
-
-
-def restore_random_states(tree: dict[str, Any], device: th.device) -> None:
-    """
-    :param tree: what :func:`random_states` has returned
-    :param device: of the model
-    """
-    states = decode(tree)
-    random.setstate(states["python"])
-    np.random.set_state(check_random_state(states["numpy"]))
-    th.set_rng_state(states["torch"])
-    if device.type == "cuda" and "cuda" in states:
-        th.cuda.set_rng_state(states["cuda"], device)
 
 
 def machine(device: th.device, n_threads: int | None) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from sb3_softsac.persistence.archive import ArchiveReader, ArchiveWriter, Checkp
 from sb3_softsac.persistence.codec import NotEncodable, decode, encode
 from sb3_softsac.persistence.envs import env_state
 from sb3_softsac.persistence.model_file import ModelFile
+from sb3_softsac.persistence.random_states import get_random_states, set_random_states
 from sb3_softsac.persistence.run_folder import RunFolder
 from sb3_softsac.rollouts import RolloutAlgorithm, with_usual_strides
 from sb3_softsac.validation import check_wrappers
@@ -205,7 +206,7 @@ class ResumableAlgorithm(RolloutAlgorithm):
                 getattr(self.logger, name).update(log.get(name, {}))
             lost += [f"{name} had been logged, and could not be saved" for name in log.get(NOT_SAVED, ())]
         if random_states is not None:
-            model_file.restore_random_states(random_states, self.device)
+            set_random_states(decode(random_states), self.device)
         if lost:
             warnings.warn(f"The continuation may differ: {'; '.join(lost)}.", stacklevel=4)
 
@@ -322,7 +323,7 @@ class ResumableAlgorithm(RolloutAlgorithm):
                     "num_timesteps": self.num_timesteps,
                     "n_envs": self.n_envs,
                     "machine": model_file.machine(self.device, self._known_threads()),
-                    "random": self._pending.random_states or model_file.random_states(self.device),
+                    "random": self._pending.random_states or encode(get_random_states(self.device)),
                     "exploration": encode(self._exploration_state()),
                     "env": self._env_state(),
                     "frozen": model_file.frozen_parameters(self.policy),
@@ -423,7 +424,7 @@ class ResumableAlgorithm(RolloutAlgorithm):
                 model._set_exploration_state(decode(file.index.get("exploration", [])))
                 model._pending = Pending(file.index.get("callbacks"), force_reset, decode(file.index.get("log")))
                 if continues_random_states:
-                    model_file.restore_random_states(file.index["random"], model.device)
+                    set_random_states(decode(file.index["random"]), model.device)
                     if model._last_obs is not None:
                         model._pending = model._pending._replace(random_states=file.index["random"])
             return model

@@ -38,32 +38,30 @@ from stable_baselines3.common.vec_env import (
     VecNormalize,
 )
 
-from sb3_softsac.persistence.codec import NotEncodable, decode, encode
+from sb3_softsac.persistence.codec import NotEncodable, decode, encode, full_name
 from sb3_softsac.persistence.envs.episode_replay import RECORDER, prepare_env, replay_episode
+from sb3_softsac.persistence.envs.known_classes import ALL, STATE
 from sb3_softsac.persistence.envs.object_state import (
-    ALL,
     OFFER,
-    STATE,
     are_same,
     arguments_of,
     capture_object,
     chain_of,
     class_name,
     describe_error,
-    global_random_states,
     is_constant,
     link_shared,
     note_large_data,
     restore_attributes,
     restore_own,
     restore_spaces,
-    set_global_random_states,
     settings_of,
     short_name,
 )
+from sb3_softsac.persistence.random_states import get_random_states, pack_python_state, set_random_states
 
 CALL = "_sb3_softsac_call"
-VEC_NORMALIZE = f"{VecNormalize.__module__}.{VecNormalize.__qualname__}"
+VEC_NORMALIZE = full_name(VecNormalize)
 CLOSE_SECONDS = 5.0
 MAX_REASONS = 5  # in a warning
 _GUARDED: "weakref.WeakSet[SubprocVecEnv]" = weakref.WeakSet()
@@ -264,9 +262,10 @@ def _in_worker(operation: str, *args: Any) -> Any:
         result = run(_env_of_worker(), *args)
         # The main process has its own, which are the caller's business
         if operation == "capture":
-            result["process"] = encode(global_random_states())
+            states = get_random_states()
+            result["process"] = encode({**states, "python": pack_python_state(states["python"])})
         elif operation == "restore" and "process" in args[0]:
-            set_global_random_states(decode(args[0]["process"]))
+            set_random_states(decode(args[0]["process"]))
         return result
     except Exception as error:  # it would end the worker
         return when_failed(describe_error(error))

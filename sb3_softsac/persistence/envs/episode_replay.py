@@ -14,13 +14,10 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
-from sb3_softsac.persistence.codec import NotEncodable, decode, encode
+from sb3_softsac.persistence.codec import NotEncodable, decode, encode, full_name
+from sb3_softsac.persistence.envs.known_classes import CONSTANT_TYPES, FUNCTION_TYPES, RANDOM_TYPES, Bookkeeping
 from sb3_softsac.persistence.envs.object_state import (
-    CONSTANT_TYPES,
-    FUNCTION_TYPES,
     OFFER,
-    RANDOM_TYPES,
-    Bookkeeping,
     are_same,
     capture_object,
     chain_of,
@@ -28,15 +25,13 @@ from sb3_softsac.persistence.envs.object_state import (
     describe_error,
     encode_attribute,
     encode_random,
-    global_random_states,
     is_constant,
-    module_of,
     note_large_data,
     offers_state,
     restore_attributes,
-    set_global_random_states,
     short_name,
 )
+from sb3_softsac.persistence.random_states import get_random_states, set_random_states
 
 RECORDER = "_sb3_softsac_recorder"
 MAX_REPLAY = 100_000  # steps of one episode
@@ -148,7 +143,7 @@ def prepare_env(env: gym.Env) -> None:
         if RECORDER in vars(inner) or offers_state(inner):
             return
         # Others may get unreadable attributes in their first reset or step; the recorder leaves if they do not
-        if not (module_of(inner).startswith("gymnasium.envs.") and _is_readable(inner)):
+        if not (full_name(type(inner)).startswith("gymnasium.envs.") and _is_readable(inner)):
             Recorder(inner)
 
 
@@ -167,14 +162,14 @@ def replay_episode(chain: list[Any], replay: dict[str, Any]) -> None:
     actions, args, kwargs = (decode(replay[name]) for name in ("actions", "args", "kwargs"))
     if len(actions) > MAX_REPLAY:
         raise ValueError(f"a replay of {len(actions)} actions")
-    global_states = global_random_states()
+    random_states = get_random_states()
     try:
         restore_attributes(env, replay["start"], chain)
         env.reset(*args, **kwargs)
         for action in actions:
             env.step(action.copy() if isinstance(actions, np.ndarray) else action)
     finally:
-        set_global_random_states(global_states)
+        set_random_states(random_states)
     now = recorder.tree()
     names = [f"its {name}" for name, trace in now["traces"].items() if trace != replay["traces"].get(name)]
     if not are_same(now["result"], replay["result"]):
