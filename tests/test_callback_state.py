@@ -73,9 +73,9 @@ def saved(path: Path, callback: BaseCallback | list[BaseCallback] | None = None,
 def test_attributes_of_a_users_callback(tmp_path: Path) -> None:
     saved(tmp_path / "model.zip", [Counts()])
     (text,) = continued(tmp_path / "model.zip", [Counts()])
-    assert "The continuation may differ: Counts: count had other values" in text and "get_state()" in text
+    assert "The continuation may differ: Counts: count had different values" in text and "get_state()" in text
     (text,) = continued(tmp_path / "model.zip", [Counts(setting=4)])
-    assert "count, setting had other values" in text
+    assert "count, setting had different values" in text
     saved(tmp_path / "model.zip", [Keeps()])
     assert continued(tmp_path / "model.zip", [Keeps()]) == []
 
@@ -85,7 +85,7 @@ def test_state_that_nothing_takes(tmp_path: Path) -> None:
     assert continued(tmp_path / "model.zip", None) == []  # left out by the user
     assert continued(tmp_path / "model.zip", CallbackList([Keeps(), Counts()])) == []  # added by the user
     (text,) = continued(tmp_path / "model.zip", [CountsToo()])
-    assert "CountsToo begins anew" in text and "test_callback_state.Keeps" in text
+    assert "CountsToo starts from scratch" in text and "test_callback_state.Keeps" in text
 
 
 def test_set_state_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

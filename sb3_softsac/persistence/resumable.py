@@ -45,7 +45,7 @@ class Pending(NamedTuple):
     """What a file holds for the next ``learn()``, which brings the callbacks and the logger."""
 
     callbacks: list[Any] | None = None  # see callback_state
-    counts_anew: bool = False  # restart stop callbacks that already fired
+    restarts_stops: bool = False  # restart stop callbacks that already fired
     log: dict[str, dict[str, Any]] | None = None  # recorded, and not yet written by the logger
     # Of a run that goes on in mid-episode: what is done until then must not change them
     random_states: dict[str, Any] | None = None
@@ -198,9 +198,9 @@ class ResumableAlgorithm(RolloutAlgorithm):
     def _restore_at_learn(self) -> None:
         """Restore what ``load()`` could not: callbacks, the logger and random states."""
         lost: list[str] = []
-        callbacks, counts_anew, log, random_states = self._pending
+        callbacks, restarts_stops, log, random_states = self._pending
         if callbacks is not None:
-            self._late_callbacks, lost = callback_state.restore(self._callback, callbacks, counts_anew)
+            self._late_callbacks, lost = callback_state.restore(self._callback, callbacks, restarts_stops)
         if log is not None:
             for name in LOGGER_STATE:
                 getattr(self.logger, name).update(log.get(name, {}))
