@@ -146,7 +146,7 @@ def test_parameters_that_a_network_freezes_itself(tmp_path: Path, monkeypatch: p
     assert continued(tmp_path / "model.zip", None, allow_pickle=True) == []
     monkeypatch.setattr(Freezes, "is_frozen", True)
     (text,) = continued(tmp_path / "model.zip", None, allow_pickle=True)
-    assert "actor.features_extractor.scale" in text and "is frozen here, and was trained in" in text
+    assert "actor.features_extractor.scale" in text and "is frozen here, but was trained in" in text
 
 
 def test_parameters_without_gradient_are_compiled_at_once(tmp_path: Path) -> None:

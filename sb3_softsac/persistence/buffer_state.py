@@ -169,7 +169,7 @@ def restore(
         if there["arrays"].get(name) != here["arrays"].get(name) and not _differ_by_envs(there, here, name):
             raise CheckpointError(
                 f"replay_buffer: {name} is {there['arrays'].get(name, 'missing')} (dtype, shape of a row) in {what}, "
-                f"but {type(buffer).__name__} needs {here['arrays'].get(name, 'missing')}. A {there['class']} "
+                f"but {here['arrays'].get(name, 'missing')} in {type(buffer).__name__}. A {there['class']} "
                 "was saved: pass it as replay_buffer_class=... to load(), with its buffer_size and "
                 "replay_buffer_kwargs, or leave it out with custom_objects={'replay_buffer': None}."
             )

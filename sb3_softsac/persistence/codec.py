@@ -199,9 +199,7 @@ def _decode_array(tree: dict[str, Any]) -> np.ndarray:
     dtype, shape, n_bytes = _array_head(tree)
     data = base64.b64decode(tree["data"], validate=True)
     if len(data) != n_bytes:
-        raise ValueError(
-            f"an array of shape {shape} and dtype {dtype} has {n_bytes} bytes, but the file has {len(data)}"
-        )
+        raise ValueError(f"an array of shape {shape} and dtype {dtype} needs {n_bytes} bytes, the file has {len(data)}")
     return np.frombuffer(data, dtype).reshape(shape).copy()
 
 
