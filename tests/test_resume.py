@@ -336,7 +336,7 @@ def test_another_number_of_environments(n_before: int, n_after: int, tmp_path: P
     after.learn(8)
     assert after.num_timesteps == 248
     if n_before != n_after:
-        with pytest.warns(UserWarning, match=f"of {n_before} environments, here are {n_after}"):
+        with pytest.warns(UserWarning, match=f"of {n_before} environments, not {n_after}"):
             load(tmp_path / "model.zip", pendulum(n_after), force_reset=False)
 
 

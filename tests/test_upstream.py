@@ -720,7 +720,7 @@ def test_worker_with_other_names() -> None:
     in_sb3 = types.FunctionType(worker.__code__, {**globals(), "__name__": SubprocVecEnv.__module__})
     assert "missing" not in in_sb3(env, None)
     for captured in (in_sb3(None, None), in_sb3(env, other), worker(env, None)):
-        assert "not where this version of SoftSAC looks for it" in captured["missing"]
+        assert "cannot find the environment in the workers" in captured["missing"]
 
 
 class Flagless(types.SimpleNamespace):

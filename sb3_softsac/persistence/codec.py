@@ -211,9 +211,7 @@ def _array_head(tree: dict[str, Any]) -> tuple[np.dtype, tuple[int, ...], int]:
 
 
 def _encode_bound(array: np.ndarray, where: str) -> dict[str, Any]:
-    """
-    A bound of a space, as one number if all elements are equal: the bounds of an image space are as large as images.
-    """
+    """A bound of a space, as one number if all elements are equal: bounds of images are as large as the images."""
     tree = {KIND: "array", **_encode_array(array, where)}
     item = array.ravel()[:1].tobytes()
     if SMALL_BYTES < array.nbytes <= MAX_BOUND_BYTES and array.tobytes() == item * array.size:
