@@ -1,7 +1,7 @@
 """
-``python -m sb3_softsac.checkpoint ls|verify|export PATH``: look into model files and folders of checkpoints.
+``python -m sb3_softsac.checkpoint ls|verify|export PATH``: inspect model files and folders of checkpoints.
 
-Nothing that a file holds is run, and nothing is unpickled.
+It runs no code from a file, and unpickles nothing.
 """
 
 import argparse
@@ -19,15 +19,16 @@ from sb3_softsac.persistence.run_folder import RunFolder
 
 
 def _print(line: object, file: TextIO | None = None) -> None:
-    """Without control characters: what a file says must not change what the terminal shows."""
+    """Print without control characters, with which names in a file could change what the terminal shows."""
     print("".join(character if character.isprintable() else " " for character in str(line)), file=file)
 
 
 def ls(path: Path) -> None:
     """
-    Print what is in a model file, or which checkpoints a folder has.
+    Print the contents of a model file, or the checkpoints of a folder.
 
     :param path: file or folder
+    :raises CheckpointError: if a file is damaged, or a folder has no checkpoints
     """
     if not path.is_dir():
         with open_model_file(path) as file:
@@ -70,15 +71,15 @@ def _ls_file(file: ModelFile) -> None:
 
 def verify(path: Path) -> bool:
     """
-    Check every byte of a model file, or of all checkpoints of a folder, and print the result.
+    Verify every byte of a model file, or of all checkpoints of a folder, and print the result.
 
     :param path: file or folder
-    :return: whether all is whole
+    :return: whether nothing is damaged
     """
     if not path.is_dir():
         try:
-            with open_model_file(path) as file:
-                _print(f"{path}: {'whole' if file.index else 'readable (a file of SB3, which has no hashes)'}")
+            with open_model_file(path) as model_file:
+                _print(f"{path}: {'whole' if model_file.index else 'readable (a file of SB3, which has no hashes)'}")
         except CheckpointError as error:
             _print(error)
             return False
@@ -91,8 +92,9 @@ def verify(path: Path) -> bool:
         try:
             manifest = folder.manifest(number)
             folder.verify(manifest)
-            with folder.open_state(manifest) as state:
-                ArchiveReader(state, manifest["state"]["file"]).verify()
+            name = manifest["state"]["file"]
+            with (path / name).open("rb") as file:
+                ArchiveReader(file, name).verify()
             _print(f"checkpoint {number} (step {manifest['num_timesteps']}): whole")
         except CheckpointError as error:
             _print(f"checkpoint {number}: {error}")
@@ -102,11 +104,12 @@ def verify(path: Path) -> bool:
 
 def export(path: Path, output: Path) -> None:
     """
-    Write a light model file, enough to predict and to fine-tune: networks, optimisers, settings and VecNormalize's
+    Write a small model file for prediction and fine-tuning: networks, optimisers, settings and VecNormalize's
     statistics.
 
     :param path: model file or folder of checkpoints
     :param output: file to write
+    :raises CheckpointError: if ``path`` is damaged
     """
     with open_model_file(path) as file, atomic_files.atomic_file(output) as target, ArchiveWriter(target) as archive:
         for name in file.archive.sizes:
@@ -126,9 +129,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m sb3_softsac.checkpoint", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in (
-        ("ls", "what is in it"),
-        ("verify", "check every byte"),
-        ("export", "write a light model file out of it, without replay buffer"),
+        ("ls", "list its contents"),
+        ("verify", "verify every byte"),
+        ("export", "write a small model file from it, without the replay buffer"),
     ):
         command = commands.add_parser(name, help=text, description=text)
         command.add_argument("path", type=Path, metavar="PATH", help="model file, or folder of checkpoints")

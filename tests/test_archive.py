@@ -128,7 +128,7 @@ def test_damage_is_named() -> None:
     refused(rewritten(file, {"tree": None}), "tree")
     refused(rewritten(file, {"other": b""}), "other")
     refused(rewritten(file, {}, zipfile.ZIP_DEFLATED), "compressed")
-    refused(rewritten(file, {INDEX: b'{"format": 2}'}), "format 2, this version of sb3_softsac reads 1")
+    refused(rewritten(file, {INDEX: b'{"format": 2}'}), "format 2, but this version of sb3_softsac reads format 1")
     for index in (b"1", b"[]", b"null", b"{}", b"[" * 10000, b"\xff", b"", b'{"format": 1}', b'{"format": NaN}'):
         refused(rewritten(file, {INDEX: index}), "the file|format")
     for members in (None, [], 3, {"tree": 3}, {"tree": None}, [[1, 2]], {name: {} for name in ["tree", *ARRAYS]}):
@@ -139,7 +139,7 @@ def test_damage_is_named() -> None:
         with zipfile.ZipFile(target, "w") as new:
             new.writestr("a", b"1")
             new.writestr("a", b"2")
-    refused(target, "two members of one name")
+    refused(target, "two members of the same name")
 
 
 def test_members_that_lie_about_their_size() -> None:

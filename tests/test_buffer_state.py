@@ -351,7 +351,7 @@ def test_other_buffers(kind: str, n_rows: int) -> None:
     [
         (ReplayBuffer(20, spaces.Box(-1, 1, (4,)), ACTION_SPACE, "cpu", 2), "observations is .*4"),
         (ReplayBuffer(20, spaces.Box(0, 255, (3,), dtype=np.uint8), ACTION_SPACE, "cpu", 2), "observations is .*u1"),
-        (ReplayBuffer(20, DICT_SPACE, ACTION_SPACE, "cpu", 2), "observations is .* is needed by ReplayBuffer"),
+        (ReplayBuffer(20, DICT_SPACE, ACTION_SPACE, "cpu", 2), "observations is .* but missing in ReplayBuffer"),
         (ReplayBuffer(20, BOX_SPACE, spaces.Box(-1, 1, (5,)), "cpu", 2), "actions is .*5"),
         (SB3ReplayBuffer(20, BOX_SPACE, ACTION_SPACE, "cpu", 2), "next_observations is missing"),
     ],

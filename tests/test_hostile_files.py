@@ -690,7 +690,7 @@ def test_manifests_that_name_files_elsewhere(run: pathlib.Path, canary: pathlib.
             manifest = json.loads(json.dumps(whole))
             (manifest["segments"][0] if segments else manifest["state"])["file"] = name
             (run / "ckpt-000002.json").write_bytes(_manifest_text(manifest))
-            with pytest.raises(CheckpointError, match="names files that are not of a checkpoint"):
+            with pytest.raises(CheckpointError, match="names files that are not part of a checkpoint"):
                 folder.manifest(2)
             with pytest.warns(UserWarning, match="Falling back to checkpoint 1"):
                 loaded, buffer, step = load(run)

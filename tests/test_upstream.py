@@ -44,7 +44,7 @@ from sb3_softsac.execution import inductor
 from sb3_softsac.execution.cpp import build, support
 from sb3_softsac.execution.cpp import update as cpp_update
 from sb3_softsac.persistence import buffer_state, callback_state, resumable
-from sb3_softsac.persistence.envs import env_state, object_state
+from sb3_softsac.persistence.envs import env_state, known_classes, object_state
 
 PACKAGE = Path(sb3_softsac.__file__).parent
 BASE = "stable_baselines3.common.base_class:BaseAlgorithm"
@@ -69,8 +69,8 @@ NAMES = {
     "torch._inductor.custom_graph_pass:get_hash_for_files": "graph_passes; without it compiled updates are slower",
     "torch.backends:mkldnn.matmul.fp32_precision": "products.exact_products_are_wanted asks it for the precision",
     "sb3_contrib.common.torch_layers:BatchRenorm": "policies.running_statistics knows the class by its name",
-    "gymnasium.wrappers.utils:RunningMeanStd": "object_state.NESTED; without it NormalizeReward has no saved state",
-    "gymnasium.wrappers.common:TimeLimit": "object_state.SAME_CLASSES: the zoo's own and this have the same state",
+    "gymnasium.wrappers.utils:RunningMeanStd": "known_classes.NESTED; without it NormalizeReward has no saved state",
+    "gymnasium.wrappers.common:TimeLimit": "known_classes.SAME_CLASSES: the zoo's own and this have the same state",
     f"{BASE}._wrap_env": "resumable.load wraps environments as SB3 does",
     f"{BASE}._excluded_save_params": "resumable.write leaves out what SB3 leaves out",
     f"{BASE}._get_torch_save_params": "model_file writes the members that SB3 would",
@@ -177,9 +177,9 @@ def test_private_names_of_environments() -> None:
     assert names <= assigned(gym.Env), (
         "episode_replay.Recorder and object_state know by them whether env was ever reset."
     )
-    assert "_cached_spec" in assigned(gym.Wrapper), "object_state.CONSTANT_NAMES: not part of a wrapper's state."
-    checks = object_state.CHECKS_DONE.keys()
-    assert checks <= assigned(PassiveEnvChecker), "object_state.CHECKS_DONE takes the place of these attributes."
+    assert "_cached_spec" in assigned(gym.Wrapper), "known_classes.CONSTANT_NAMES: not part of a wrapper's state."
+    checks = known_classes.CHECKS_DONE.keys()
+    assert checks <= assigned(PassiveEnvChecker), "known_classes.CHECKS_DONE takes the place of these attributes."
 
 
 @pytest.mark.parametrize("name", ["bipedal_walker", "car_racing"])
@@ -392,18 +392,18 @@ OF_VEC_ENVS = {
     *("_seeds", "_options"),  # kept apart
 }
 OF_VEC_WRAPPERS = OF_VEC_ENVS | {"venv", "class_attributes"}
-# Settings and what is made anew. For classes of which object_state takes all attributes as state, all others
+# Settings and what is made anew. For classes of which known_classes takes all attributes as state, all others
 ATTRIBUTES: dict[type, tuple[set[str], set[str]]] = {
-    object_state.Monitor: (
+    known_classes.Monitor: (
         OF_WRAPPERS - {"_saved_kwargs"},
         {"allow_early_resets", "info_keywords", "reset_keywords", "results_writer"},
     ),
-    object_state.RecordEpisodeStatistics: (
+    known_classes.RecordEpisodeStatistics: (
         OF_WRAPPERS,
         {"_stats_key", "episode_lengths", "episode_returns", "episode_start_time"},
     ),
-    object_state.NormalizeReward: (OF_WRAPPERS, {"_update_running_mean", "epsilon", "gamma", "return_rms"}),
-    object_state.RecordVideo: (
+    known_classes.NormalizeReward: (OF_WRAPPERS, {"_update_running_mean", "epsilon", "gamma", "return_rms"}),
+    known_classes.RecordVideo: (
         OF_WRAPPERS,
         {
             *("_video_name", "disable_logger", "episode_id", "episode_trigger", "frames_per_sec", "gc_trigger"),
@@ -411,54 +411,54 @@ ATTRIBUTES: dict[type, tuple[set[str], set[str]]] = {
             *("video_folder", "video_length"),
         },
     ),
-    object_state.RenderCollection: (OF_WRAPPERS, {"frame_list", "metadata", "pop_frames", "reset_clean"}),
-    object_state.HumanRendering: (OF_WRAPPERS, {"clock", "metadata", "screen_size", "window"}),
-    PassiveEnvChecker: (OF_WRAPPERS, {*object_state.CHECKS_DONE, "checked_render", "close_called"}),
+    known_classes.RenderCollection: (OF_WRAPPERS, {"frame_list", "metadata", "pop_frames", "reset_clean"}),
+    known_classes.HumanRendering: (OF_WRAPPERS, {"clock", "metadata", "screen_size", "window"}),
+    PassiveEnvChecker: (OF_WRAPPERS, {*known_classes.CHECKS_DONE, "checked_render", "close_called"}),
     TimeLimit: (OF_WRAPPERS, {"_elapsed_steps", "_max_episode_steps"}),
     OrderEnforcing: (OF_WRAPPERS, {"_has_reset", "_disable_render_order_enforcing"}),
-    object_state.VecNormalize: (
+    known_classes.VecNormalize: (
         OF_VEC_WRAPPERS,
         {
             *("clip_obs", "clip_reward", "epsilon", "gamma", "norm_obs", "norm_obs_keys", "norm_reward"),
             *("obs_spaces", "training"),
         },
     ),
-    object_state.VecMonitor: (OF_VEC_WRAPPERS, {"info_keywords", "results_writer"}),
-    object_state.VecFrameStack: (OF_VEC_WRAPPERS, set()),
-    object_state.VecCheckNan: (OF_VEC_WRAPPERS, {"check_inf", "raise_exception", "warn_once"}),
-    object_state.VecTransposeImage: (OF_VEC_WRAPPERS, {"image_space_keys", "skip"}),
-    object_state.VecExtractDictObs: (OF_VEC_WRAPPERS, {"key"}),
-    object_state.VecVideoRecorder: (
+    known_classes.VecMonitor: (OF_VEC_WRAPPERS, {"info_keywords", "results_writer"}),
+    known_classes.VecFrameStack: (OF_VEC_WRAPPERS, set()),
+    known_classes.VecCheckNan: (OF_VEC_WRAPPERS, {"check_inf", "raise_exception", "warn_once"}),
+    known_classes.VecTransposeImage: (OF_VEC_WRAPPERS, {"image_space_keys", "skip"}),
+    known_classes.VecExtractDictObs: (OF_VEC_WRAPPERS, {"key"}),
+    known_classes.VecVideoRecorder: (
         OF_VEC_WRAPPERS,
         {
             *("env", "frames_per_sec", "name_prefix", "record_video_trigger", "recorded_frames", "recording"),
             *("step_id", "video_folder", "video_length", "video_name", "video_path"),
         },
     ),
-    object_state.DummyVecEnv: (
+    known_classes.DummyVecEnv: (
         OF_VEC_ENVS,
         {"actions", "buf_dones", "buf_infos", "buf_obs", "buf_rews", "envs", "keys"},
     ),
     SubprocVecEnv: (OF_VEC_ENVS, {"closed", "processes", "remotes", "waiting", "work_remotes"}),
-    object_state.StackedObservations: (
+    known_classes.StackedObservations: (
         set(),
         {
             *("channels_first", "n_stack", "observation_space", "repeat_axis", "stack_dimension", "stacked_obs"),
             *("stacked_observation_space", "stacked_shape", "sub_stacked_observations"),
         },
     ),
-    object_state.RunningMeanStd: (set(), {"mean", "var", "count"}),
+    known_classes.RunningMeanStd: (set(), {"mean", "var", "count"}),
 }
 
 
-@pytest.mark.parametrize("cls", sorted({*ATTRIBUTES, *object_state.STATE}, key=lambda cls: cls.__name__))
+@pytest.mark.parametrize("cls", sorted({*ATTRIBUTES, *known_classes.STATE}, key=lambda cls: cls.__name__))
 def test_attributes_of_wrappers(cls: type) -> None:
-    assert cls in ATTRIBUTES, f"{cls.__name__} is in object_state.STATE: its other attributes belong into this test."
-    lasting, episode = object_state.STATE.get(cls, object_state.ALL)
+    assert cls in ATTRIBUTES, f"{cls.__name__} is in known_classes.STATE: its other attributes belong into this test."
+    lasting, episode = known_classes.STATE.get(cls, known_classes.ALL)
     names = {*lasting, *(episode or ())}
-    assert names <= assigned(cls), f"object_state.STATE: {cls.__name__} has no {names - assigned(cls)} any more."
+    assert names <= assigned(cls), f"known_classes.STATE: {cls.__name__} has no {names - assigned(cls)} any more."
     assert assigned(cls) - names == set().union(*ATTRIBUTES[cls]), (
-        f"{cls.__name__} has other attributes than object_state knows. What changes with steps and resets belongs into "
+        f"{cls.__name__} has attributes that known_classes lacks. What changes with steps and resets belongs into "
         "its STATE, what is a setting into the table of this test."
     )
 
@@ -561,7 +561,7 @@ def test_lists_of_the_zoo(module: str) -> None:
 
 def test_time_limit_of_the_zoo() -> None:
     classes = {node.name for node in ast.walk(zoo_tree("gym_patches")) if isinstance(node, ast.ClassDef)}
-    assert "PatchedTimeLimit" in classes, "object_state.SAME_CLASSES takes it for Gymnasium's TimeLimit."
+    assert "PatchedTimeLimit" in classes, "known_classes.SAME_CLASSES takes it for Gymnasium's TimeLimit."
 
 
 # What happens without
@@ -720,7 +720,7 @@ def test_worker_with_other_names() -> None:
     in_sb3 = types.FunctionType(worker.__code__, {**globals(), "__name__": SubprocVecEnv.__module__})
     assert "missing" not in in_sb3(env, None)
     for captured in (in_sb3(None, None), in_sb3(env, other), worker(env, None)):
-        assert "not where this version of SoftSAC looks for it" in captured["missing"]
+        assert "cannot find the environment in the workers" in captured["missing"]
 
 
 class Flagless(types.SimpleNamespace):

@@ -1,8 +1,8 @@
 """
-Zip files of JSON, arrays and ``.pth`` members, that are checked before anything in them is used.
+Zip files of JSON, arrays and ``.pth`` members, which are verified before anything in them is used.
 
-SB3's model files are such archives. Ours have one member more, ``softsac.json``, with the size and the SHA-256 of every
-other one. Members are stored, never compressed: nothing in a file can grow when it is read.
+SB3's model files are such archives. Ours have an additional member, ``softsac.json``: an index with the size and
+SHA-256 of every other member. Members are stored, never compressed, so reading cannot take more memory than the file.
 """
 
 import hashlib
@@ -23,15 +23,15 @@ import torch as th
 INDEX = "softsac.json"
 FORMAT = 1
 CHUNK = 1 << 20
-END = struct.Struct("<4s4H2LH")  # what a zip file without comment ends with
+END = struct.Struct("<4s4H2LH")  # last record of a zip file without comment
 
 
 class CheckpointError(ValueError):
-    """A file is damaged, does not fit, or would have to be trusted to be read."""
+    """A file is damaged, does not fit, or can only be read with ``allow_pickle=True``."""
 
 
 class _Hashed(io.RawIOBase):
-    """Passes on what is written and remembers its length and its hash; cannot seek, so nothing is written twice."""
+    """Forwards what is written, and counts and hashes it. It cannot seek, so no byte is rewritten."""
 
     def __init__(self, stream: IO[bytes]):
         self.stream = stream
@@ -54,7 +54,7 @@ class _Hashed(io.RawIOBase):
 
 class ArchiveWriter:
     """
-    Context manager; :meth:`close` ends it.
+    Writes an archive. Use it as a context manager, and call :meth:`close` before its end.
 
     :param file: binary file to append to
     """
@@ -77,7 +77,7 @@ class ArchiveWriter:
         :param name: name of a new member
         :return: stream to write it to
         """
-        # A fixed date: equal contents make equal files
+        # ZipInfo has a fixed date: equal contents make equal files
         with self._zip.open(zipfile.ZipInfo(name), "w", force_zip64=True) as stream:
             hashed = _Hashed(stream)
             yield hashed  # type: ignore[misc]
@@ -90,7 +90,7 @@ class ArchiveWriter:
     def add_array(self, name: str, array: np.ndarray) -> None:
         """
         :param name: name of a new member, in NumPy's npy format
-        :param array: array whose rows are contiguous; it is not copied as a whole
+        :param array: array with contiguous rows; it is written in pieces, without a copy of the whole
         """
         with self.member(name) as stream:
             head = {"descr": np.lib.format.dtype_to_descr(array.dtype), "fortran_order": False, "shape": array.shape}
@@ -103,7 +103,7 @@ class ArchiveWriter:
         """
         Finish the file.
 
-        :param tree: what the index says besides the members
+        :param tree: entries of the index, besides the members
         :return: size of the file in bytes, and its SHA-256
         """
         with self._zip.open(zipfile.ZipInfo(INDEX), "w") as stream:
@@ -113,7 +113,7 @@ class ArchiveWriter:
         return self._file.size, self._file.hash.hexdigest()
 
 
-# What reading a damaged zip file, JSON text, array or tensor can raise
+# Exceptions that a damaged zip file, JSON text, array or tensor can raise
 DAMAGE = (
     zipfile.BadZipFile,
     pickle.UnpicklingError,
@@ -135,9 +135,9 @@ DAMAGE = (
 @contextmanager
 def naming(what: str) -> Iterator[None]:
     """
-    Turn what damage can raise into a :class:`CheckpointError` that says which part is damaged.
+    Turn exceptions from damage into a :class:`CheckpointError` that names the damaged part.
 
-    :param what: the part
+    :param what: name of the part
     """
     try:
         yield
@@ -149,9 +149,11 @@ def naming(what: str) -> Iterator[None]:
 
 class ArchiveReader:
     """
+    Reads an archive. The constructor checks its structure, :meth:`verify` its contents.
+
     :param file: binary file that can seek
-    :param name: how error messages call it
-    :raises CheckpointError: if it is not a zip file, or one that could not be of ours or SB3's
+    :param name: its name in error messages
+    :raises CheckpointError: if it is not a zip file, or cannot be a file of SoftSAC or SB3
     """
 
     def __init__(self, file: BinaryIO, name: str):
@@ -162,33 +164,33 @@ class ArchiveReader:
             infos = self._zip.infolist()
             self.sizes = {info.filename: info.file_size for info in infos}
             if len(self.sizes) != len(infos):
-                raise CheckpointError(f"{name} has two members of one name.")
+                raise CheckpointError(f"{name} has two members of the same name.")
             file.seek(-END.size, io.SEEK_END)
             signature, _, _, _, n_infos, _, _, _ = END.unpack(file.read(END.size))
             if signature != b"PK\5\6" or n_infos != min(len(infos), 0xFFFF) or (infos and infos[0].header_offset != 0):
-                # zipfile would take a .pth member at the end of a truncated file for all of it, and passes over members
-                raise CheckpointError(f"{name} cannot be read: a part is missing, or its list of members damaged.")
+                # zipfile itself would take the last .pth member of a truncated file for the file, and can skip members
+                raise CheckpointError(f"{name} cannot be read: a part is missing, or the list of members is damaged.")
             for info in infos:
                 if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
-                    raise CheckpointError(f"{name} has a compressed member ({info.filename}): it is not a model file.")
+                    raise CheckpointError(f"{name} is not a model file: its member {info.filename} is compressed.")
             if sum(self.sizes.values()) > file_size:
-                raise CheckpointError(f"{name} claims members of more bytes than it has: it is damaged.")
+                raise CheckpointError(f"{name} is damaged: its members claim more bytes than it has.")
             index = self.json(INDEX) if INDEX in self.sizes else None
         if INDEX in self.sizes and not (isinstance(index, dict) and index.get("format") == FORMAT):
             found = index.get("format") if isinstance(index, dict) else index
             raise CheckpointError(
-                f"{name} has the format {found!r}, this version of sb3_softsac reads {FORMAT}: open it with the "
+                f"{name} has format {found!r}, but this version of sb3_softsac reads format {FORMAT}: open it with the "
                 "version that wrote it."
             )
         self.index: dict[str, Any] | None = index
 
     def verify(self) -> None:
         """
-        Compare every member with the index, and read them all.
+        Read every member and compare it with the index.
 
         :raises CheckpointError: naming the member that is damaged, missing or unexpected
         """
-        if self.index is None:  # a file of SB3's: the zip's own check sums are all there is
+        if self.index is None:  # a file of SB3 has only the CRC-32 of each member, which zipfile checks
             for name in self.sizes:
                 with naming(f"{name} in {self.name}"), self.open(name) as stream:
                     sha256_of(stream)
@@ -205,7 +207,7 @@ class ArchiveReader:
         for name, member in members.items():
             with naming(f"{name} in {self.name}"), self.open(name) as stream:
                 if sha256_of(stream) != member["sha256"]:
-                    raise CheckpointError(f"{name} in {self.name} does not have the contents that were written.")
+                    raise CheckpointError(f"{name} in {self.name} is damaged: its SHA-256 differs from the index.")
 
     def __contains__(self, name: str) -> bool:
         return name in self.sizes
@@ -213,7 +215,8 @@ class ArchiveReader:
     def open(self, name: str) -> IO[bytes]:
         """
         :param name: name of a member
-        :raises CheckpointError: if there is none
+        :return: stream to read it from
+        :raises CheckpointError: if there is no such member
         """
         if name not in self.sizes:
             raise CheckpointError(f"{self.name} has no member {name}.")
@@ -227,8 +230,8 @@ class ArchiveReader:
     def torch(self, name: str, device: th.device) -> Any:
         """
         :param name: name of a ``.pth`` member
-        :param device: where its tensors go
-        :return: its contents; only tensors and plain containers can be in it
+        :param device: device of the tensors
+        :return: its contents: tensors in plain containers
         """
         what = f"{name} in {self.name}"
         with naming(what), self.open(name) as stream:
@@ -236,9 +239,9 @@ class ArchiveReader:
             if data.getvalue().startswith(b"PK\3\4"):
                 with zipfile.ZipFile(data) as inner:
                     if any(info.compress_type != zipfile.ZIP_STORED for info in inner.infolist()):
-                        raise CheckpointError(f"{what} is compressed: torch does not write such files.")
-            if b"bytearray" in data.getvalue():  # torch would make one of any length
-                raise CheckpointError(f"{what} holds something else than tensors.")
+                        raise CheckpointError(f"{what} is damaged: torch never writes compressed files.")
+            if b"bytearray" in data.getvalue():  # torch would allocate one of any length
+                raise CheckpointError(f"{what} holds something other than tensors.")
             data.seek(0)
             tree = th.load(data, map_location=device, weights_only=True)
             if any(tensor.untyped_storage().nbytes() < tensor.nbytes for tensor in _tensors(tree)):
@@ -249,13 +252,14 @@ class ArchiveReader:
         """
         :param name: name of a member in the npy format
         :param dtype: expected dtype
-        :param shape: its shape; None: any length
-        :raises CheckpointError: before anything is allocated, if it holds something else
+        :param shape: expected shape; None: any length
+        :return: the array, read-only
+        :raises CheckpointError: if the dtype or shape is different, before any memory is allocated
         """
         what = f"{name} in {self.name}"
         with naming(what), self.open(name) as stream:
             if np.lib.format.read_magic(stream) != (1, 0):
-                raise CheckpointError(f"{what} is not of NumPy's npy format 1.0.")
+                raise CheckpointError(f"{what} is not in NumPy's npy format 1.0.")
             found_shape, fortran, found_dtype = np.lib.format.read_array_header_1_0(stream)
             fits = len(found_shape) == len(shape) and all(
                 n in (None, found) for n, found in zip(shape, found_shape, strict=True)
@@ -286,8 +290,8 @@ def _tensors(tree: Any) -> Iterator[th.Tensor]:
 
 def sha256_of(stream: IO[bytes]) -> str:
     """
-    :param stream: read to its end
-    :return: SHA-256, hexadecimal
+    :param stream: stream to read to its end
+    :return: hexadecimal SHA-256
     """
     sha = hashlib.sha256()
     while data := stream.read(CHUNK):

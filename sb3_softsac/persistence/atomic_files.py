@@ -1,9 +1,9 @@
 """
-Files that are there as a whole or not at all, whenever the process is killed or the power fails.
+Files that exist as a whole or not at all, even if the process is killed or the power fails.
 
-A file is written under a temporary name, synced to the disk, and renamed; then its folder is synced. Every operation
-that changes a disk goes through ``os`` here, so that the tests can fail, record or interrupt each of them. An fsync
-that fails is an error, and is not tried again: after it nobody knows what the disk holds.
+A file is written under a temporary name, synced to the disk and renamed; then its folder is synced. Every operation
+that changes the disk goes through ``os`` in this module, so that tests can fail, record or interrupt each of them. A
+failed fsync is an error and is not repeated: after it, the contents of the disk are unknown.
 """
 
 import errno
@@ -40,7 +40,7 @@ class _Appender:
         self._write(memoryview(pending))
 
     def _write(self, data: memoryview) -> None:
-        while data:  # the system may take a part only
+        while data:  # os.write() may write only a part
             data = data[os.write(self.fd, data) :]
 
 
@@ -50,7 +50,7 @@ def atomic_file(path: Path, sync: bool = True) -> Iterator[BinaryIO]:
     Write a file. It replaces ``path`` when the block ends without an exception; otherwise nothing changes.
 
     :param path: final name; missing folders are created
-    :param sync: sync the folder too; a caller that writes many files does that once, with :func:`sync_folder`
+    :param sync: sync the folder too; False if the caller does it with :func:`sync_folder`, once for many files
     :return: file to append to
     :raises OSError: any error of the system
     """
@@ -76,17 +76,17 @@ def atomic_file(path: Path, sync: bool = True) -> Iterator[BinaryIO]:
 
 def sync_folder(folder: Path) -> None:
     """
-    Make names in a folder durable.
+    Make the names of new files in a folder durable.
 
     :param folder: the folder
     """
-    if os.name == "nt":  # folders cannot be opened there; NTFS keeps a journal of names
+    if os.name == "nt":  # Windows cannot open folders; NTFS keeps a journal of names
         return
     fd = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(fd)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):  # some network file systems cannot do it
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):  # not supported by some network file systems
             raise
     finally:
         os.close(fd)
@@ -133,7 +133,7 @@ def remove_leftovers(folder: Path, name: str = ".*") -> None:
 def _is_running(pid: int) -> bool:
     if pid == os.getpid():
         return True
-    if os.name == "nt":  # os.kill would end it
+    if os.name == "nt":  # there, os.kill would end the process
         return True
     try:
         os.kill(pid, 0)

@@ -1,6 +1,5 @@
 """
-What there is to save of a replay buffer, ours or any of SB3's kind: rows, cut into segments of a megabyte or more, and
-the rest, as a tree.
+State of a replay buffer, ours or one of SB3: its rows, in segments of a megabyte or more, and the rest as a JSON tree.
 """
 
 import json
@@ -15,15 +14,15 @@ from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
 from sb3_softsac.buffers import ReplayBuffer
 from sb3_softsac.persistence.archive import ArchiveReader, ArchiveWriter, CheckpointError
-from sb3_softsac.persistence.codec import decode, encode
+from sb3_softsac.persistence.codec import decode, encode, full_name
 
-# Given to the constructor, not state
+# Constructor arguments, which are not state
 SETTINGS = {
     *("buffer_size", "observation_space", "action_space", "obs_shape", "action_dim", "device", "n_envs", "env"),
     *("optimize_memory_usage", "handle_timeout_termination", "n_steps", "gamma"),
     *("n_sampled_goal", "goal_selection_strategy", "her_ratio", "copy_info_dict"),
 }
-# What ReplayBuffer.get_rows and get_state take care of
+# Attributes that ReplayBuffer.get_rows and get_state handle
 OWN = {
     *("observations", "actions", "rewards", "dones", "timeouts", "pos", "full", "rng", "n_added"),
     *("_side_slot", "_side_obs", "_free_slots", "_newest_next_obs"),
@@ -34,10 +33,10 @@ Segment = tuple[int, int]  # first row, one past the last
 
 def get_rows(buffer: SB3ReplayBuffer, first: int, last: int) -> dict[str, np.ndarray]:
     """
-    :param buffer: any replay buffer of SB3's kind
+    :param buffer: any replay buffer with SB3's interface, for E environments
     :param first: first row
     :param last: one past the last row
-    :return: arrays by name: every array of the buffer that has an entry for each row and environment
+    :return: arrays by name, (last - first, E, ...): every array of the buffer with an entry per row and environment
     """
     rows = buffer.get_rows(first, last) if isinstance(buffer, ReplayBuffer) else {}
     for name, storage in _row_storages(buffer).items():
@@ -50,24 +49,21 @@ def set_rows(buffer: SB3ReplayBuffer, first: int, rows: dict[str, np.ndarray]) -
     """
     :param buffer: empty buffer
     :param first: first row
-    :param rows: what :func:`get_rows` has returned
+    :param rows: result of :func:`get_rows`
     """
     if isinstance(buffer, ReplayBuffer):
         buffer.set_rows(first, rows)
     for name, storage in _row_storages(buffer).items():
-        if storage.dtype == object:
-            part = decode(json.loads(rows[name].tobytes()))
-        else:
-            part = rows[name]
+        part = decode(json.loads(rows[name].tobytes())) if storage.dtype == object else rows[name]
         storage[first : first + len(part)] = part
 
 
 def describe(buffer: SB3ReplayBuffer) -> dict[str, Any]:
     """
-    :return: JSON tree of what a file and a buffer must agree in: kind of buffer, capacity, arrays by name
+    :return: JSON tree that must be equal in a file and a buffer: class, capacity, dtype and row shape of each array
     """
     return {
-        "class": f"{type(buffer).__module__}.{type(buffer).__qualname__}",
+        "class": full_name(type(buffer)),
         "buffer_size": buffer.buffer_size,
         "n_envs": buffer.n_envs,
         "arrays": {name: [rows.dtype.str, list(rows.shape[1:])] for name, rows in get_rows(buffer, 0, 0).items()},
@@ -77,7 +73,7 @@ def describe(buffer: SB3ReplayBuffer) -> dict[str, Any]:
 def get_state(buffer: SB3ReplayBuffer) -> Any:
     """
     :return: JSON tree of the state besides the rows
-    :raises NotEncodable: naming what a class of the user's has and cannot be written
+    :raises NotEncodable: naming an attribute of a user's class that is not plain data
     """
     state = buffer.get_state() if isinstance(buffer, ReplayBuffer) else {}
     rest = {name: value for name, value in vars(buffer).items() if name in _rest(buffer)}
@@ -86,8 +82,8 @@ def get_state(buffer: SB3ReplayBuffer) -> Any:
 
 def set_state(buffer: SB3ReplayBuffer, tree: Any) -> None:
     """
-    :param tree: what :func:`get_state` has returned
-    :raises ValueError: if it is something else
+    :param tree: result of :func:`get_state`
+    :raises ValueError: if it is damaged
     """
     state = decode(tree)
     if isinstance(buffer, ReplayBuffer):
@@ -100,7 +96,7 @@ def set_state(buffer: SB3ReplayBuffer, tree: Any) -> None:
 
 def segments(buffer: SB3ReplayBuffer) -> list[Segment]:
     """
-    :return: the rows that hold something, cut into pieces whose limits do not depend on how many there are
+    :return: segments of the used rows; their limits stay the same as the buffer fills
     """
     row_bytes = sum(
         math.prod(shape) * np.dtype(dtype).itemsize
@@ -110,16 +106,15 @@ def segments(buffer: SB3ReplayBuffer) -> list[Segment]:
     wanted = min(max(row_bytes * buffer.buffer_size // 1024, SMALL), LARGE)
     rows = 2 ** int(math.log2(max(wanted // max(row_bytes, 1), 16)))
     # With optimize_memory_usage, SB3 keeps the newest next observation in the row after the last
-    size = buffer.size() + (not isinstance(buffer, ReplayBuffer))
-    size = min(size, buffer.buffer_size)
+    size = min(buffer.size() + (not isinstance(buffer, ReplayBuffer)), buffer.buffer_size)
     return [(first, min(first + rows, size)) for first in range(0, size, rows)]
 
 
 def may_have_changed(buffer: SB3ReplayBuffer, segment: Segment, rows_before: int | None) -> bool:
     """
-    :param segment: rows
-    :param rows_before: ``n_added`` of the buffer at an earlier time, or None
-    :return: False only if no row of the segment has changed since
+    :param segment: the rows
+    :param rows_before: ``n_added`` of the buffer at an earlier time; None: not known
+    :return: False only if no row of the segment has changed since then
     """
     # A user's class may change any row
     if type(buffer) is not ReplayBuffer or rows_before is None:
@@ -130,10 +125,10 @@ def may_have_changed(buffer: SB3ReplayBuffer, segment: Segment, rows_before: int
 
 def write_rows(archive: ArchiveWriter, buffer: SB3ReplayBuffer, segment: Segment, prefix: str = "") -> None:
     """
-    :param archive: where to
-    :param buffer: where from
-    :param segment: which rows
-    :param prefix: of the members' names
+    :param archive: archive to write to
+    :param buffer: replay buffer to read from
+    :param segment: the rows
+    :param prefix: prefix of the members' names
     """
     for name, rows in get_rows(buffer, *segment).items():
         archive.add_array(f"{prefix}{name}.npy", rows)
@@ -143,11 +138,12 @@ def read_rows(
     archive: ArchiveReader, description: dict[str, Any], segment: Segment, prefix: str = ""
 ) -> dict[str, np.ndarray]:
     """
-    :param archive: where from
-    :param description: of the buffer in the file, see :func:`describe`
-    :param segment: which rows
-    :param prefix: of the members' names
-    :raises CheckpointError: if arrays are missing or of another dtype or shape
+    :param archive: archive to read from
+    :param description: description of the saved buffer, see :func:`describe`
+    :param segment: the rows
+    :param prefix: prefix of the members' names
+    :return: arrays by name, for :func:`set_rows`
+    :raises CheckpointError: if an array is missing, or its dtype or shape is different
     """
     n_rows = segment[1] - segment[0]
     return {
@@ -162,18 +158,18 @@ def restore(
     """
     Fill an empty buffer from a file.
 
-    :param buffer: the buffer, with its settings
-    :param replay: what the file says: ``description``, ``state``, ``segments``
-    :param parts: first rows and arrays
+    :param buffer: empty buffer
+    :param replay: ``description``, ``state`` and ``segments`` in the file's index
+    :param parts: first row and arrays of each segment
     :param what: name of the file
-    :raises CheckpointError: naming what does not fit
+    :raises CheckpointError: naming the array or the capacity that does not fit
     """
     there, here = replay["description"], describe(buffer)
     for name in sorted({*there["arrays"], *here["arrays"]}):
         if there["arrays"].get(name) != here["arrays"].get(name) and not _differ_by_envs(there, here, name):
             raise CheckpointError(
                 f"replay_buffer: {name} is {there['arrays'].get(name, 'missing')} (dtype, shape of a row) in {what}, "
-                f"but {here['arrays'].get(name, 'missing')} is needed by {type(buffer).__name__}. A {there['class']} "
+                f"but {here['arrays'].get(name, 'missing')} in {type(buffer).__name__}. A {there['class']} "
                 "was saved: pass it as replay_buffer_class=... to load(), with its buffer_size and "
                 "replay_buffer_kwargs, or leave it out with custom_objects={'replay_buffer': None}."
             )
@@ -184,9 +180,9 @@ def restore(
     if type(buffer) is not ReplayBuffer:
         raise CheckpointError(
             f"replay_buffer: {what} has {layouts[0][0]} rows of {layouts[0][1]} environment(s), but {layouts[1][0]} "
-            f"rows of {layouts[1][1]} are needed. Only the rows of SoftSAC's own ReplayBuffer can be laid out anew, "
-            f"not those of {type(buffer).__name__}: use as many environments and the same buffer_size, or "
-            "leave the replay buffer out with custom_objects={'replay_buffer': None}."
+            f"rows of {layouts[1][1]} are needed. Only SoftSAC's own ReplayBuffer can be rearranged, not "
+            f"{type(buffer).__name__}: use the same number of environments and the same buffer_size, or leave the "
+            "replay buffer out with custom_objects={'replay_buffer': None}."
         )
     source = _empty_like(buffer, *layouts[0])
     _fill(source, replay, parts, what)
@@ -195,9 +191,9 @@ def restore(
     buffer.rng.bit_generator.state = source.rng.bit_generator.state
     if copied < total:
         warnings.warn(
-            f"The replay buffer of {what} ({total} transitions of {source.n_envs} environment(s)) was laid out anew "
-            f"for {buffer.n_envs} environment(s) and buffer_size={buffer.buffer_size * buffer.n_envs}; the "
-            f"{total - copied} oldest did not fit.",
+            f"The replay buffer of {what} ({total} transitions of {source.n_envs} environment(s)) was rearranged for "
+            f"{buffer.n_envs} environment(s) and buffer_size={buffer.buffer_size * buffer.n_envs}; the "
+            f"{total - copied} oldest transitions did not fit.",
             stacklevel=2,
         )
 
@@ -214,15 +210,15 @@ def _fill(
     set_state(buffer, replay["state"])
     if not 0 <= buffer.pos < buffer.buffer_size or n_rows < buffer.size():
         raise CheckpointError(
-            f"replay_buffer: {what} has {n_rows} rows of {buffer.size()}, the next to be written is {buffer.pos}."
+            f"replay_buffer: {what} has {n_rows} rows of {buffer.size()}, and the next to be written is {buffer.pos}."
         )
 
 
 def adopt(buffer: SB3ReplayBuffer, template: SB3ReplayBuffer) -> SB3ReplayBuffer:
     """
-    :param buffer: an unpickled buffer
-    :param template: the model's empty buffer
-    :return: ``buffer``, or ``template`` with its transitions, where that is ours and the other SB3's
+    :param buffer: unpickled buffer
+    :param template: empty buffer of the model
+    :return: ``buffer``; but ``template`` with its transitions, if that is our class and ``buffer`` one of SB3
     """
     if type(template) is not ReplayBuffer or type(buffer) is ReplayBuffer or isinstance(buffer, HerReplayBuffer):
         return buffer
@@ -236,12 +232,12 @@ def _empty_like(buffer: ReplayBuffer, buffer_size: int, n_envs: int) -> ReplayBu
 
 
 def _varies(name: str) -> bool:
-    """Arrays whose length is not the number of rows."""
+    """Whether the length of an array is not the number of rows."""
     return name.startswith("side_") or name.endswith(".json")
 
 
 def _differ_by_envs(there: dict[str, Any], here: dict[str, Any], name: str) -> bool:
-    """Whether two descriptions of an array differ in the number of environments only."""
+    """Whether two descriptions of an array differ only in the number of environments."""
     a, b = there["arrays"].get(name), here["arrays"].get(name)
     if a is None or b is None or _varies(name):
         return False

@@ -1,6 +1,6 @@
 """
-Counters and records of SB3's callbacks, and the random states of the environments that they evaluate in: evaluations of
-a resumed run come when they would have come, and begin as they would have begun.
+Counters and records of SB3's callbacks, and the state of their evaluation environments: a continued run evaluates at
+the same steps and from the same states as an uninterrupted one.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ from stable_baselines3.common.callbacks import (
 )
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_softsac.persistence.codec import NotEncodable, decode, encode
+from sb3_softsac.persistence.codec import NotEncodable, decode, encode, full_name
 from sb3_softsac.persistence.envs import env_state
 from sb3_softsac.persistence.envs.object_state import describe_error, offers_state
 
@@ -41,8 +41,8 @@ OFFER = "give its class get_state() and set_state(state)"
 
 def capture(callback: BaseCallback | None) -> list[Any]:
     """
-    :param callback: the callback of ``learn()``, with those it holds
-    :return: JSON tree; a callback with ``get_state()`` is asked for more
+    :param callback: callback of ``learn()``, with all that it contains
+    :return: JSON tree with a state for each callback, including the result of ``get_state()`` if its class has it
     """
     states = []
     for each, sees_all_steps in _walk(callback):
@@ -50,7 +50,7 @@ def capture(callback: BaseCallback | None) -> list[Any]:
         own = _own_state(each)
         eval_env = getattr(each, "eval_env", None)
         env = env_state.capture(eval_env) if isinstance(eval_env, VecEnv) else None
-        # A callback that saves the model is called before those that come after it in the list
+        # If a callback saves the model, those after it in the list have not seen the step yet
         is_late = sees_all_steps and callback is not None and each.num_timesteps < callback.num_timesteps
         try:
             states.append([_name(each), encode([state, own], type(each).__name__), env, is_late, _digests(each)])
@@ -60,14 +60,14 @@ def capture(callback: BaseCallback | None) -> list[Any]:
 
 
 def restore(
-    callback: BaseCallback | None, states: list[Any], counts_anew: bool
+    callback: BaseCallback | None, states: list[Any], restarts_stops: bool
 ) -> tuple[list[BaseCallback], list[str]]:
     """
-    :param callback: the callback of ``learn()``; each takes the first state that is left of its class
-    :param states: what :func:`capture` has returned
-    :param counts_anew: restart stop callbacks that already fired, so that training can go on
+    :param callback: callback of ``learn()``, with all that it contains; each takes the first unused state of its class
+    :param states: result of :func:`capture`
+    :param restarts_stops: restart stop callbacks that already fired
     :return: evaluations that have not seen the last step, since a callback before them in the list saved the model;
-        and a sentence for each thing that could not be restored
+        and a sentence for each state that could not be restored
     """
     late: list[BaseCallback] = []
     lost: list[str] = []
@@ -78,22 +78,22 @@ def restore(
         if i is None:
             without_state += [] if isinstance(each, STATELESS) else [type(each).__name__]
             continue
-        lost += [f"{type(each).__name__}: {reason}" for reason in _restore_one(each, left[i], counts_anew, late)]
+        lost += [f"{type(each).__name__}: {reason}" for reason in _restore_one(each, left[i], restarts_stops, late)]
         del left[i]
-    # A callback may be left out or added on purpose. Both at once may be a class that was renamed
-    unused = [name for name, *_ in left if name not in map(_name_of, STATELESS)]
+    # A callback may be left out or added on purpose. If both happened, a class may have been renamed
+    unused = [name for name, *_ in left if name not in map(full_name, STATELESS)]
     if unused and without_state:
-        lost.append(f"{', '.join(without_state)} begins anew, since the file has states of {', '.join(unused)} only")
+        lost.append(f"{', '.join(without_state)} starts from scratch: the file only has {', '.join(unused)}")
     return late, lost
 
 
-def _restore_one(each: BaseCallback, saved: list[Any], counts_anew: bool, late: list[BaseCallback]) -> list[str]:
+def _restore_one(each: BaseCallback, saved: list[Any], restarts_stops: bool, late: list[BaseCallback]) -> list[str]:
     """
-    :param saved: what :func:`capture` has returned of it
-    :param late: evaluations that have not seen the last step: it is added, if it is one
-    :return: what could not be restored
+    :param saved: state of the callback in the result of :func:`capture`
+    :param late: list of evaluations that have not seen the last step, to which the callback may be added
+    :return: a reason for each state that could not be restored
     """
-    _, tree, env, is_late, *digests = saved  # files of before had no digests
+    _, tree, env, is_late, *digests = saved  # older files have no digests
     state, own = decode(tree)
     lost = [f"it has no {name} here" for name in state if name not in vars(each)]
     vars(each).update({name: value for name, value in state.items() if name in STATE and name in vars(each)})
@@ -101,21 +101,21 @@ def _restore_one(each: BaseCallback, saved: list[Any], counts_anew: bool, late: 
         if offers_state(each):
             each.set_state(own)  # type: ignore[attr-defined]
         else:
-            lost.append("it has no set_state(state) for what its get_state() returned")
+            lost.append("it has no set_state(state) for the saved result of get_state()")
     elif digests and (changed := _changed(digests[0], _digests(each))):
-        lost.append(f"{', '.join(changed)} had other values, which only the callback can keep: {OFFER}")
-    if counts_anew:
-        _count_anew(each)
+        lost.append(f"{', '.join(changed)} had different values, which were not saved; {OFFER}")
+    if restarts_stops:
+        _restart_stop(each)
     if isinstance(each, EvalCallback):
-        # It may have saved its best model before it noted how good that is
+        # It may have been saved between saving its best model and updating best_mean_reward
         each.best_mean_reward = max(each.best_mean_reward, each.last_mean_reward)
         folder = each.best_model_save_path
         if folder is not None and not os.path.exists(os.path.join(folder, "best_model.zip")):
-            each.best_mean_reward = -float("inf")  # a new folder gets a best model of its own
+            each.best_mean_reward = -float("inf")  # a new folder gets its own best model
     if is_late and isinstance(each, EvalCallback):
         late.append(each)
     elif is_late:
-        each.n_calls += 1  # what the environment answered is no longer known
+        each.n_calls += 1  # its on_step() cannot be called again
     eval_env = getattr(each, "eval_env", None)
     if env is not None and isinstance(eval_env, VecEnv) and eval_env is not each.training_env:
         reasons = env_state.restore(eval_env, env, mid_episode=True)
@@ -125,8 +125,8 @@ def _restore_one(each: BaseCallback, saved: list[Any], counts_anew: bool, late: 
 
 def _digests(callback: BaseCallback) -> dict[str, str | None]:
     """
-    Digests of the attributes of a user's class. They are not saved, since they may be settings; but a change can be
-    noticed. None: the attribute is not plain data.
+    Digests of the attributes of a user's class. The attributes are not saved, since they may be settings, but digests
+    show whether they changed. None: the attribute is not plain data.
     """
     if _name(callback).partition(".")[0] in KNOWN_PACKAGES or offers_state(callback):
         return {}
@@ -150,12 +150,12 @@ def _own_state(callback: BaseCallback) -> Any:
         return None
     try:
         return callback.get_state()  # type: ignore[attr-defined]
-    except Exception as error:  # of the user's; a run need not end for it
+    except Exception as error:  # an error in the user's code must not end the run
         warnings.warn(f"{_name(callback)}.get_state() is not saved: {describe_error(error)}", stacklevel=3)
         return None
 
 
-def _count_anew(callback: BaseCallback) -> None:
+def _restart_stop(callback: BaseCallback) -> None:
     """Restart a stop callback that already fired: it would end the next run after one step."""
     if isinstance(callback, StopTrainingOnMaxEpisodes) and callback.n_episodes >= callback._total_max_episodes:
         callback.n_episodes = 0
@@ -165,13 +165,13 @@ def _count_anew(callback: BaseCallback) -> None:
         callback.no_improvement_evals = 0
     else:
         return
-    warnings.warn(f"{type(callback).__name__} had ended the run; for what is trained now it counts anew.", stacklevel=4)
+    warnings.warn(f"{type(callback).__name__} had ended the run: it restarts its count.", stacklevel=4)
 
 
 def walk(callback: BaseCallback | None) -> Iterator[BaseCallback]:
     """
-    :param callback: the callback of ``learn()``
-    :return: itself and all that it holds
+    :param callback: callback of ``learn()``
+    :return: the callback and all that it contains
     """
     return (each for each, _ in _walk(callback))
 
@@ -192,8 +192,4 @@ def _walk(callback: BaseCallback | None, sees_all_steps: bool = True) -> Iterato
 
 
 def _name(callback: BaseCallback) -> str:
-    return _name_of(type(callback))
-
-
-def _name_of(cls: type[Any]) -> str:
-    return f"{cls.__module__}.{cls.__qualname__}"
+    return full_name(type(callback))

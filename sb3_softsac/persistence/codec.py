@@ -1,9 +1,9 @@
 """
-Python values as JSON and back, without pickle: what the files of SoftSAC are written with.
+Python values as JSON and back, without pickle.
 
-A value that JSON does not know becomes ``{"$": <kind>, ...}``. Classes are written by name, and only those of the
-packages that SoftSAC itself is built on. Reading never calls anything that a file names: classes are looked up, and
-must be of a kind that a model consists of; objects are made empty and given their attributes.
+Values without a JSON type become ``{"$": <kind>, ...}``. Classes are written by name, and only those of a few known
+packages. Decoding never calls anything that a file names: it looks classes up, which must be among the kinds that a
+model consists of, and restores objects by their attributes, without a constructor.
 """
 
 import base64
@@ -50,22 +50,22 @@ PLAIN_CLASSES: tuple[type, ...] = (
     FloatSchedule,
     LinearSchedule,
 )
-PLAIN_NAMES = ("rl_zoo3.utils.SimpleLinearSchedule",)  # not imported for its sake
+PLAIN_NAMES = ("rl_zoo3.utils.SimpleLinearSchedule",)  # by name, so that rl_zoo3 need not be imported
 BIT_GENERATORS = ("PCG64", "PCG64DXSM", "MT19937", "Philox", "SFC64")
-# Of an array that is written as one number
+# Bounds of a space of this size are written as one number, if they are all equal
 SMALL_BYTES, MAX_BOUND_BYTES = 1 << 12, 1 << 26
-LONG = 64  # lists of so many floats are written as arrays
+LONG = 64  # lists of this many floats are written as arrays
 
 
 class NotEncodable(TypeError):
-    """The value holds something that has no name in a known package; the message says where."""
+    """A part of the value can only be written with pickle; the message says which."""
 
 
 def encode(value: Any, where: str = "value") -> Any:
     """
     :param value: value to write
-    :param where: how error messages call it
-    :return: a tree of what ``json.dumps`` takes
+    :param where: its name in error messages
+    :return: JSON tree, for ``json.dumps``
     :raises NotEncodable: naming the part that cannot be written
     """
     try:
@@ -76,9 +76,9 @@ def encode(value: Any, where: str = "value") -> Any:
 
 def decode(tree: Any) -> Any:
     """
-    :param tree: result of :func:`encode`, perhaps from a file that somebody has tampered with
-    :return: an equal value
-    :raises ValueError: if it is not such a tree
+    :param tree: result of :func:`encode`, possibly from an untrusted file
+    :return: a value equal to the encoded one
+    :raises ValueError: if the tree is damaged
     """
     try:
         return _decode(tree)
@@ -98,7 +98,7 @@ def _encode(value: Any, where: str) -> Any:
     for kind in _KINDS:
         if kind.matches(value):
             return {KIND: kind.name, **kind.to_tree(value, where)}
-    raise NotEncodable(f"{where} is a {_full_name(type(value))}, which cannot be written without pickle")
+    raise NotEncodable(f"{where} is a {full_name(type(value))}, which cannot be written without pickle")
 
 
 def _decode(tree: Any) -> Any:
@@ -110,7 +110,7 @@ def _decode(tree: Any) -> Any:
         return {key: _decode(item) for key, item in tree.items()}
     kind = tree[KIND]
     if not isinstance(kind, str) or kind not in _READERS:
-        raise ValueError(f"unknown kind of value {kind!r}: the file is damaged, or of a later version")
+        raise ValueError(f"unknown kind of value {kind!r}: the file is damaged, or a later version wrote it")
     try:
         return _READERS[kind](tree)
     except RecursionError:
@@ -122,12 +122,12 @@ def _decode(tree: Any) -> Any:
 def name_of(value: Any, where: str = "value", kinds: tuple[type, ...] = NAMED_CLASSES) -> str:
     """
     :param value: a class
-    :param where: how error messages call it
-    :param kinds: what it must be a subclass of
-    :return: ``package.module.Class``, by which it can be found again
-    :raises NotEncodable: if it is not in a known package, or not under its own name
+    :param where: its name in error messages
+    :param kinds: base classes, of which it must be a subclass
+    :return: ``package.module.Class``, for :func:`find_class`
+    :raises NotEncodable: if it cannot be found by this name in a known package
     """
-    name = _full_name(value)
+    name = full_name(value)
     try:
         if find_class(name, kinds) is value:
             return name
@@ -139,13 +139,13 @@ def name_of(value: Any, where: str = "value", kinds: tuple[type, ...] = NAMED_CL
 def find_class(name: str, kinds: tuple[type, ...] = NAMED_CLASSES) -> type:
     """
     :param name: ``package.module.Class``
-    :param kinds: what it must be a subclass of
+    :param kinds: base classes, of which it must be a subclass
     :return: the class
-    :raises ValueError: if it is not a class of these kinds in a known package
+    :raises ValueError: if there is no such class in a known package
     """
     found = _look_up(name)
     if not (inspect.isclass(found) and issubclass(found, kinds)):
-        raise ValueError(f"{name!r} is not a class that a model can consist of")
+        raise ValueError(f"{name!r} is not among the classes that a model can consist of")
     return found
 
 
@@ -155,7 +155,7 @@ def _look_up(name: str) -> Any:
     parts = name.split(".")
     if not all(part.isidentifier() and not part.startswith("__") for part in parts):
         raise ValueError(f"{name!r} is not a name")
-    # Modules first: the longest prefix that is one
+    # The longest prefix that is a module, then attributes of it
     for n in range(len(parts) - 1, 0, -1):
         found: Any = _module(".".join(parts[:n]))
         if found is None:
@@ -165,8 +165,7 @@ def _look_up(name: str) -> Any:
         if found is not None:
             return found
     raise ValueError(
-        f"there is no {name!r}: is its package older or newer than the one that wrote the file, or must its module be "
-        "imported first?"
+        f"there is no {name!r}: install the version of its package that wrote the file, or import its module first"
     )
 
 
@@ -177,12 +176,16 @@ def _module(name: str) -> Any:
         return None
     try:
         return importlib.import_module(name)
-    except Exception:  # there is none, or it cannot be imported here
+    except Exception:  # it does not exist, or cannot be imported here
         return None
 
 
-def _full_name(value: Any) -> str:
-    return f"{getattr(value, '__module__', None)}.{getattr(value, '__qualname__', type(value).__qualname__)}"
+def full_name(cls: type) -> str:
+    """
+    :param cls: a class
+    :return: ``package.module.Class``
+    """
+    return f"{getattr(cls, '__module__', '')}.{cls.__qualname__}"  # some extension types have no module
 
 
 def _encode_array(array: np.ndarray, where: str) -> dict[str, Any]:
@@ -208,7 +211,7 @@ def _array_head(tree: dict[str, Any]) -> tuple[np.dtype, tuple[int, ...], int]:
 
 
 def _encode_bound(array: np.ndarray, where: str) -> dict[str, Any]:
-    """An array of a space, which is often one number: those of images would be as large as the image, four times."""
+    """A bound of a space, as one number if all elements are equal: bounds of images are as large as the images."""
     tree = {KIND: "array", **_encode_array(array, where)}
     item = array.ravel()[:1].tobytes()
     if SMALL_BYTES < array.nbytes <= MAX_BOUND_BYTES and array.tobytes() == item * array.size:
@@ -221,11 +224,7 @@ def _decode_bound(tree: dict[str, Any]) -> np.ndarray:
     if n_bytes > MAX_BOUND_BYTES:
         raise ValueError(f"a bound of {n_bytes} bytes: the file is damaged")
     item = np.frombuffer(base64.b64decode(tree["data"], validate=True), dtype)
-    return np.broadcast_to(item.reshape(()), shape)  # takes no memory, however many there are; read-only
-
-
-def _encode_number(number: np.generic, where: str) -> dict[str, Any]:
-    return _encode_array(np.asarray(number), where)
+    return np.broadcast_to(item.reshape(()), shape)  # read-only, takes no memory for any shape
 
 
 def _encode_random_state(state: Any, where: str) -> dict[str, Any]:
@@ -236,9 +235,9 @@ def _encode_random_state(state: Any, where: str) -> dict[str, Any]:
 
 def check_random_state(state: dict[str, Any]) -> dict[str, Any]:
     """
-    :param state: of one of NumPy's bit generators, perhaps from a file that somebody has tampered with
+    :param state: state of one of NumPy's bit generators, possibly from an untrusted file
     :return: ``state``
-    :raises ValueError: if drawing from it would read memory that is not its own: NumPy does not look
+    :raises ValueError: if the generator would read outside of its memory, which NumPy does not check
     """
     name = state["bit_generator"]
     if name not in BIT_GENERATORS:
@@ -266,12 +265,12 @@ def _decode_random_state(tree: dict[str, Any]) -> np.random.RandomState:
 
 
 def _encode_object(value: Any, where: str) -> dict[str, Any]:
-    # Attributes instead of constructor arguments: what changed since construction comes back too
+    # Attributes instead of constructor arguments: they include changes since the construction
     state = {
         name: (_encode_bound if _is_bound(value, item) else _encode)(item, f"{where}.{name}")
         for name, item in vars(value).items()
     }
-    name = _full_name(type(value))
+    name = full_name(type(value))
     return {"class": name if name in PLAIN_NAMES else name_of(type(value), where, PLAIN_CLASSES), "state": state}
 
 
@@ -320,7 +319,7 @@ def _encode_objects(array: np.ndarray, where: str) -> dict[str, Any]:
 def _decode_objects(tree: dict[str, Any]) -> np.ndarray:
     items = _decode_sequence(tree)
     array = np.empty(len(items), dtype=object)
-    for i, item in enumerate(items):  # array[:] = items would look into them
+    for i, item in enumerate(items):  # array[:] = items would unpack items that are sequences
         array[i] = item
     return array.reshape(tree["shape"])
 
@@ -359,7 +358,12 @@ _KINDS = [
     _Kind("objects", lambda v: type(v) is np.ndarray and v.dtype == object, _encode_objects, _decode_objects),
     _Kind("array", lambda v: type(v) is np.ndarray, _encode_array, _decode_array),
     _Kind("bound", lambda v: False, _encode_array, _decode_bound),
-    _Kind("number", lambda v: isinstance(v, np.generic), _encode_number, lambda t: _decode_array(t)[()]),
+    _Kind(
+        "number",
+        lambda v: isinstance(v, np.generic),
+        lambda v, where: _encode_array(np.asarray(v), where),
+        lambda t: _decode_array(t)[()],
+    ),
     _Kind("path", lambda v: isinstance(v, Path), lambda v, _: {"path": str(v)}, lambda t: Path(t["path"])),
     _Kind("dtype", lambda v: isinstance(v, np.dtype), lambda v, _: {"name": v.str}, lambda t: np.dtype(t["name"])),
     _Kind(
@@ -376,7 +380,7 @@ _KINDS = [
     ),
     _Kind(
         "tensor",
-        # Only what comes back as it was
+        # Only tensors that are restored exactly
         lambda v: type(v) is th.Tensor and not v.requires_grad and v.device.type == "cpu" and v.dtype != th.bfloat16,
         lambda v, where: _encode_array(v.numpy(), where),
         lambda t: th.from_numpy(_decode_array(t)),
@@ -397,13 +401,13 @@ _KINDS = [
     _Kind(
         "train_freq",
         lambda v: type(v) is TrainFreq,
-        lambda v, where: _encode_sequence(v, where),
+        _encode_sequence,
         lambda t: TrainFreq(*_decode_sequence(t)),
     ),
     _Kind("class", inspect.isclass, lambda v, where: {"name": name_of(v, where)}, lambda t: find_class(t["name"])),
     _Kind(
         "object",
-        lambda v: isinstance(v, PLAIN_CLASSES) or _full_name(type(v)) in PLAIN_NAMES,
+        lambda v: isinstance(v, PLAIN_CLASSES) or full_name(type(v)) in PLAIN_NAMES,
         _encode_object,
         _decode_object,
     ),

@@ -1,17 +1,15 @@
 """
-Model files: everything that a run consists of, in one archive.
+Model files: the state of a whole run, in one archive.
 
-The members that SB3 writes have its names: its ``set_parameters`` reads networks and optimisers. ``data`` holds the
-attributes of the model, those that JSON does not know in the form of ``codec`` and not pickled. New are
-``softsac.json`` (random states, environments, callbacks, the replay buffer's layout) and
-``replay/<first row>/<array>.npy``.
+SB3's members keep their names, so its ``set_parameters`` can read the networks and optimisers. ``data`` holds the
+attributes of the model, encoded by ``codec`` instead of pickled. ``softsac.json`` (random states, environments,
+callbacks, layout of the replay buffer) and ``replay/<first row>/<array>.npy`` are new.
 """
 
 import base64
 import io
 import os
 import platform
-import random
 import re
 import sys
 import warnings
@@ -36,7 +34,7 @@ from torch import nn
 from sb3_softsac.persistence import atomic_files, buffer_state
 from sb3_softsac.persistence.archive import DAMAGE, ArchiveReader, ArchiveWriter, CheckpointError, naming
 from sb3_softsac.persistence.buffer_state import Segment
-from sb3_softsac.persistence.codec import KIND, NotEncodable, check_random_state, decode, encode
+from sb3_softsac.persistence.codec import KIND, NotEncodable, decode, encode
 from sb3_softsac.persistence.run_folder import Manifest, RunFolder, checkpoint_of
 
 PICKLED = ":serialized:"  # SB3's key
@@ -46,8 +44,9 @@ def write_data(archive: ArchiveWriter, attributes: dict[str, Any]) -> None:
     """
     Write SB3's member ``data``.
 
-    :param archive: where to
-    :param attributes: of the model, by name
+    :param archive: archive to write to
+    :param attributes: attributes of the model, by name
+    :raises TypeError: naming an attribute that cannot even be pickled
     """
     trees, pickled = {}, []
     for name, value in attributes.items():
@@ -58,9 +57,7 @@ def write_data(archive: ArchiveWriter, attributes: dict[str, Any]) -> None:
             try:
                 text = base64.b64encode(cloudpickle.dumps(value)).decode()
             except Exception as reason:  # pickling can raise anything
-                raise TypeError(
-                    f"{error}, and not with pickle: {reason}. Pass exclude=[{name!r}] to save()."
-                ) from reason
+                raise TypeError(f"{error}, nor with pickle: {reason}. Pass exclude=[{name!r}] to save().") from reason
             trees[name] = {":type:": str(type(value)), PICKLED: text}
     if pickled:
         warnings.warn(
@@ -73,16 +70,18 @@ def write_data(archive: ArchiveWriter, attributes: dict[str, Any]) -> None:
 
 def plain_infos(infos: "deque[Any] | None", name: str) -> "deque[Any] | None":
     """
+    Leave out the ``info_keywords`` of a ``Monitor`` whose values are not plain data.
+
     :param infos: SB3's ``ep_info_buffer`` (a dict for each episode) or ``ep_success_buffer``
-    :param name: its name
-    :return: the same, without what a ``Monitor`` has added by its ``info_keywords`` that is not plain data
+    :param name: name of the buffer
+    :return: a copy with plain data only, or ``infos`` itself if that has nothing else
     """
     if infos is None or _is_plain(list(infos)):
         return infos
     kept = [{k: v for k, v in info.items() if _is_plain(v)} if isinstance(info, dict) else info for info in infos]
     lost = {key for info, rest in zip(infos, kept, strict=True) if isinstance(info, dict) for key in info.keys() - rest}
     if lost:
-        text = f"{', '.join(sorted(lost))} of {name} (Monitor's info_keywords) is not plain data, and not saved."
+        text = f"{', '.join(sorted(lost))} of {name} (Monitor's info_keywords) is not plain data and is not saved."
         warnings.warn(text, stacklevel=4)
     return deque(kept, maxlen=infos.maxlen)
 
@@ -101,27 +100,26 @@ def read_data(
     """
     Read SB3's member ``data``.
 
-    :param archive: where from
-    :param custom_objects: values that take the place of those in the file, by name
-    :param given: values that take the place of those that are pickled
-    :param allow_pickle: unpickle what is pickled
+    :param archive: archive to read from
+    :param custom_objects: values that replace those in the file, by name
+    :param given: values that replace pickled ones, by name
+    :param allow_pickle: unpickle all other pickled values
     :return: attributes of the model, by name
-    :raises CheckpointError: if something is pickled that is neither substituted nor to be unpickled
+    :raises CheckpointError: if ``allow_pickle`` is False and a pickled value has no replacement
     """
     trees = archive.json("data")
     if not isinstance(trees, dict):
-        raise CheckpointError(f"data in {archive.name} is not a model's.")
+        raise CheckpointError(f"data in {archive.name} does not belong to a model.")
     if archive.index is None and any(isinstance(tree, dict) and KIND in tree for tree in trees.values()):
-        raise CheckpointError(f"{archive.name} is damaged: SoftSAC has written it, and its index is missing.")
+        raise CheckpointError(f"{archive.name} is damaged: SoftSAC wrote it, but its index is missing.")
     pickled = [name for name, tree in trees.items() if isinstance(tree, dict) and PICKLED in tree]
     custom_objects = {name: given[name] for name in pickled if name in given} | (custom_objects or {})
     refused = [] if allow_pickle else [name for name in pickled if name not in custom_objects]
     if refused:
         substitutes = ", ".join(f"{name!r}: ..." for name in refused)
         raise CheckpointError(
-            f"{archive.name} holds pickled objects ({', '.join(refused)}), and unpickling can run any code. Either "
-            f"pass what they were, custom_objects={{{substitutes}}}, or, if you trust where the file comes from, "
-            "allow_pickle=True."
+            f"{archive.name} holds pickled objects ({', '.join(refused)}), and unpickling can run any code. Pass "
+            f"substitutes, custom_objects={{{substitutes}}}, or allow_pickle=True if you trust the file."
         )
     data = {}
     for name, tree in trees.items():
@@ -145,13 +143,13 @@ def write_parameters(archive: ArchiveWriter, model: BaseAlgorithm) -> None:
     """
     Write SB3's ``.pth`` members, its version and its system information.
 
-    :param archive: where to
-    :param model: whose parameters
+    :param archive: archive to write to
+    :param model: the model
     """
     names = model._get_torch_save_params()[1]
     variables = {name: recursive_getattr(model, name) for name in names}
     for name, state in {"pytorch_variables": variables, **model.get_parameters()}.items():
-        data = io.BytesIO()  # on a full disk, th.save would raise something else than OSError
+        data = io.BytesIO()  # on a full disk, th.save would not raise an OSError
         th.save(state, data)
         with archive.member(f"{name}.pth") as stream:
             stream.write(data.getbuffer())
@@ -171,17 +169,17 @@ def read_parameters(archive: ArchiveReader, model: BaseAlgorithm, optional: set[
     """
     Read SB3's ``.pth`` members into a model.
 
-    :param archive: where from
-    :param model: with networks and optimisers of the same shapes
+    :param archive: archive to read from
+    :param model: model with the same networks and optimisers
     :param optional: names that may be in the file or in the model only
-    :raises CheckpointError: if the file has other parameters than the model
+    :raises CheckpointError: if the parameters of the file and the model differ
     """
     names, variable_names = model._get_torch_save_params()
     found = {name.removesuffix(".pth") for name in archive.sizes if name.endswith(".pth")} - {"pytorch_variables"}
     if (found ^ set(names)) - optional:
         raise CheckpointError(
-            f"{archive.name} has the parameters {sorted(found)}, but {sorted(names)} are needed: was it saved with "
-            "another ent_coef or by another algorithm?"
+            f"{archive.name} has the parameters {sorted(found)}, but {sorted(names)} are needed: was it saved with a "
+            "different ent_coef, or by another algorithm?"
         )
     parameters = {name: archive.torch(f"{name}.pth", model.device) for name in names if name in found}
     with naming(f"the parameters in {archive.name}"):
@@ -206,18 +204,19 @@ def frozen_parameters(policy: nn.Module) -> list[str]:
 
 def freeze(policy: nn.Module, names: list[str] | None, what: str) -> None:
     """
-    Freeze the parameters that were frozen before.
+    Freeze the parameters that were frozen in a saved policy.
 
     :param policy: networks
-    :param names: what :func:`frozen_parameters` has returned; None: of a file that does not say
+    :param names: result of :func:`frozen_parameters`; None: not in the file
     :param what: name of the file
+    :raises CheckpointError: if the policy lacks one of them
     """
     if names is None:
         return
     added = sorted(set(frozen_parameters(policy)) - set(names))
-    if added:  # by the constructor of a network: that may be new, and is wanted
+    if added:  # by the constructor of a network, so on purpose
         warnings.warn(
-            f"The continuation may differ: {', '.join(added)} is frozen here, and was trained in {what}.", stacklevel=4
+            f"The continuation may differ: {', '.join(added)} is frozen here, but was trained in {what}.", stacklevel=4
         )
     parameters = dict(policy.named_parameters())
     for name in names:
@@ -228,8 +227,10 @@ def freeze(policy: nn.Module, names: list[str] | None, what: str) -> None:
 
 def write_replay(archive: ArchiveWriter, buffer: SB3ReplayBuffer) -> None:
     """
-    :param archive: where to
-    :param buffer: replay buffer whose rows are written
+    Write the rows of a replay buffer.
+
+    :param archive: archive to write to
+    :param buffer: the replay buffer
     """
     for segment in buffer_state.segments(buffer):
         buffer_state.write_rows(archive, buffer, segment, f"replay/{segment[0]}/")
@@ -240,7 +241,7 @@ class ModelFile:
     The source of ``load``: a model file, or a checkpoint of a run folder.
 
     :param archive: the model file
-    :param run: folder and manifest, if it is part of a checkpoint
+    :param run: folder and manifest of the checkpoint that it is part of, if any
     """
 
     def __init__(self, archive: ArchiveReader, run: tuple[RunFolder, Manifest] | None = None):
@@ -259,7 +260,10 @@ class ModelFile:
 
     def restore_replay(self, buffer: SB3ReplayBuffer) -> None:
         """
-        :param buffer: empty replay buffer, to be filled
+        Fill an empty replay buffer from the file.
+
+        :param buffer: the replay buffer
+        :raises CheckpointError: if it does not fit
         """
         with naming(f"the replay buffer in {self.name}"):
             assert self.replay is not None
@@ -280,9 +284,9 @@ def open_model_file(path: str | Path | BinaryIO) -> Iterator[ModelFile]:
     Open and verify a model file.
 
     :param path: model file (``.zip`` may be left out), file object, or folder of a run's checkpoints
-    :return: the newest checkpoint of a folder that is whole, the file otherwise
+    :return: the file; of a folder, its newest valid checkpoint
     :raises CheckpointError: if it is damaged
-    :raises FileNotFoundError: if it is not there
+    :raises FileNotFoundError: if it does not exist
     """
     if not isinstance(path, str | os.PathLike):
         with _using("the file object"):
@@ -305,10 +309,10 @@ def open_model_file(path: str | Path | BinaryIO) -> Iterator[ModelFile]:
 
 @contextmanager
 def _using(name: str) -> Iterator[None]:
-    """Impossible settings can fail anywhere. A ValueError has a message of its own."""
+    """Turn errors from impossible settings, which can fail anywhere, into a CheckpointError that names the file."""
     try:
         yield
-    except ValueError:
+    except ValueError:  # its message names the setting
         raise
     except (*DAMAGE, AssertionError) as error:
         raise CheckpointError(f"{name} cannot be loaded: {type(error).__name__}: {error}") from error
@@ -322,11 +326,13 @@ def _verified(file: BinaryIO, name: str, run: tuple[RunFolder, Manifest] | None 
 
 def read_replay_buffer(path: str | Path | BinaryIO, buffer: SB3ReplayBuffer, allow_pickle: bool) -> SB3ReplayBuffer:
     """
-    :param path: file of ``save_replay_buffer``, model file, or pickle of SB3's (``.zip``, ``.pkl`` may be left out)
-    :param buffer: empty replay buffer, to be filled
-    :param allow_pickle: unpickle
-    :return: ``buffer``, or the unpickled one where its class is another
-    :raises CheckpointError: if the file is damaged, does not fit, or would have to be unpickled
+    Read a replay buffer from a file of its own, or from a model file.
+
+    :param path: file of ``save_replay_buffer``, model file, or pickle of SB3 (``.zip``, ``.pkl`` may be left out)
+    :param buffer: empty replay buffer to fill
+    :param allow_pickle: allow a pickle, which can run any code
+    :return: ``buffer``, or the unpickled buffer if that is of another class
+    :raises CheckpointError: if the file is damaged, does not fit, or is a pickle without ``allow_pickle``
     """
     if isinstance(path, str | os.PathLike) and not Path(path).exists():
         found = [Path(f"{path}{suffix}") for suffix in (".zip", ".pkl") if Path(f"{path}{suffix}").exists()]
@@ -339,8 +345,8 @@ def read_replay_buffer(path: str | Path | BinaryIO, buffer: SB3ReplayBuffer, all
         return buffer
     if not allow_pickle:
         raise CheckpointError(
-            f"{path} is not a file of SoftSAC's. If it is a pickle that SB3's save_replay_buffer has written, and you "
-            "trust where it comes from, pass allow_pickle=True: unpickling can run any code."
+            f"{path} was not written by SoftSAC. If it is a pickle of SB3's save_replay_buffer and you trust it, pass "
+            "allow_pickle=True: unpickling can run any code."
         )
     return buffer_state.adopt(load_from_pkl(path), buffer)  # type: ignore[arg-type]
 
@@ -349,7 +355,7 @@ def _is_zip(path: str | Path | BinaryIO) -> bool:
     if not isinstance(path, str | os.PathLike):
         position = path.tell()
         found = zipfile.is_zipfile(path)
-        path.seek(position)  # a pickle is read from there
+        path.seek(position)  # where a pickle starts
         return found
     if Path(path).is_dir():
         return True
@@ -358,58 +364,32 @@ def _is_zip(path: str | Path | BinaryIO) -> bool:
 
 
 @contextmanager
-def new_file(path: str | Path | BinaryIO, suffix: str = ".zip") -> Iterator[BinaryIO]:
+def new_file(path: str | Path | BinaryIO) -> Iterator[BinaryIO]:
     """
-    :param path: file name, with or without ``suffix``, or file object
-    :param suffix: of files without one
-    :return: file to append to; a named file is complete or does not exist
+    Create or replace a file.
+
+    :param path: file name (``.zip`` is added to one without a suffix), or file object
+    :return: file to append to; a named file exists as a whole or not at all
+    :raises ValueError: if a file object is not at its start
     """
     if not isinstance(path, str | os.PathLike):
         if path.seekable() and path.tell() != 0:
-            raise ValueError(f"The file object is at position {path.tell()}: a model file can begin at its start only.")
+            raise ValueError(f"The file object is at position {path.tell()}, not 0: pass an empty one.")
         yield path
         return
     path = Path(path)
-    path = path if path.suffix else path.with_name(path.name + suffix)
+    path = path if path.suffix else path.with_name(f"{path.name}.zip")
     if path.parent.is_dir():
         atomic_files.remove_leftovers(path.parent, re.escape(path.name))
     with atomic_files.atomic_file(path) as file:
         yield file
 
 
-def random_states(device: th.device) -> dict[str, Any]:
-    """
-    :param device: of the model
-    :return: JSON tree of the process's random states
-    """
-    states: dict[str, Any] = {
-        "python": random.getstate(),
-        "numpy": np.random.get_state(legacy=False),
-        "torch": th.get_rng_state(),
-    }
-    if device.type == "cuda":
-        states["cuda"] = th.cuda.get_rng_state(device)
-    return encode(states)
-
-
-def restore_random_states(tree: dict[str, Any], device: th.device) -> None:
-    """
-    :param tree: what :func:`random_states` has returned
-    :param device: of the model
-    """
-    states = decode(tree)
-    random.setstate(states["python"])
-    np.random.set_state(check_random_state(states["numpy"]))
-    th.set_rng_state(states["torch"])
-    if device.type == "cuda" and "cuda" in states:
-        th.cuda.set_rng_state(states["cuda"], device)
-
-
 def machine(device: th.device, n_threads: int | None) -> dict[str, Any]:
     """
-    :param device: of the model
+    :param device: device of the model
     :param n_threads: threads of torch, if they are known
-    :return: what has to be the same for a continuation to be the same bit for bit
+    :return: properties of the machine that must be equal for a bit-exact continuation
     """
     return {
         "device": device.type,

@@ -30,6 +30,7 @@ from sb3_softsac.persistence.archive import ArchiveReader, ArchiveWriter, Checkp
 from sb3_softsac.persistence.codec import NotEncodable, decode, encode
 from sb3_softsac.persistence.envs import env_state
 from sb3_softsac.persistence.model_file import ModelFile
+from sb3_softsac.persistence.random_states import get_random_states, set_random_states
 from sb3_softsac.persistence.run_folder import RunFolder
 from sb3_softsac.rollouts import RolloutAlgorithm, with_usual_strides
 from sb3_softsac.validation import check_wrappers
@@ -44,7 +45,7 @@ class Pending(NamedTuple):
     """What a file holds for the next ``learn()``, which brings the callbacks and the logger."""
 
     callbacks: list[Any] | None = None  # see callback_state
-    counts_anew: bool = False  # restart stop callbacks that already fired
+    restarts_stops: bool = False  # restart stop callbacks that already fired
     log: dict[str, dict[str, Any]] | None = None  # recorded, and not yet written by the logger
     # Of a run that goes on in mid-episode: what is done until then must not change them
     random_states: dict[str, Any] | None = None
@@ -197,15 +198,15 @@ class ResumableAlgorithm(RolloutAlgorithm):
     def _restore_at_learn(self) -> None:
         """Restore what ``load()`` could not: callbacks, the logger and random states."""
         lost: list[str] = []
-        callbacks, counts_anew, log, random_states = self._pending
+        callbacks, restarts_stops, log, random_states = self._pending
         if callbacks is not None:
-            self._late_callbacks, lost = callback_state.restore(self._callback, callbacks, counts_anew)
+            self._late_callbacks, lost = callback_state.restore(self._callback, callbacks, restarts_stops)
         if log is not None:
             for name in LOGGER_STATE:
                 getattr(self.logger, name).update(log.get(name, {}))
             lost += [f"{name} had been logged, and could not be saved" for name in log.get(NOT_SAVED, ())]
         if random_states is not None:
-            model_file.restore_random_states(random_states, self.device)
+            set_random_states(decode(random_states), self.device)
         if lost:
             warnings.warn(f"The continuation may differ: {'; '.join(lost)}.", stacklevel=4)
 
@@ -322,7 +323,7 @@ class ResumableAlgorithm(RolloutAlgorithm):
                     "num_timesteps": self.num_timesteps,
                     "n_envs": self.n_envs,
                     "machine": model_file.machine(self.device, self._known_threads()),
-                    "random": self._pending.random_states or model_file.random_states(self.device),
+                    "random": self._pending.random_states or encode(get_random_states(self.device)),
                     "exploration": encode(self._exploration_state()),
                     "env": self._env_state(),
                     "frozen": model_file.frozen_parameters(self.policy),
@@ -423,7 +424,7 @@ class ResumableAlgorithm(RolloutAlgorithm):
                 model._set_exploration_state(decode(file.index.get("exploration", [])))
                 model._pending = Pending(file.index.get("callbacks"), force_reset, decode(file.index.get("log")))
                 if continues_random_states:
-                    model_file.restore_random_states(file.index["random"], model.device)
+                    set_random_states(decode(file.index["random"]), model.device)
                     if model._last_obs is not None:
                         model._pending = model._pending._replace(random_states=file.index["random"])
             return model

@@ -1,11 +1,11 @@
 """
-A folder of checkpoints of one run, each of which costs what is new since the one before.
+A folder of incremental checkpoints of one run: each writes only what is new since the previous one.
 
 ::
 
-    ckpt-000003.json               manifest: names, sizes and SHA-256 of what checkpoint 3 consists of
-    step-30000-000003.zip          everything but the replay buffer's rows: a model file
-    replay/00000-08192-<hash>.npz  rows of the replay buffer; shared by all checkpoints in which they are the same
+    ckpt-000003.json               manifest: name, size and SHA-256 of each file of checkpoint 3
+    step-30000-000003.zip          model file without the rows of the replay buffer
+    replay/00000-08192-<hash>.npz  rows of the replay buffer, shared by all checkpoints in which they are the same
 
 A file never changes once it exists. The manifest is written last: without it, a checkpoint does not exist. Only then
 are files removed that no kept manifest names.
@@ -29,7 +29,7 @@ from stable_baselines3.common.buffers import ReplayBuffer as SB3ReplayBuffer
 from sb3_softsac.persistence import atomic_files, buffer_state
 from sb3_softsac.persistence.archive import ArchiveReader, CheckpointError, naming, sha256_of
 
-MANIFEST = re.compile(r"ckpt-(0[0-9]{5}|[1-9][0-9]{5,8})\.json")  # just the names that save() gives
+MANIFEST = re.compile(r"ckpt-(0[0-9]{5}|[1-9][0-9]{5,8})\.json")  # only names that save() gives
 STATE = re.compile(r"step-([0-9]+)-(0[0-9]{5}|[1-9][0-9]{5,8})\.zip")
 SEGMENT = re.compile(r"replay/([0-9]{5,12})-([0-9]{5,12})-[0-9a-f]{16}\.npz")
 FORMAT = 1
@@ -38,14 +38,16 @@ Manifest = dict[str, Any]
 
 class RunFolder:
     """
-    :param path: the folder; made at the first :meth:`save`
+    A folder of checkpoints.
+
+    :param path: the folder; the first :meth:`save` creates it
     """
 
     def __init__(self, path: Path):
         self.path = path
-        self.last: Manifest | None = None  # what this process has written or loaded last
-        self.newest = -1  # number of the newest checkpoint then, valid or not
-        # The replay buffer and its n_added then; not its id, which another may get when it is gone
+        self.last: Manifest | None = None  # written or loaded last by this process
+        self.newest = -1  # number of the newest checkpoint at that time, valid or not
+        # Replay buffer and its n_added at that time; its id would not do, since a later buffer may get the same
         self._rows_then: tuple[weakref.ref[SB3ReplayBuffer], int] | None = None
 
     def numbers(self) -> list[int]:
@@ -58,53 +60,58 @@ class RunFolder:
 
     def manifest(self, number: int) -> Manifest:
         """
-        :param number: of the checkpoint
+        :param number: number of the checkpoint
         :return: its manifest
-        :raises CheckpointError: if it is damaged
+        :raises CheckpointError: if the manifest is damaged
         """
         path = self.path / f"ckpt-{number:06d}.json"
         with naming(str(path)):
-            if not path.is_file():  # a link to nowhere, a pipe
+            if not path.is_file():  # a broken link, a pipe
                 raise CheckpointError(f"{path} is not a file.")
             text = path.read_bytes()
             whole = json.loads(text)
             manifest: Manifest = whole["manifest"]
             if _manifest_text(manifest) != text:
-                raise CheckpointError(f"{path} is damaged: it does not have the hash that it says.")
+                raise CheckpointError(f"{path} is damaged: its SHA-256 differs from the one in it.")
             if manifest["format"] != FORMAT:
-                raise CheckpointError(f"{path} has the format {manifest['format']!r}, this version reads {FORMAT}.")
+                raise CheckpointError(
+                    f"{path} has format {manifest['format']!r}, but this version of sb3_softsac reads format {FORMAT}: "
+                    "open it with the version that wrote it."
+                )
             entries = [manifest["state"], *manifest["segments"]]
             names = [entry["file"] for entry in entries]
             if not STATE.fullmatch(names[0]) or not all(SEGMENT.fullmatch(name) for name in names[1:]):
-                raise CheckpointError(f"{path} names files that are not of a checkpoint.")
+                raise CheckpointError(f"{path} names files that are not part of a checkpoint.")
             if not all(isinstance(entry["sha256"], str) for entry in entries):
                 raise CheckpointError(f"{path} lacks a hash.")
             numbers = [manifest["number"], manifest["num_timesteps"], *(entry["size"] for entry in entries)]
             if manifest["number"] != number or not all(type(n) is int and n >= 0 for n in numbers):
-                raise CheckpointError(f"{path} has the numbers {numbers}, which cannot be.")
+                raise CheckpointError(f"{path} has impossible numbers: {numbers}.")
         return manifest
 
     def verify(self, manifest: Manifest) -> None:
         """
-        :param manifest: of the checkpoint
+        Compare all files of a checkpoint with its manifest.
+
+        :param manifest: manifest of the checkpoint
         :raises CheckpointError: naming the first file that is missing or damaged
         """
         entries = [manifest["state"], *manifest["segments"]]
-        for entry in entries:  # all sizes first: it costs little, and tells most
+        for entry in entries:  # sizes first: they cost little, and differ in most damaged files
             path = self.path / entry["file"]
             if not path.is_file() or path.stat().st_size != entry["size"]:
-                size = f"{path.stat().st_size} bytes" if path.is_file() else "missing"
-                raise CheckpointError(f"{path} is {size}, not of {entry['size']} bytes.")
+                found = f"has {path.stat().st_size} bytes" if path.is_file() else "is missing"
+                raise CheckpointError(f"{path} {found}, expected {entry['size']} bytes.")
         for entry in entries:
             path = self.path / entry["file"]
             with path.open("rb") as file:
                 if sha256_of(file) != entry["sha256"]:
-                    raise CheckpointError(f"{path} is damaged: it does not have the contents that were written.")
+                    raise CheckpointError(f"{path} is damaged: its SHA-256 differs from the manifest.")
 
     def newest_valid(self) -> Manifest:
         """
-        :return: manifest of the newest checkpoint that is whole; a warning says which newer ones are not, and why
-        :raises CheckpointError: if there is none
+        :return: manifest of the newest valid checkpoint; a warning names the newer ones, which are damaged
+        :raises CheckpointError: if no checkpoint is valid
         """
         problems = []
         for number in reversed(self.numbers()):
@@ -128,7 +135,7 @@ class RunFolder:
 
     def model_files(self) -> list[Path]:
         """
-        :return: model files of the checkpoints that have a readable manifest, the newest first
+        :return: model files of all checkpoints with a readable manifest, newest first
         """
         paths = []
         for number in reversed(self.numbers()):
@@ -136,17 +143,11 @@ class RunFolder:
                 paths.append(self.path / self.manifest(number)["state"]["file"])
         return paths
 
-    def open_state(self, manifest: Manifest) -> BinaryIO:
-        """
-        :return: the model file of a checkpoint
-        """
-        return (self.path / manifest["state"]["file"]).open("rb")
-
     def read_segments(self, manifest: Manifest, replay: dict[str, Any]) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
         """
-        :param manifest: of a checkpoint
-        :param replay: description of the replay buffer in its model file
-        :return: first rows and arrays, segment by segment
+        :param manifest: manifest of a checkpoint
+        :param replay: entry of the replay buffer in the index of its model file
+        :return: first row and arrays of each segment
         """
         for entry in manifest["segments"]:
             first, last = _rows(entry["file"])
@@ -157,10 +158,10 @@ class RunFolder:
 
     def continues(self, manifest: Manifest, buffer: SB3ReplayBuffer | None) -> None:
         """
-        Say that this process goes on from a checkpoint.
+        Continue from a checkpoint: the next ones share its segments.
 
-        :param manifest: of the checkpoint
-        :param buffer: replay buffer whose rows are those of its segments; None: of no known buffer
+        :param manifest: manifest of the checkpoint
+        :param buffer: replay buffer whose rows are those of the segments; None: no known buffer
         """
         self.last = manifest
         self.newest = max([manifest["number"], *self.numbers()])
@@ -177,17 +178,17 @@ class RunFolder:
         Write a checkpoint.
 
         :param num_timesteps: environment steps so far
-        :param write_state: writes the model file, returns its size and hash
-        :param buffer: replay buffer to save; None: without one
-        :param keep_last: how many checkpoints to keep
-        :return: its manifest
-        :raises CheckpointError: if another process writes here too
-        :raises OSError: if the disk is full, ...; what was there before is still there
+        :param write_state: writes the model file, returns its size and SHA-256
+        :param buffer: replay buffer to save; None: none
+        :param keep_last: number of checkpoints to keep
+        :return: manifest of the new checkpoint
+        :raises CheckpointError: if another process writes to the same folder
+        :raises OSError: if the disk is full, ...; older checkpoints remain valid
         """
         if max([-1, *self.numbers()]) > self.newest:
             raise CheckpointError(
-                f"{self.path} has got checkpoints that this run has not written: is a second process at work there? "
-                "Each run needs a folder of its own."
+                f"{self.path} has new checkpoints that this run did not write: does a second process save there? "
+                "Give each run its own folder."
             )
         number = self.newest + 1
         segments = [] if buffer is None else self._save_segments(buffer)
@@ -202,7 +203,7 @@ class RunFolder:
             "state": {"file": name, "size": size, "sha256": sha256},
             "segments": segments,
         }
-        self.newest = number  # even if there is an error now: the name may be there
+        self.newest = number  # even if this fails: the file may exist afterwards
         with atomic_files.atomic_file(self.path / f"ckpt-{number:06d}.json") as file:
             file.write(_manifest_text(manifest))
         self.last = manifest
@@ -222,7 +223,7 @@ class RunFolder:
         for segment in buffer_state.segments(buffer):
             entry = before.get(segment)
             if entry is not None and entry["file"] not in there:
-                entry = None  # somebody has removed it
+                entry = None  # the user has removed it
             if entry is None or buffer_state.may_have_changed(buffer, segment, rows_before):
                 stream = io.BytesIO()
                 np.savez(stream, **buffer_state.get_rows(buffer, *segment))  # type: ignore[arg-type]
@@ -244,13 +245,13 @@ class RunFolder:
         self._rows_then = None if buffer is None else (weakref.ref(buffer), getattr(buffer, "n_added", 0))
 
     def _clean(self, keep_last: int) -> None:
-        """Remove older checkpoints, then what no readable manifest names."""
+        """Remove older checkpoints, then all files that no kept manifest names."""
         kept: list[Manifest] = []
         for number in reversed(self.numbers()):
             try:
                 manifest = self.last if self.last and self.last["number"] == number else self.manifest(number)
             except CheckpointError:
-                continue  # does not count, and goes when it is older than those kept
+                continue  # it does not count, and is removed once it is older than those kept
             if len(kept) < keep_last:
                 kept.append(manifest)
         oldest = kept[-1]["number"]
@@ -261,7 +262,7 @@ class RunFolder:
         named = {entry["file"] for manifest in kept for entry in [manifest["state"], *manifest["segments"]]}
         for folder, pattern in (("", STATE), ("replay/", SEGMENT)):
             inside = self.path / folder
-            if not inside.is_dir() or (folder and inside.is_symlink()):  # nothing is removed where a link leads
+            if not inside.is_dir() or (folder and inside.is_symlink()):  # never remove files elsewhere
                 continue
             for name in os.listdir(inside):
                 if pattern.fullmatch(folder + name) and folder + name not in named:
@@ -271,9 +272,9 @@ class RunFolder:
 
 def checkpoint_of(path: Path) -> tuple[RunFolder, Manifest] | None:
     """
-    :param path: a model file
-    :return: the folder and the manifest of the checkpoint that it is part of; None if it is part of none
-    :raises CheckpointError: if it is part of one that is damaged
+    :param path: model file
+    :return: folder and manifest of the checkpoint that it is part of; None: it is not part of any
+    :raises CheckpointError: if the checkpoint is damaged
     """
     match = STATE.fullmatch(path.name)
     folder = RunFolder(path.parent)

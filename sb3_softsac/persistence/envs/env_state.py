@@ -1,19 +1,19 @@
 """
-State of vectorised environments, so that a run that was saved in mid-episode goes on bit for bit in a new process.
+State of vectorised environments, with which a run that was saved in mid-episode continues bit for bit in a new process.
 
-Every object of the chain (VecEnv wrappers, the VecEnv, gym wrappers, the environment itself) is read attribute by
-attribute; what is neither plain data nor clearly constant makes its environment "missing", with a reason that names it.
-A simulator that cannot be read (Box2D) is brought back by replay: random state before the last reset and the actions
-since, recorded from :func:`prepare` on, and checked against what it had shown. Nothing is ever guessed. What is kept
-outside of the objects (in globals, attributes of classes, closures of functions) is not seen.
+Every object of the chain (VecEnv wrappers, VecEnv, gym wrappers, environment) is captured attribute by attribute. If an
+attribute is neither plain data nor clearly constant, its environment is "missing", with a reason that names it. A
+simulator that cannot be read (Box2D) is restored by replay: from the random state before the last reset and the actions
+since then, which are recorded from :func:`prepare` on. The replay must end in the same observation. Nothing is guessed.
+State outside of the objects (globals, class attributes, closures) is not captured.
 
-An environment, wrapper or VecEnv of your own is asked first, if it has both methods::
+Your own environment, wrapper or VecEnv can describe its state with two methods::
 
     def get_state(self) -> Any: ...           # plain data: numbers, strings, lists, dicts, arrays, random generators
-    def set_state(self, state: Any) -> None:  # what get_state() has returned; called in a newly made object
+    def set_state(self, state: Any) -> None:  # takes the result of get_state(), in a newly made object
 
-They stand for all attributes of that object but gymnasium's random states, which are kept anyway. ``set_state`` is
-called before a new episode too, since a curriculum or a counter may live across episodes: leave settings out of it.
+They replace all attributes of that object except Gymnasium's random states, which are always saved. ``set_state`` is
+also called before a new episode, since a curriculum or a counter may live across episodes: leave settings out of it.
 """
 
 import atexit
@@ -38,32 +38,30 @@ from stable_baselines3.common.vec_env import (
     VecNormalize,
 )
 
-from sb3_softsac.persistence.codec import NotEncodable, decode, encode
+from sb3_softsac.persistence.codec import NotEncodable, decode, encode, full_name
 from sb3_softsac.persistence.envs.episode_replay import RECORDER, prepare_env, replay_episode
+from sb3_softsac.persistence.envs.known_classes import ALL, STATE
 from sb3_softsac.persistence.envs.object_state import (
-    ALL,
     OFFER,
-    STATE,
     are_same,
     arguments_of,
     capture_object,
     chain_of,
     class_name,
     describe_error,
-    global_random_states,
     is_constant,
     link_shared,
     note_large_data,
     restore_attributes,
     restore_own,
     restore_spaces,
-    set_global_random_states,
     settings_of,
     short_name,
 )
+from sb3_softsac.persistence.random_states import get_random_states, pack_python_state, set_random_states
 
 CALL = "_sb3_softsac_call"
-VEC_NORMALIZE = f"{VecNormalize.__module__}.{VecNormalize.__qualname__}"
+VEC_NORMALIZE = full_name(VecNormalize)
 CLOSE_SECONDS = 5.0
 MAX_REASONS = 5  # in a warning
 _GUARDED: "weakref.WeakSet[SubprocVecEnv]" = weakref.WeakSet()
@@ -71,22 +69,22 @@ _GUARDED: "weakref.WeakSet[SubprocVecEnv]" = weakref.WeakSet()
 
 def prepare(env: VecEnv) -> None:
     """
-    Record resets and actions of those environments whose simulator cannot be read, so that :func:`capture` can describe
-    them. To be called at the start of every ``learn()``, before the reset; does nothing the second time. BipedalWalker
-    and CarRacing get a new Box2D world at each reset, see ``_renew_world``.
+    Record resets and actions of environments whose simulator cannot be read, for :func:`capture`. Call it at the start
+    of every ``learn()``, before the reset; a second call has no effect. BipedalWalker and CarRacing get a new Box2D
+    world at each reset, see ``episode_replay``.
 
-    :param env: with all its wrappers
+    :param env: environments with all wrappers
     """
     _call(chain_of(env)[-1], "prepare")
 
 
 def capture(env: VecEnv) -> dict[str, Any]:
     """
-    The state of environments and wrappers. Neither changes them nor draws random numbers, and never raises: of an
-    environment that cannot be captured, the result says why not.
+    Capture the state of environments and wrappers, without changing them or drawing random numbers. It never raises:
+    for an environment that cannot be captured, the result holds the reason.
 
-    :param env: with all its wrappers
-    :return: a tree of what ``json.dumps`` takes
+    :param env: environments with all wrappers
+    :return: JSON tree
     """
     try:
         chain = chain_of(env)
@@ -94,7 +92,7 @@ def capture(env: VecEnv) -> dict[str, Any]:
         wrappers = _capture_chain(chain)
         envs = [] if "own" in wrappers[-1] else _call(base, "capture")
         state = {"n_envs": int(base.num_envs), "wrappers": wrappers, "envs": envs}
-        # Of a reset to come
+        # Arguments of the next reset
         return {**state, "seeds": encode(vars(base).get("_seeds")), "options": encode(vars(base).get("_options"))}
     except Exception as error:
         return {"missing": describe_error(error)}
@@ -102,14 +100,14 @@ def capture(env: VecEnv) -> dict[str, Any]:
 
 def restore(env: VecEnv, state: dict[str, Any], mid_episode: bool) -> list[str]:
     """
-    Put back what :func:`capture` has returned.
+    Restore a captured state.
 
-    :param env: made and wrapped as the captured one
-    :param state: result of :func:`capture`, perhaps from a file that somebody has tampered with
-    :param mid_episode: True: the next ``env.step`` continues the captured episodes bit for bit. False, for a caller
-        that resets the environments afterwards: only what lives across episodes (random states, running means, totals),
-        and no settings. Where the former fails, the latter is done, and the caller has to reset.
-    :return: reasons why the continuation is not exact; empty if it is
+    :param env: environments, made and wrapped like the captured ones
+    :param state: result of :func:`capture`, possibly from an untrusted file
+    :param mid_episode: True: the next ``env.step`` continues the captured episodes bit for bit. False: restore only
+        what lives across episodes (random states, running means, totals), for a caller that resets the environments
+        afterwards. If True fails, the effect is that of False, and the caller must reset the environments.
+    :return: reasons why the restore is not exact; empty if it is
     """
     chain = chain_of(env)
     try:
@@ -118,8 +116,8 @@ def restore(env: VecEnv, state: dict[str, Any], mid_episode: bool) -> list[str]:
         if state["n_envs"] != env.num_envs:
             _restore_statistics(chain, state)
             if state["n_envs"] == 0:
-                return ["the state is of VecNormalize only"] if mid_episode else []
-            return [f"the state is of {state['n_envs']} environments, here are {env.num_envs}"]
+                return ["the state is that of VecNormalize only"] if mid_episode else []
+            return [f"the state is that of {state['n_envs']} environments, not {env.num_envs}"]
         return _restore_vec_env(chain, state, mid_episode)
     except Exception as error:
         return [f"the state of the environments is damaged: {describe_error(error)}"]
@@ -128,11 +126,11 @@ def restore(env: VecEnv, state: dict[str, Any], mid_episode: bool) -> list[str]:
 def statistics(state: dict[str, Any] | None) -> dict[str, Any] | None:
     """
     :param state: result of :func:`capture`
-    :return: the part about ``VecNormalize``, which fits any environments; None if there is none
+    :return: the part about ``VecNormalize``, which fits any number of environments; None if there is none
     """
     try:
         wrappers = [layer for layer in state["wrappers"] if layer["class"] == VEC_NORMALIZE]  # type: ignore[index]
-    except (TypeError, KeyError):  # there is none, or it is damaged
+    except (TypeError, KeyError):  # no state, or a damaged one
         return None
     return {"n_envs": 0, "wrappers": wrappers, "envs": []} if wrappers else None
 
@@ -140,24 +138,24 @@ def statistics(state: dict[str, Any] | None) -> dict[str, Any] | None:
 def is_normalized(state: dict[str, Any]) -> bool:
     """
     :param state: result of :func:`capture`
-    :return: whether there was a ``VecNormalize``
+    :return: whether the environments were wrapped in ``VecNormalize``
     """
     return any(layer["class"] == VEC_NORMALIZE for layer in state.get("wrappers", ()))
 
 
 def ignore_signals(env: VecEnv, signals: Iterable[int]) -> None:
     """
-    Let the worker processes of a ``SubprocVecEnv`` survive signals that a scheduler sends to all processes of a job, as
-    long as the main process lives: it cannot save without them. No effect on other environments.
+    Let the workers of a ``SubprocVecEnv`` ignore signals while the main process lives. A scheduler sends them to all
+    processes of a job, but the main process cannot save without its workers. No effect on other environments.
 
-    :param env: with all its wrappers
-    :param signals: for instance ``(signal.SIGTERM, signal.SIGUSR1)``
+    :param env: environments with all wrappers
+    :param signals: signal numbers, for instance ``(signal.SIGTERM, signal.SIGUSR1)``
     """
     base = chain_of(env)[-1]
     if isinstance(base, SubprocVecEnv):
         _call(base, "survive_signals", [int(number) for number in signals])
         if base not in _GUARDED:
-            # At its exit Python would send SIGTERM to the workers, and wait for them for ever
+            # At exit, Python would send SIGTERM to the workers and wait for them forever
             _GUARDED.add(base)
             atexit.register(_end_workers, weakref.ref(base))
 
@@ -167,16 +165,7 @@ def ignore_signals(env: VecEnv, signals: Iterable[int]) -> None:
 
 def _restore_vec_env(chain: list[Any], state: dict[str, Any], mid_episode: bool) -> list[str]:
     base, layers, envs = chain[-1], state["wrappers"], state["envs"]
-    reasons: list[str] = []
-    if mid_episode:
-        try:
-            _restore_exactly(chain, layers)
-            _tell_other_settings(chain, layers)
-        except Exception as error:
-            reasons.append(describe_error(error))
-    if not mid_episode or reasons:
-        lost = _restore_lasting(chain, layers)
-        reasons = reasons or lost
+    reasons, _ = _restore_layers(chain, layers, mid_episode)
     if "own" in layers[-1]:
         return reasons
     seeds, options = decode(state["seeds"]), decode(state["options"])
@@ -187,7 +176,7 @@ def _restore_vec_env(chain: list[Any], state: dict[str, Any], mid_episode: bool)
         found, is_random_state_back = _call(base, "restore", tree, mid_episode, indices=[i])[0]
         for reason in found:
             envs_of.setdefault(reason, []).append(i)
-        # SB3's load() has put the seed there again, and the next reset would repeat the very first episodes
+        # SB3's load() has set the seed of the run again: with it, the next reset would repeat the very first episode
         if is_random_state_back and isinstance(seeds[i], int | None):
             base._seeds[i] = seeds[i]
         if isinstance(options[i], dict):
@@ -197,8 +186,8 @@ def _restore_vec_env(chain: list[Any], state: dict[str, Any], mid_episode: bool)
 
 def _summary(envs_of: dict[str, list[int]]) -> list[str]:
     """
-    :param envs_of: by reason, the environments that have it; there may be thousands
-    :return: a few sentences
+    :param envs_of: indices of environments by reason
+    :return: one sentence for each of the first reasons, also if there are thousands of environments
     """
     sentences = []
     for reason, (first, *others) in list(envs_of.items())[:MAX_REASONS]:
@@ -206,17 +195,6 @@ def _summary(envs_of: dict[str, list[int]]) -> list[str]:
         sentences.append(f"environment {first}{also}: {reason}")
     n_left = len(envs_of) - len(sentences)
     return sentences + ([f"{n_left} other reasons"] if n_left else [])
-
-
-def _tell_other_settings(chain: list[Any], layers: list[dict[str, Any]]) -> None:
-    for obj, layer in zip(chain, layers, strict=True):
-        here = settings_of(obj)
-        there = {name: value for name, value in layer.get("settings", {}).items() if name in here}
-        others = [name for name in there if there[name] != here[name]]
-        if others:
-            said = [f"{name}={decode(here[name])} (was {decode(there[name])})" for name in others]
-            text = f"The continuation may differ: {short_name(obj)} has {', '.join(said)}."
-            warnings.warn(text, stacklevel=5)
 
 
 def _restore_statistics(chain: list[Any], state: dict[str, Any]) -> None:
@@ -228,19 +206,19 @@ def _restore_statistics(chain: list[Any], state: dict[str, Any]) -> None:
 
 
 def _call(base: Any, operation: str, *args: Any, indices: Sequence[int] | None = None) -> list[Any]:
-    """Results of one of ``OPERATIONS`` on these environments (None: all), wherever they are."""
+    """Run one of ``OPERATIONS`` on some environments (None: all), in this process or in workers."""
     run, when_failed = OPERATIONS[operation]
     indices = range(base.num_envs) if indices is None else indices
     if isinstance(base, DummyVecEnv):
         return [run(base.envs[i], *args) for i in indices]
     try:
         if not isinstance(base, SubprocVecEnv):
-            raise ValueError(f"{class_name(base)} is a VecEnv that cannot be looked into; {OFFER}")
-        # All must live: the answers of the others would wait, and be taken for those of the next command
+            raise ValueError(f"{class_name(base)} is a VecEnv that cannot be captured; {OFFER}")
+        # All must live: otherwise, unread answers would be taken for those of the next command
         if base.closed or not all(map(_is_alive, base.processes, base.remotes)):
             raise ValueError("the SubprocVecEnv is closed, or one of its worker processes has ended")
-        # SB3's workers know no command that runs a function on the environment. But set_attr puts a function, pickled
-        # by its name, on the outermost wrapper, where env_method calls it (as no method, so without the environment).
+        # SB3's workers have no command that runs a function on the environment. But set_attr stores a function, pickled
+        # by its name, on the outermost wrapper, and env_method calls it (without self, since it is not a method).
         base.set_attr(CALL, _in_worker)
         return base.env_method(CALL, operation, *args, indices=indices)
     except Exception as error:
@@ -251,9 +229,9 @@ def _is_alive(process: Any, remote: Any) -> bool:
     if process.is_alive():
         return True
     try:
-        # A SIGTERM to the whole job ends the fork server too, and Python then takes its children for dead
+        # A SIGTERM to the whole job also ends the fork server, and Python then considers its children dead
         os.kill(process.pid, 0)
-        return not remote.poll()  # there would be the end of the stream
+        return not remote.poll()  # a dead worker's pipe is readable: it is at its end
     except OSError:
         return False
 
@@ -262,29 +240,30 @@ def _in_worker(operation: str, *args: Any) -> Any:
     run, when_failed = OPERATIONS[operation]
     try:
         result = run(_env_of_worker(), *args)
-        # The main process has its own, which are the caller's business
+        # The caller handles the random states of the main process
         if operation == "capture":
-            result["process"] = encode(global_random_states())
+            states = get_random_states()
+            result["process"] = encode({**states, "python": pack_python_state(states["python"])})
         elif operation == "restore" and "process" in args[0]:
-            set_global_random_states(decode(args[0]["process"]))
+            set_random_states(decode(args[0]["process"]))
         return result
-    except Exception as error:  # it would end the worker
+    except Exception as error:  # otherwise it would end the worker
         return when_failed(describe_error(error))
 
 
 def _env_of_worker() -> gym.Env:
-    """The environment is a local variable of SB3's worker function, which is among our callers."""
+    """The environment of this worker process: a local variable of SB3's worker function, one of our callers."""
     frame: types.FrameType | None = sys._getframe()
     while frame is not None and frame.f_globals.get("__name__") != SubprocVecEnv.__module__:
         frame = frame.f_back
     found = [] if frame is None else [value for value in frame.f_locals.values() if isinstance(value, gym.Env)]
     if len(found) != 1:
-        raise ValueError("the environment is not where this version of SoftSAC looks for it in SB3's worker processes")
+        raise ValueError("this version of SoftSAC cannot find the environment in the workers of this version of SB3")
     return found[0]
 
 
 def _survive_signals(_env: gym.Env, numbers: list[int]) -> None:
-    # A handler instead of SIG_IGN: programs that the environment starts do not inherit it, and orphans still end
+    # Not SIG_IGN: programs that the environment starts would inherit it, and orphans would not end
     for number in numbers:
         signal.signal(number, _end_if_orphaned)
 
@@ -322,11 +301,11 @@ def _capture_env(env: gym.Env) -> dict[str, Any]:
             try:
                 recorder = vars(chain[-1]).get(RECORDER)
                 if recorder is None:
-                    raise NotEncodable("it has not been recorded")
+                    raise NotEncodable("it was not recorded")
                 tree["replay"] = recorder.tree()
                 layers[-1]["episode"] = {}
             except NotEncodable as error:
-                missing.append(f"{unreadable}; nor can the episode be replayed: {error}")
+                missing.append(f"{unreadable}, and the episode cannot be replayed: {error}")
         if missing:
             tree["missing"] = f"{missing[0]}; {OFFER}"
         return tree
@@ -336,24 +315,22 @@ def _capture_env(env: gym.Env) -> dict[str, Any]:
 
 def _restore_env(env: gym.Env, tree: dict[str, Any], mid_episode: bool) -> tuple[list[str], bool]:
     """
-    :return: reasons why it is not exact; whether the environment has its random state back
+    :return: reasons why it is not exact; whether the random state of the environment is restored
     """
-    reasons: list[str] = []
     try:
         chain, layers = chain_of(env), tree.get("layers", [])
+        missing = [str(tree["missing"])] if "missing" in tree else []
         note_large_data(chain)
-        try:
-            if "missing" in tree and (mid_episode or not layers):
-                raise ValueError(str(tree["missing"]))
-            if mid_episode:
-                _restore_exactly(chain, layers, tree.get("replay"))
-                return [], True
-        except Exception as error:
-            reasons.append(describe_error(error))
-        lost = _restore_lasting(chain, layers)
-        return reasons or lost, bool(layers) and layers[-1]["class"] == class_name(chain[-1]) and not lost
+        if not layers:
+            return missing or ["its state is empty"], False
+        reasons, is_lasting = _restore_layers(chain, layers, mid_episode and not missing, tree.get("replay"))
+        is_random_state_back = is_lasting and layers[-1]["class"] == class_name(chain[-1])
+        return (missing if mid_episode else []) or reasons, is_random_state_back
     except Exception as error:
-        return [*reasons, f"its state is damaged: {describe_error(error)}"], False
+        return [f"its state is damaged: {describe_error(error)}"], False
+
+
+# --- a chain of objects -----------------------------------------------------------------------------------------------
 
 
 def _capture_chain(chain: list[Any]) -> list[dict[str, Any]]:
@@ -361,21 +338,38 @@ def _capture_chain(chain: list[Any]) -> list[dict[str, Any]]:
     return [capture_object(chain, i, seen) for i in range(len(chain))]
 
 
-def _restore_exactly(chain: list[Any], layers: list[dict[str, Any]], replay: dict[str, Any] | None = None) -> None:
+def _restore_layers(
+    chain: list[Any], layers: list[dict[str, Any]], mid_episode: bool, replay: dict[str, Any] | None = None
+) -> tuple[list[str], bool]:
+    """
+    :return: reasons why it is not exact; whether all that lives across episodes is restored
+    """
+    reasons = []
+    if mid_episode:
+        try:
+            _restore_exactly(chain, layers, replay)
+            return [], True
+        except Exception as error:
+            reasons.append(describe_error(error))
+    lost = _restore_lasting(chain, layers)
+    return reasons or lost, not lost
+
+
+def _restore_exactly(chain: list[Any], layers: list[dict[str, Any]], replay: dict[str, Any] | None) -> None:
     """
     :raises Exception: of any kind, if the result would not be exact
     """
     saved, here = [layer["class"] for layer in layers], [class_name(obj) for obj in chain]
     if saved != here:
-        raise ValueError(f"saved with {' > '.join(saved)}, here is {' > '.join(here)}")
+        raise ValueError(f"saved with {' > '.join(saved)}, but here is {' > '.join(here)}")
     for obj, layer in zip(chain, layers, strict=True):
         is_replayed = replay is not None and obj is chain[-1]
-        for reason in () if is_replayed else layer["unreadable"].values():
-            raise ValueError(f"{reason}; {OFFER}")
+        if layer["unreadable"] and not is_replayed:
+            raise ValueError(f"{next(iter(layer['unreadable'].values()))}; {OFFER}")
         now = arguments_of(obj)
         names = layer["made"].keys() | now.keys()
         if others := sorted(name for name in names if not are_same(layer["made"].get(name), now.get(name))):
-            raise ValueError(f"{short_name(obj)} was made with other arguments than here: {', '.join(others)}")
+            raise ValueError(f"{short_name(obj)} was made with different values of {', '.join(others)}")
     if replay is not None:
         replay_episode(chain, replay)
     for obj, layer in zip(chain, layers, strict=True):
@@ -389,11 +383,24 @@ def _restore_exactly(chain: list[Any], layers: list[dict[str, Any]], replay: dic
         restore_own(obj, layer)
         restore_spaces(obj, layer)
     link_shared(chain, layers, ("lasting", "episode"))
+    _warn_of_settings(chain, layers)
+
+
+def _warn_of_settings(chain: list[Any], layers: list[dict[str, Any]]) -> None:
+    for obj, layer in zip(chain, layers, strict=True):
+        here = settings_of(obj)
+        there = {name: value for name, value in layer.get("settings", {}).items() if name in here}
+        changed = [
+            f"{name}={decode(here[name])} (was {decode(there[name])})" for name in there if there[name] != here[name]
+        ]
+        if changed:
+            text = f"The continuation may differ: {short_name(obj)} has {', '.join(changed)}."
+            warnings.warn(text, stacklevel=7)
 
 
 def _restore_lasting(chain: list[Any], layers: list[dict[str, Any]]) -> list[str]:
     """
-    :return: reasons why not all of it is back
+    :return: reasons why some of it is not restored
     """
     reasons = []
     pairs = _pairs(chain, layers)
@@ -409,12 +416,12 @@ def _restore_lasting(chain: list[Any], layers: list[dict[str, Any]]) -> list[str
     partners = [id(layer) for _, layer in pairs]
     for layer in layers:
         if id(layer) not in partners and (layer["lasting"] or "own" in layer):
-            reasons.append(f"there is no {layer['class']} here, which has been saved")
+            reasons.append(f"there is no {layer['class']} here to restore")
     return reasons
 
 
 def _pairs(chain: list[Any], layers: list[dict[str, Any]]) -> list[tuple[Any, dict[str, Any]]]:
-    """Each object with a layer of its class, each layer once."""
+    """Objects with layers of their class; each layer is used once."""
     rest = list(layers)
     pairs = []
     for obj in chain:
@@ -424,6 +431,7 @@ def _pairs(chain: list[Any], layers: list[dict[str, Any]]) -> list[tuple[Any, di
     return pairs
 
 
+# Functions to run on an environment, and their results if they fail, made from the reason
 OPERATIONS: dict[str, tuple[Callable[..., Any], Callable[[str], Any]]] = {
     "prepare": (prepare_env, lambda reason: None),
     "capture": (_capture_env, lambda reason: {"missing": reason}),

@@ -1,6 +1,6 @@
 """
 Replay of an episode, for environments whose simulator cannot be read (Box2D): from the random state before the last
-reset and the actions since, and checked against what the environment had shown.
+reset and the actions since then. The last observation and reward must be the same.
 """
 
 import contextlib
@@ -14,13 +14,10 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
-from sb3_softsac.persistence.codec import NotEncodable, decode, encode
+from sb3_softsac.persistence.codec import NotEncodable, decode, encode, full_name
+from sb3_softsac.persistence.envs.known_classes import CONSTANT_TYPES, FUNCTION_TYPES, RANDOM_TYPES, Bookkeeping
 from sb3_softsac.persistence.envs.object_state import (
-    CONSTANT_TYPES,
-    FUNCTION_TYPES,
     OFFER,
-    RANDOM_TYPES,
-    Bookkeeping,
     are_same,
     capture_object,
     chain_of,
@@ -28,15 +25,13 @@ from sb3_softsac.persistence.envs.object_state import (
     describe_error,
     encode_attribute,
     encode_random,
-    global_random_states,
     is_constant,
-    module_of,
     note_large_data,
     offers_state,
     restore_attributes,
-    set_global_random_states,
     short_name,
 )
+from sb3_softsac.persistence.random_states import get_random_states, set_random_states
 
 RECORDER = "_sb3_softsac_recorder"
 MAX_REPLAY = 100_000  # steps of one episode
@@ -46,17 +41,17 @@ class Recorder(Bookkeeping):
     """
     Records the reset and actions of the episode, for an environment whose state cannot be read.
 
-    :param env: without wrappers
+    :param env: environment without wrappers
     """
 
     def __init__(self, env: Any):
         self.env = env
         self.shadowed = {name: value for name, value in vars(env).items() if name in ("reset", "step")}
         self.real_reset, self.real_step = env.reset, env.step
-        self.is_busy = False  # environments step in their reset, and the other way round
+        self.is_busy = False  # an environment may call step() in its reset(), or vice versa
         self.is_needed = False
         self.is_fresh = vars(env).get("_np_random") is None
-        self.reason: str | None = "the recording began in mid-episode; it can be captured after the next reset"
+        self.reason: str | None = "its recording began in mid-episode; it can be captured after the next reset"
         self.began: dict[str, Any] = {}
         self.actions: list[Any] = []
         self.result: Any = None
@@ -80,7 +75,7 @@ class Recorder(Bookkeeping):
         self._begin(args, kwargs)
         result = self._run(self.real_reset, args, kwargs, n_results=1)
         if any(world is used for world in _worlds(self.env) for used in worlds):
-            self.reason = "its Box2D world has seen earlier episodes, and their traces stay; make a new one in reset()"
+            self.reason = "its Box2D world keeps traces of earlier episodes; make a new world in each reset()"
         self.is_fresh = False
         return result
 
@@ -97,8 +92,8 @@ class Recorder(Bookkeeping):
 
     def tree(self) -> dict[str, Any]:
         """
-        :return: what :func:`replay_episode` needs
-        :raises NotEncodable: with the reason why there is none
+        :return: JSON tree for :func:`replay_episode`
+        :raises NotEncodable: with the reason, if the episode cannot be replayed
         """
         if self.reason is not None:
             raise NotEncodable(self.reason)
@@ -114,7 +109,7 @@ class Recorder(Bookkeeping):
         try:
             _renew_world(self.env)
             if kwargs.get("seed") is None and hasattr(type(self.env), "np_random"):
-                _ = self.env.np_random  # else reset() would draw its seed unseen
+                _ = self.env.np_random  # seed it now; reset() would draw a seed that is not recorded
             start = {
                 name: encode_attribute(self.env, name, value, name)
                 for name, value in vars(self.env).items()
@@ -141,14 +136,19 @@ class Recorder(Bookkeeping):
 
 
 def prepare_env(env: gym.Env) -> None:
-    with contextlib.suppress(Exception):  # capture() will say what the matter is
+    """
+    Record the episodes of an environment, unless its state can be read.
+
+    :param env: environment with its wrappers
+    """
+    with contextlib.suppress(Exception):  # capture() gives the reason
         chain = chain_of(env)
         note_large_data(chain)
         inner = chain[-1]
         if RECORDER in vars(inner) or offers_state(inner):
             return
-        # Others may get unreadable attributes in their first reset or step; the recorder leaves if they do not
-        if not (module_of(inner).startswith("gymnasium.envs.") and _is_readable(inner)):
+        # Other environments may get unreadable attributes in the first episode; if not, the recorder removes itself
+        if not (full_name(type(inner)).startswith("gymnasium.envs.") and _is_readable(inner)):
             Recorder(inner)
 
 
@@ -158,7 +158,11 @@ def _is_readable(env: Any) -> bool:
 
 def replay_episode(chain: list[Any], replay: dict[str, Any]) -> None:
     """
-    :raises Exception: of any kind, if the environment has not come to where it was
+    Bring an environment to its recorded state.
+
+    :param chain: all objects from the outermost wrapper to the environment
+    :param replay: result of :meth:`Recorder.tree`
+    :raises Exception: of any kind, if the replay leads to another state
     """
     env = chain[-1]
     if isinstance(old := vars(env).get(RECORDER), Recorder):
@@ -167,22 +171,22 @@ def replay_episode(chain: list[Any], replay: dict[str, Any]) -> None:
     actions, args, kwargs = (decode(replay[name]) for name in ("actions", "args", "kwargs"))
     if len(actions) > MAX_REPLAY:
         raise ValueError(f"a replay of {len(actions)} actions")
-    global_states = global_random_states()
+    random_states = get_random_states()
     try:
         restore_attributes(env, replay["start"], chain)
         env.reset(*args, **kwargs)
         for action in actions:
             env.step(action.copy() if isinstance(actions, np.ndarray) else action)
     finally:
-        set_global_random_states(global_states)
+        set_random_states(random_states)
     now = recorder.tree()
     names = [f"its {name}" for name, trace in now["traces"].items() if trace != replay["traces"].get(name)]
     if not are_same(now["result"], replay["result"]):
         names.insert(0, "the observation or reward")
     if names:
         raise ValueError(
-            f"{short_name(env)} cannot be read, and repeating the {len(actions)} actions of the episode led elsewhere "
-            f"({', '.join(names[:3])} differ): it uses random numbers or a clock that are not its own; {OFFER}"
+            f"{short_name(env)} cannot be read, and replaying the {len(actions)} actions of the episode led to another "
+            f"state ({', '.join(names[:3])} differ): it uses a clock or random numbers other than its own; {OFFER}"
         )
 
 
@@ -192,8 +196,8 @@ def _worlds(env: Any) -> list[Any]:
 
 def _renew_world(env: Any) -> None:
     """
-    Box2D computes other last bits in a world that has had bodies before, even if they are gone (Gymnasium issue 728).
-    LunarLander makes a new world for each episode therefore; BipedalWalker and CarRacing get one here.
+    Rounding in a Box2D world depends on earlier bodies, even destroyed ones (Gymnasium issue 728). LunarLander makes a
+    new world for each episode therefore; BipedalWalker and CarRacing get one here.
     """
     if _worlds(env) and any(cls.__module__.startswith("gymnasium.envs.box2d.") for cls in type(env).__mro__):
         env._destroy()
@@ -201,7 +205,7 @@ def _renew_world(env: Any) -> None:
 
 
 def _traces(env: Any) -> dict[str, str]:
-    """Digest of each attribute as deep as it can be followed, also of those that cannot be written."""
+    """Digest of each attribute, at any depth, also of those that cannot be encoded."""
     traces = {}
     for name, value in vars(env).items():
         if not is_constant(name, value, [env]):
@@ -224,7 +228,7 @@ def _trace(value: Any, digest: Any, seen: set[int]) -> None:
     if id(value) in seen or isinstance(value, (*CONSTANT_TYPES, *FUNCTION_TYPES)):
         return
     if len(seen) > MAX_REPLAY:
-        raise NotEncodable("it consists of too many objects to compare")
+        raise NotEncodable("it has too many objects to compare")
     seen.add(id(value))
     slots = [name for cls in type(value).__mro__ for name in vars(cls).get("__slots__") or ()]
     members = {name: getattr(value, name) for name in slots if name not in ("__dict__", "__weakref__")}

@@ -1,8 +1,8 @@
 """
 State of one object of an environment: attribute by attribute, with its random generators, as a JSON tree.
 
-What is neither plain data nor clearly constant is "unreadable", with a reason that names it. The tables say what is
-known of classes; everything else is found out from the attributes themselves.
+An attribute that is neither plain data nor clearly constant is "unreadable", with a reason that names it.
+``known_classes`` lists the classes whose attributes are known; of all others, the attributes themselves decide.
 """
 
 import contextlib
@@ -10,126 +10,49 @@ import copy
 import functools
 import hashlib
 import inspect
-import io
 import json
-import logging
 import random
-import time
 import types
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
-import torch as th
 from gymnasium.envs.registration import EnvSpec
-from gymnasium.wrappers import (
-    HumanRendering,
-    NormalizeReward,
-    PassiveEnvChecker,
-    RecordEpisodeStatistics,
-    RecordVideo,
-    RenderCollection,
-)
-from stable_baselines3.common.logger import Logger
-from stable_baselines3.common.monitor import Monitor, ResultsWriter
-from stable_baselines3.common.running_mean_std import RunningMeanStd
-from stable_baselines3.common.vec_env import (
-    DummyVecEnv,
-    StackedObservations,
-    SubprocVecEnv,
-    VecCheckNan,
-    VecEnvWrapper,
-    VecExtractDictObs,
-    VecFrameStack,
-    VecMonitor,
-    VecNormalize,
-    VecTransposeImage,
-    VecVideoRecorder,
-)
+from gymnasium.wrappers import PassiveEnvChecker
+from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.vec_env import VecEnvWrapper
 
-from sb3_softsac import upstream
-from sb3_softsac.persistence.codec import NotEncodable, decode, encode
-
-
-class Bookkeeping:
-    """What this package adds to an environment: no part of its state."""
-
-
-# Attributes that live across episodes, and those of the episode; None: all others. Of classes that are not here all
-# plain attributes belong to the episode, but random generators and running means.
-STATE: dict[type, tuple[tuple[str, ...], tuple[str, ...] | None]] = {
-    Monitor: (
-        ("total_steps", "episode_returns", "episode_lengths", "episode_times", "t_start"),
-        ("rewards", "needs_reset", "current_reset_info"),
-    ),
-    RecordEpisodeStatistics: (("episode_count", "time_queue", "return_queue", "length_queue"), None),
-    NormalizeReward: (("discounted_reward",), None),
-    # The user chooses settings (training, norm_reward, clip_obs, ...) for the new environment
-    VecNormalize: (("obs_rms", "ret_rms", "returns"), ("old_obs", "old_reward")),
-    VecMonitor: (("episode_count", "t_start"), ("episode_returns", "episode_lengths")),
-    VecFrameStack: ((), ("stacked_obs",)),
-    VecCheckNan: ((), ("_user_warned", "_actions", "_observations")),
-    # DummyVecEnv overwrites its buffers in each step; pending seeds and options are kept apart
-    **dict.fromkeys((DummyVecEnv, SubprocVecEnv, VecTransposeImage, VecExtractDictObs), ((), ())),
-    **dict.fromkeys((VecVideoRecorder, RecordVideo, RenderCollection, HumanRendering), ((), ())),
-}
-ALL: tuple[tuple[str, ...], None] = ((), None)
-# Of classes that do not say what they were made with: a continued run has those of the new object, and says so
-SETTINGS: dict[type, tuple[str, ...]] = {
-    VecNormalize: (
-        *("training", "norm_obs", "norm_reward", "clip_obs", "clip_reward", "gamma", "epsilon", "norm_obs_keys"),
-    ),
-}
-# As soon as rl_zoo3 is imported gym.make() uses its own; in a VecEnv they are the same
-SAME_CLASSES = {"rl_zoo3.gym_patches.PatchedTimeLimit": "gymnasium.wrappers.common.TimeLimit"}
-# The checker compares the data of the first two steps by identity, which no file can keep: its checks count as done
-CHECKS_DONE = {"checked_reset": True, "checked_step": True, "checked_data_reuse": True, "_previous_data": None}
-# Clocks restart in each process: the elapsed time is kept
-CLOCKS: dict[str, tuple[Callable[[], float], tuple[type, ...]]] = {
-    "t_start": (time.time, (Monitor, VecMonitor)),
-    "episode_start_time": (time.perf_counter, (RecordEpisodeStatistics,)),
-}
-CONSTANT_NAMES = {"spec", "_cached_spec", "metadata", "_metadata", "render_mode", "fullpath", "class_attributes"}
-CONSTANT_NAMES |= {"_saved_kwargs", "_ezpickle_args", "_ezpickle_kwargs"}
-CONSTANT_TYPES = (
-    type,
-    gym.Space,
-    types.ModuleType,
-    EnvSpec,
-    logging.Logger,
-    Logger,
-    ResultsWriter,
-    io.IOBase,
+from sb3_softsac.persistence.codec import NotEncodable, decode, encode, full_name
+from sb3_softsac.persistence.envs.known_classes import (
+    ALL,
+    CHECKS_DONE,
+    CLOCKS,
+    CONSTANT_NAMES,
+    CONSTANT_TYPES,
+    FUNCTION_TYPES,
+    NESTED,
+    RANDOM_TYPES,
+    RENDER_ARGUMENTS,
+    RENDERERS,
+    SAME_CLASSES,
+    SETTINGS,
+    STATE,
     Bookkeeping,
 )
-FUNCTION_TYPES = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, functools.partial, np.ufunc)
-# Objects that only draw: (package, beginning of the class's name)
-RENDERERS = (
-    *(("pygame", name) for name in ("Surface", "Clock", "Font")),
-    *(("mujoco", name) for name in ("Mjv", "Mjr", "Renderer", "GLContext", "MjModel")),  # the model's digest is kept
-    ("gymnasium", "MujocoRenderer"),
-    ("matplotlib", ""),
-)
-RENDER_ARGUMENTS = {"render_mode", "width", "height", "camera_id", "camera_name", "default_camera_config", "max_geom"}
-RENDER_ARGUMENTS |= {"visual_options"}
-# Objects that are their attributes; they are written in place
-NESTED: tuple[type, ...] = (RunningMeanStd, StackedObservations)
-if (_gyms := upstream.find("gymnasium.wrappers.utils:RunningMeanStd")) is not None:  # else it is "unreadable"
-    NESTED += (_gyms,)
-RANDOM_TYPES = (np.random.Generator, np.random.RandomState, random.Random)
-# An attribute of more bytes that does not change is not written, but has to be there already
-LARGE = 2**23
+from sb3_softsac.persistence.random_states import pack_python_state, unpack_python_state
+
+LARGE = 2**23  # bytes of an attribute, from which on only a digest is saved while it does not change
 LARGE_DATA = "_sb3_softsac_large_data"
 OFFER = "give its class get_state() and set_state(state), see sb3_softsac.persistence.envs.env_state"
 
 
 class LargeData(Bookkeeping):
     """
-    Digests of an object's large attributes: what stays as it is until the end need not be written.
+    Digests of the large attributes of an object. They stand for those that never change.
 
-    :param obj: the object, as it was made; None: none are known
+    :param obj: newly made object; None: there are no digests
     """
 
     def __init__(self, obj: Any):
@@ -142,8 +65,8 @@ class LargeData(Bookkeeping):
 
 def note_large_data(chain: list[Any]) -> None:
     """
-    To be called before the attributes of the objects are restored, or changed by an episode: only what a new object
-    has too is known to be there again.
+    Note the large attributes of new objects, before a restore or an episode changes them: another new object has the
+    same.
 
     :param chain: all objects from the outermost wrapper to the environment
     """
@@ -165,11 +88,14 @@ def chain_of(env: Any) -> list[Any]:
 
 def capture_object(chain: list[Any], index: int, seen: dict[int, tuple[Any, ...]]) -> dict[str, Any]:
     """
+    Capture one object of a chain.
+
     :param chain: all objects from the outermost wrapper to the environment
-    :param index: of the object
-    :param seen: id of each mutable value met so far, and where; kept by the caller for the whole chain
-    :return: ``class``; ``made``: constructor arguments; ``lasting``, ``episode``: attributes; ``spaces``: their random
-        states; ``constant``: names left out; ``unreadable``: reasons by name; ``own``: of ``get_state``, if it has that
+    :param index: position of the object
+    :param seen: path of each mutable value so far, by id; one dict for the whole chain
+    :return: JSON tree: ``class``; ``made``, constructor arguments; ``lasting`` and ``episode``, attributes; ``spaces``,
+        random states of the spaces; ``constant``, names of attributes left out; ``unreadable``, reasons by name;
+        ``settings``; ``own``, result of ``get_state()`` if the object has it
     """
     obj = chain[index]
     lasting: dict[str, Any] = {}
@@ -180,8 +106,11 @@ def capture_object(chain: list[Any], index: int, seen: dict[int, tuple[Any, ...]
         "made": arguments_of(obj),
         "lasting": lasting,
         "episode": episode,
+        "spaces": {},
+        "constant": [],
+        "unreadable": unreadable,
+        "settings": settings_of(obj),
     }
-    layer |= {"spaces": {}, "constant": [], "unreadable": unreadable, "settings": settings_of(obj)}
     has_own = offers_state(obj)
     if has_own:
         try:
@@ -189,7 +118,7 @@ def capture_object(chain: list[Any], index: int, seen: dict[int, tuple[Any, ...]
         except Exception as error:
             unreadable["get_state"] = describe_error(error)
     elif any(set(vars(c).get("__slots__") or ()) - {"__dict__", "__weakref__"} for c in type(obj).__mro__):
-        unreadable["__slots__"] = f"{short_name(obj)} has __slots__, which are not looked into"
+        unreadable["__slots__"] = f"{short_name(obj)} has __slots__, which cannot be captured"
     lasting_names, episode_names = STATE.get(type(obj), ALL)
     is_env = isinstance(obj, gym.Env) and index == len(chain) - 1
     for name, space in _spaces(obj).items():
@@ -231,7 +160,7 @@ def restore_attributes(obj: Any, attributes: dict[str, Any], chain: list[Any]) -
             raise ValueError(f"{short_name(obj)} has no attribute {name!r} to restore")
         current = values.get(name)
         if name in values and is_constant(name, current, chain):
-            if not are_same(tree, {"value": None}):  # a window that is not open yet
+            if not are_same(tree, {"value": None}):  # None: a window that was not open yet
                 raise ValueError(f"{where} was plain data and is a {type(current).__name__} here")
         elif "elapsed" in tree:
             values[name] = CLOCKS[name][0]() - float(tree["elapsed"])
@@ -240,7 +169,7 @@ def restore_attributes(obj: Any, attributes: dict[str, Any], chain: list[Any]) -
 
 
 def link_shared(chain: list[Any], layers: list[dict[str, Any]], parts: Sequence[str]) -> None:
-    """Attributes that were one and the same object become so again."""
+    """Let attributes share one object again, if they shared one when they were captured."""
     for obj, layer in zip(chain, layers, strict=True):
         for name, tree in ((name, tree) for part in parts for name, tree in layer[part].items() if "same" in tree):
             i, other = tree["same"]
@@ -250,7 +179,7 @@ def link_shared(chain: list[Any], layers: list[dict[str, Any]], parts: Sequence[
 def restore_own(obj: Any, layer: dict[str, Any]) -> None:
     if "own" in layer:
         if not offers_state(obj):
-            raise ValueError(f"{short_name(obj)} has no set_state(state) for what its get_state() returned")
+            raise ValueError(f"{short_name(obj)} has no set_state(state) for the saved result of get_state()")
         obj.set_state(decode(layer["own"]))
 
 
@@ -259,13 +188,13 @@ def restore_spaces(obj: Any, layer: dict[str, Any]) -> None:
         space = _spaces(obj).get(name)
         parts = [] if space is None else _subspaces(space)
         if len(parts) != len(states):
-            raise ValueError(f"{short_name(obj)}.{name} is another space")
+            raise ValueError(f"{short_name(obj)}.{name} is a different space than in the state")
         for part, state in zip(parts, states, strict=True):
             part._np_random = None if state is None else _decode(state, part._np_random, name)  # type: ignore[assignment]
 
 
 def _spaces(obj: Any) -> dict[str, gym.Space[Any]]:
-    """Its spaces by attribute, those of its class too."""
+    """Spaces of an object and of its class, by attribute."""
     of_class = {name: inspect.getattr_static(type(obj), name, None) for name in ("action_space", "observation_space")}
     return {name: value for name, value in {**of_class, **vars(obj)}.items() if isinstance(value, gym.Space)}
 
@@ -281,7 +210,7 @@ def _subspaces(space: gym.Space[Any]) -> list[gym.Space[Any]]:
 
 
 def arguments_of(obj: Any) -> dict[str, Any]:
-    """What the object was made with, as far as it says so: a state goes on only in an object made alike."""
+    """Constructor arguments that the object has recorded, as JSON trees. An exact restore needs the same."""
     values = vars(obj)
     arguments = {**(values.get("_saved_kwargs") or {}), **(values.get("_ezpickle_kwargs") or {})}
     arguments |= {f"argument {i}": value for i, value in enumerate(values.get("_ezpickle_args") or ())}
@@ -290,7 +219,7 @@ def arguments_of(obj: Any) -> dict[str, Any]:
         arguments |= {"id": spec.id, **spec.kwargs}
     found = {}
     for name, value in arguments.items():
-        is_file = isinstance(value, str) and value.endswith(".xml")  # it may lie elsewhere; the model is compared
+        is_file = isinstance(value, str) and value.endswith(".xml")  # its path may differ; the model may not
         if not (name in RENDER_ARGUMENTS or is_file or isinstance(value, gym.Space)):
             with contextlib.suppress(TypeError):
                 found[str(name)] = encode(value)
@@ -302,7 +231,9 @@ def arguments_of(obj: Any) -> dict[str, Any]:
 
 def encode_attribute(obj: Any, name: str, value: Any, where: str) -> dict[str, Any]:
     """
-    :param obj: what has the attribute ``name``
+    :param obj: owner of the attribute ``name``
+    :param value: value of the attribute
+    :param where: its name in error messages
     :return: ``{kind: tree}``
     :raises NotEncodable: naming the part that is not plain data
     """
@@ -322,7 +253,7 @@ def encode_attribute(obj: Any, name: str, value: Any, where: str) -> dict[str, A
 
 
 def _unchanged(obj: Any, name: str, value: Any) -> dict[str, Any] | None:
-    """Stands for large data that has not changed."""
+    """Tree of a large attribute that has not changed; None for all others."""
     data = vars(obj).get(LARGE_DATA)
     noted = data.digests.get(name) if isinstance(data, LargeData) else None
     return {"digest": noted} if noted is not None and _digest(value, name) == noted else None
@@ -339,7 +270,9 @@ def _n_bytes(value: Any) -> int:
 
 
 def _digest(value: Any, where: str) -> str:
-    """:raises NotEncodable: if ``value`` is not plain data"""
+    """
+    :raises NotEncodable: if ``value`` is not plain data
+    """
     digest = hashlib.sha256()
 
     def add(part: Any) -> None:
@@ -360,9 +293,9 @@ def _digest(value: Any, where: str) -> str:
 
 def _decode(tree: dict[str, Any], current: Any, where: str) -> Any:
     """
-    :param tree: of :func:`encode_attribute`
+    :param tree: result of :func:`encode_attribute`
     :param current: present value; an object of the same kind is changed in place, so that aliases stay
-    :return: the new value
+    :return: new value
     """
     ((kind, content),) = tree.items()
     if kind == "object" and type(current) in NESTED:
@@ -380,9 +313,8 @@ def _decode(tree: dict[str, Any], current: Any, where: str) -> Any:
         _restore_mujoco(current, content)
         return current
     if kind == "python_random":
-        version, words, gauss = decode(content)
         target = current if type(current) is random.Random else random.Random(0)
-        target.setstate((version, tuple(words.tolist()), gauss))
+        target.setstate(unpack_python_state(decode(content)))
         return target
     if kind == "random":
         new = decode(content)
@@ -397,7 +329,7 @@ def _decode(tree: dict[str, Any], current: Any, where: str) -> Any:
         return new
     if kind == "digest":
         if _digest(current, where) != content:
-            raise ValueError(f"{where} was too large to be written, and is not here what it was")
+            raise ValueError(f"{where} was too large to save, and is different here")
         return current
     if kind != "value":
         raise ValueError(f"{where} is {kind!r} in the state, and a {type(current).__name__} here")
@@ -406,7 +338,7 @@ def _decode(tree: dict[str, Any], current: Any, where: str) -> Any:
 
 def encode_random(rng: Any, where: str = "a space's random generator") -> dict[str, Any]:
     if type(rng) is random.Random:
-        return {"python_random": encode(_python_state(rng.getstate()), where)}
+        return {"python_random": encode(pack_python_state(rng.getstate()), where)}
     return {"random": encode(rng, where)}
 
 
@@ -416,7 +348,7 @@ def _encode_mujoco(data: Any) -> dict[str, Any]:
     kind = mujoco.mjtState.mjSTATE_INTEGRATION
     state = np.empty(mujoco.mj_stateSize(data.model, kind))
     mujoco.mj_getState(data.model, data, state, kind)
-    # Other sizes than in new data are those of the contacts, which the next step computes anew
+    # Only arrays of contacts have another size than in new data; the next step computes them again
     new = mujoco.MjData(data.model)
     arrays = {name: getattr(data, name) for name in dir(data) if isinstance(getattr(data, name), np.ndarray)}
     fixed = {name: a for name, a in arrays.items() if a.size > 0 and a.shape == getattr(new, name).shape}
@@ -428,17 +360,17 @@ def _restore_mujoco(data: Any, tree: dict[str, Any]) -> None:
 
     model, state, arrays = data.model, decode(tree["state"]), decode(tree["arrays"])
     if tree["model"] != _model_digest(model):
-        raise ValueError("the MuJoCo model is another one than the state's, or of another MuJoCo version")
+        raise ValueError("the MuJoCo model or version differs from that of the state")
     kind = mujoco.mjtState.mjSTATE_INTEGRATION
     mujoco.mj_setState(model, data, state, kind)
     mujoco.mj_forward(model, data)
     mujoco.mj_setState(model, data, state, kind)  # before 3.3.6 mj_forward changed the warm start
-    # What mj_forward computes belongs to the new position. The simulator leaves some of it a step behind, and tasks
-    # read that before they step: Ant and Humanoid would get a wrong first reward.
+    # mj_forward computes all arrays for the new position. But mj_step leaves some of them one step behind, and tasks
+    # read those before they step: without this, the first rewards of Ant and Humanoid would be wrong.
     for name, array in arrays.items():
         target = None if name.startswith("_") else getattr(data, name, None)
         if not isinstance(target, np.ndarray) or (target.shape, target.dtype) != (array.shape, array.dtype):
-            raise ValueError(f"MuJoCo's {name} has another size than in the state")
+            raise ValueError(f"MuJoCo's {name} has a different shape or dtype than in the state")
         target[...] = array
 
 
@@ -446,7 +378,7 @@ def _model_digest(model: Any) -> str:
     import mujoco
 
     model = copy.copy(model)
-    model.vis.global_.offwidth = model.vis.global_.offheight = 0  # of the window, for the user to choose
+    model.vis.global_.offwidth = model.vis.global_.offheight = 0  # size of the window, which the user chooses
     buffer = np.zeros(mujoco.mj_sizeModel(model), dtype=np.uint8)
     mujoco.mj_saveModel(model, None, buffer)
     return hashlib.sha256(buffer.data).hexdigest()
@@ -454,42 +386,43 @@ def _model_digest(model: Any) -> str:
 
 def _note(value: Any, path: tuple[Any, ...], where: str, seen: dict[int, tuple[Any, ...]], is_deep: bool) -> None:
     """
-    Memory that two attributes share would be two after a restore. Whole attributes that are one object are linked
-    again; anything finer is refused, inside of the environment to any depth, since that can be replayed instead.
+    Note memory that attributes share, since a restore would copy it. Two attributes that are the same object are
+    linked again. All other sharing is refused; within the environment at any depth, since it can be replayed instead.
 
-    :raises NotEncodable: if ``value``, or a part of it, is a part of something that has been seen
+    :raises NotEncodable: if ``value`` or a part of it shares memory with an attribute that was seen before
     """
     root = value
     if isinstance(value, np.ndarray):
         while isinstance(root.base, np.ndarray):
             root = root.base
         if not (root.base is None or isinstance(root.base, bytes | bytearray)):
-            raise NotEncodable(f"{where} is a view of memory that is not numpy's")
+            raise NotEncodable(f"{where} is a view of memory that NumPy does not own")
         if is_deep and not value.flags.c_contiguous:
             raise NotEncodable(f"{where} is not contiguous")
     if isinstance(root, (np.ndarray, list, dict, deque, set, *RANDOM_TYPES, *NESTED)) or _is_mujoco_data(root):
-        # A view of an array that is no attribute itself must not pass for the whole
+        # A view must not be taken for the array that it views
         owner = seen.setdefault(id(root), path if root is value else (*path, "its base"))
         if owner != path and owner != (*path, "its base"):
             raise NotEncodable(f"{where} shares memory with {'.'.join(map(str, owner[1:]))}")
     if is_deep and isinstance(value, set) and len(value) > 1:
-        raise NotEncodable(f"{where} is a set, whose order cannot be kept")
+        raise NotEncodable(f"{where} is a set, whose order cannot be saved")
     if is_deep and isinstance(value, dict | list | tuple | deque):
         for i, item in enumerate(value.values() if isinstance(value, dict) else value):
             _note(item, (*path, i), f"{where}[{i}]", seen, is_deep)
 
 
 def is_constant(name: str, value: Any, chain: list[Any]) -> bool:
+    """Whether an attribute is not state: a function, a space, a renderer, another object of the chain, ..."""
     if name in CONSTANT_NAMES or isinstance(value, CONSTANT_TYPES) or any(value is obj for obj in chain):
         return True
     if isinstance(value, functools.partial):
         return is_constant("", value.func, chain)
     if isinstance(value, FUNCTION_TYPES):
-        # A bound method has the state of its object
+        # A bound method shares the state of its object
         owner = getattr(value, "__self__", None)
         return owner is None or is_constant("", owner, chain)
-    package, kind = module_of(value).partition(".")[0], type(value).__name__
-    return any(package == known and kind.startswith(start) for known, start in RENDERERS)
+    kind = type(value).__name__
+    return any(_package_of(value) == package and kind.startswith(start) for package, start in RENDERERS)
 
 
 def _is_code(value: Any) -> bool:
@@ -498,7 +431,7 @@ def _is_code(value: Any) -> bool:
 
 @functools.lru_cache
 def _names_in(cls: Any) -> frozenset[str]:
-    """Names that the methods of a class use: the attributes that it may come to have."""
+    """Names that the methods of a class use: it may get attributes of these names."""
     names: set[str] = set()
     for base in cls.__mro__:
         names.update(vars(base).get("__annotations__", {}))
@@ -510,18 +443,16 @@ def _names_in(cls: Any) -> frozenset[str]:
 
 
 def settings_of(obj: Any) -> dict[str, Any]:
-    """
-    :return: JSON tree of those in ``SETTINGS``
-    """
     return {name: encode(vars(obj)[name]) for name in SETTINGS.get(type(obj), ()) if name in vars(obj)}
 
 
 def offers_state(obj: Any) -> bool:
-    """MujocoEnv has a set_state(qpos, qvel), and no get_state()."""
+    """Whether the class of an environment, wrapper or callback has ``get_state()`` and ``set_state(state)``."""
     cls = type(obj)
     if not (callable(getattr(cls, "get_state", None)) and callable(getattr(cls, "set_state", None))):
         return False
     try:
+        # Not every set_state() is meant: MujocoEnv has set_state(qpos, qvel)
         inspect.signature(obj.get_state).bind()
         inspect.signature(obj.set_state).bind(None)
         return True
@@ -533,44 +464,23 @@ def _is_nested_dict(value: Any) -> bool:
     return type(value) is dict and bool(value) and all(type(item) in NESTED for item in value.values())
 
 
+def _package_of(value: Any) -> str:
+    return full_name(type(value)).partition(".")[0]
+
+
 def _is_mujoco_data(value: Any) -> bool:
-    return type(value).__name__ == "MjData" and module_of(value).partition(".")[0] == "mujoco"
-
-
-def _python_state(state: tuple[Any, ...]) -> tuple[Any, ...]:
-    version, words, gauss = state
-    return version, np.array(words, dtype=np.uint32), gauss
-
-
-def global_random_states() -> dict[str, Any]:
-    return {
-        "python": _python_state(random.getstate()),
-        "numpy": np.random.get_state(legacy=False),
-        "torch": th.get_rng_state(),
-    }
-
-
-def set_global_random_states(states: dict[str, Any]) -> None:
-    version, words, gauss = states["python"]
-    random.setstate((version, tuple(words.tolist()), gauss))
-    np.random.set_state(states["numpy"])
-    th.set_rng_state(states["torch"])
+    return type(value).__name__ == "MjData" and _package_of(value) == "mujoco"
 
 
 def are_same(a: Any, b: Any) -> bool:
-    """Of two trees; NaN equals itself."""
+    """Whether two JSON trees are equal. NaN equals itself."""
     return json.dumps(a, sort_keys=True) == json.dumps(b, sort_keys=True)
 
 
 def class_name(obj: Any) -> str:
-    module, name = module_of(obj), type(obj).__qualname__
-    # The script that a run was started with has another name in its worker processes
-    name = name if module in ("__main__", "__mp_main__") else f"{module}.{name}"
+    # The main script of a run has another module name in worker processes
+    name = full_name(type(obj)).removeprefix("__main__.").removeprefix("__mp_main__.")
     return SAME_CLASSES.get(name, name)
-
-
-def module_of(obj: Any) -> str:
-    return str(getattr(type(obj), "__module__", ""))  # some extension types have none
 
 
 def short_name(obj: Any) -> str:
@@ -579,6 +489,3 @@ def short_name(obj: Any) -> str:
 
 def describe_error(error: BaseException) -> str:
     return str(error) if type(error) in (ValueError, NotEncodable) else f"{type(error).__name__}: {error}"
-
-
-# What can be done with an environment, and the result where it cannot be reached, made of the reason
