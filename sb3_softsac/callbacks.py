@@ -19,25 +19,24 @@ from sb3_softsac.persistence.envs import env_state
 from sb3_softsac.persistence.run_folder import RunFolder
 from sb3_softsac.softsac import SoftSAC
 
-EXIT_STATUS = 143  # 128 + SIGTERM: what schedulers expect of a job that they have asked to stop
+EXIT_STATUS = 143  # 128 + SIGTERM: schedulers expect it of a job that they have stopped
 UNCATCHABLE = {getattr(signal, name) for name in ("SIGKILL", "SIGSTOP") if hasattr(signal, name)}
 
 
 class CheckpointCallback(BaseCallback):
     """
-    Save checkpoints of the whole run, replay buffer included, in a folder that ``SoftSAC.load(folder, env)`` continues
-    from. Each costs what is new since the one before; all of them can be loaded, at any moment the process may end.
+    Save checkpoints of the whole run, including the replay buffer, in a folder. ``SoftSAC.load(folder, env)`` continues
+    from it. Checkpoints are incremental, and remain valid whenever the process ends.
 
     :param save_freq: calls of the callback between checkpoints, as in SB3: environment steps divided by the number of
         environments; 0: only on signals
-    :param save_path: folder; that of another run is refused
-    :param keep_last: checkpoints to keep, at least 1
+    :param save_path: folder without checkpoints of another run
+    :param keep_last: number of checkpoints to keep, at least 1
     :param on_signal: at these signals, save a checkpoint at the end of the current step and exit with status 143: names
         or numbers such as ``("SIGTERM", "SIGUSR2")``; True: SIGTERM and SIGUSR1; False: none
-    :param save_replay_buffer: False: leave the replay buffer out
+    :param save_replay_buffer: save the replay buffer, too
     :param verbose: 1: print each checkpoint
-    :raises ValueError: for values that are not valid; at the start of training, if ``save_path`` has another run's
-        checkpoints
+    :raises ValueError: for invalid values; at the start of training, if ``save_path`` has checkpoints of another run
     """
 
     model: SoftSAC
@@ -63,7 +62,8 @@ class CheckpointCallback(BaseCallback):
 
     def _init_callback(self) -> None:
         if not isinstance(self.model, SoftSAC):
-            raise ValueError(f"CheckpointCallback saves SoftSAC, not {type(self.model).__name__}: use SB3's.")
+            name = type(self.model).__name__
+            raise ValueError(f"CheckpointCallback saves SoftSAC, not {name}: use SB3's CheckpointCallback.")
         folders = self.model.run_folders = self.model.run_folders or {}
         path = self.save_path.resolve()
         self._folder = folders.get(path, RunFolder(self.save_path))
@@ -76,7 +76,7 @@ class CheckpointCallback(BaseCallback):
 
     def _on_training_start(self) -> None:
         if self._save_and_exit not in (self.model.after_step or ()):
-            self._signal = None  # of a run that has ended before it was saved
+            self._signal = None  # from a run that ended before its checkpoint
         if not self.on_signal:
             return
         if threading.current_thread() is not threading.main_thread():
@@ -98,7 +98,7 @@ class CheckpointCallback(BaseCallback):
         return True
 
     def _save_after_step(self) -> None:
-        # Not at once: callbacks that come after this one have not seen the step yet
+        # Not now: callbacks after this one have not seen the step yet
         queue = self.model.after_step
         if queue is not None and self._save_and_exit not in queue:
             queue.append(self._save_and_exit)
@@ -113,8 +113,8 @@ class CheckpointCallback(BaseCallback):
             text = f"{name}: saved a checkpoint at step {step} in {self.save_path}, exiting."
             try:
                 print(text, flush=True)
-            except OSError:  # the program that reads our output has been stopped, too
-                sys.stdout = None  # Python would write to it again, and change the status
+            except OSError:  # the program that reads our output was stopped, too
+                sys.stdout = None  # otherwise Python would flush it at exit and change the status
             raise SystemExit(EXIT_STATUS)
 
     def save(self) -> None:
@@ -151,9 +151,9 @@ def _signals(on_signal: bool | Iterable[str | int]) -> list[signal.Signals]:
 
 class _Handler:
     """
-    Sets a flag while the model is learning; otherwise the signal does what it did before.
+    Signal handler: requests a checkpoint while the model is learning, and calls the previous handler otherwise.
 
-    :param before: the handler that was there
+    :param before: previous handler
     """
 
     def __init__(self, before: Any):
@@ -162,7 +162,7 @@ class _Handler:
 
     def handle(self, number: int, frame: FrameType | None) -> None:
         if self.callback is not None and self.callback.model.is_learning:
-            # A further signal must not end the process before the checkpoint is there
+            # A second signal must not end the process before the checkpoint is complete
             self.callback._signal = self.callback._signal or number
             self.callback._save_after_step()
         elif callable(self.before):
@@ -174,16 +174,16 @@ class _Handler:
 
 class SaveBestTrainingReturnCallback(BaseCallback):
     """
-    Keep the best model by mean training return, once that has passed a threshold. Costs no evaluation episodes; the
-    return is that of the exploring policy, averaged over the last ``stats_window_size`` episodes.
+    Save the model with the best mean training return, above a threshold. This needs no evaluation episodes: the return
+    is that of the exploring policy, averaged over the last ``stats_window_size`` episodes.
 
     :param threshold: mean return above which models are saved
-    :param save_path: folder of ``<name>.zip`` and, with VecNormalize, ``<name>_vecnormalize.pkl``; None in the zoo: the
-        run's folder
-    :param name: file name without ending
-    :param min_episodes: finished episodes before the mean counts (``stats_window_size``, if that is less)
+    :param save_path: folder for ``<name>.zip`` and, with VecNormalize, ``<name>_vecnormalize.pkl``; None: the folder of
+        the run, in the RL Zoo only
+    :param name: file name without suffix
+    :param min_episodes: finished episodes before the first save, at most ``stats_window_size``
     :param verbose: 1: print each save
-    :raises ValueError: at the start of training, if there is no ``save_path``
+    :raises ValueError: at the start of training, if ``save_path`` is None
     """
 
     def __init__(
@@ -204,7 +204,7 @@ class SaveBestTrainingReturnCallback(BaseCallback):
 
     def _init_callback(self) -> None:
         if self.save_path is None:
-            raise ValueError("save_path=None works in the RL Zoo only, where it is the run's folder: pass a folder.")
+            raise ValueError("save_path=None only works in the RL Zoo, where it is the run's folder: pass a folder.")
         self._folder = Path(self.save_path)
 
     def _on_step(self) -> bool:
@@ -215,7 +215,7 @@ class SaveBestTrainingReturnCallback(BaseCallback):
         if not returns and self.model._episode_num > 0 and self._episodes_seen < 0:
             self._episodes_seen = 0
             warnings.warn(
-                "SaveBestTrainingReturnCallback sees no returns of finished episodes and will save nothing: wrap the "
+                "SaveBestTrainingReturnCallback gets no returns of finished episodes and will save nothing: wrap the "
                 "environments in Monitor, or the vectorised one in VecMonitor.",
                 stacklevel=2,
             )

@@ -112,7 +112,7 @@ def test_what_was_logged_and_cannot_be_written(tmp_path: Path) -> None:
     model.logger.record("a/number", 3.0)
     model.save(tmp_path / "model.zip")
     (text,) = continued(tmp_path / "model.zip", None)
-    assert text == "The continuation may differ: a/picture had been logged, and could not be saved."
+    assert text == "The continuation may differ: a/picture was logged, but could not be saved."
 
 
 def test_frozen_parameters_stay_frozen(tmp_path: Path) -> None:

@@ -507,7 +507,7 @@ def test_policy_kwargs_repeated_at_load(use_sde: bool, tmp_path: Path) -> None:
     assert_same(model.get_parameters(), loaded.get_parameters())
     assert loaded.actor.use_sde == use_sde
     for other in ({**kwargs, "net_arch": [16]}, {}, None):
-        with pytest.raises(ValueError, match="differs from what the file was saved with"):
+        with pytest.raises(ValueError, match="differs from that of the file"):
             load(tmp_path / "model.zip", policy_kwargs=other)
 
 

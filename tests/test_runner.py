@@ -105,12 +105,12 @@ def has_compiled(model: SoftSAC) -> bool:
 # Generated code
 
 
-def assert_generated_code_equals_eager(**options: Any) -> None:
-    kwargs = {"optimizer_kwargs": {"eps": 1e-3}}
-    eager, compiled = twins("defaults", batch_size=256, policy_kwargs=kwargs, **options)
+def assert_generated_code_equals_eager(batch_size: int = 256, n_updates: int = 4, **options: Any) -> None:
+    networks = {"optimizer_kwargs": {"eps": 1e-3}, **options.pop("networks", {})}
+    eager, compiled = twins("defaults", batch_size=batch_size, policy_kwargs=networks, **options)
     for model in (eager, compiled):
         th.manual_seed(0)
-        model.train(gradient_steps=4, batch_size=256)
+        model.train(gradient_steps=n_updates, batch_size=batch_size)
     assert_same(state(eager), state(compiled), atol=3e-5)
     assert has_compiled(compiled)
 
@@ -132,13 +132,8 @@ class ReluDropout(nn.Sequential):
 def test_dropout_draws_the_same_with_two_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is done to the graph must not change the order in which layers draw."""
     monkeypatch.setattr(threads, "n_cores", lambda: 2)
-    kwargs = {"activation_fn": ReluDropout, "net_arch": [32, 32], "optimizer_kwargs": {"eps": 1e-3}}
-    eager, compiled = twins("defaults", policy_kwargs=kwargs, num_threads=2)
-    for model in (eager, compiled):
-        th.manual_seed(0)
-        model.train(gradient_steps=3, batch_size=32)
-    assert_same(state(eager), state(compiled), atol=3e-5)
-    assert has_compiled(compiled)
+    networks = {"activation_fn": ReluDropout, "net_arch": [32, 32]}
+    assert_generated_code_equals_eager(batch_size=32, n_updates=3, networks=networks, num_threads=2)
 
 
 @pytest.mark.usefixtures("quick_compiler")

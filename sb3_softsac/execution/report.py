@@ -20,17 +20,20 @@ class Report:
         """
         :param text: said unless it has been said before
         """
-        if text not in self._told:
-            self._told.add(text)
+        if self._is_new(text):
             self._say(text)
 
     def warn_once(self, text: str) -> None:
         """
         :param text: a warning, given unless it has been given before
         """
-        if text not in self._told:
-            self._told.add(text)
+        if self._is_new(text):
             warnings.warn(text, stacklevel=2)
+
+    def _is_new(self, text: str) -> bool:
+        is_new = text not in self._told
+        self._told.add(text)
+        return is_new
 
     @contextmanager
     def compilation(self, what: str, duration: str) -> Iterator[None]:

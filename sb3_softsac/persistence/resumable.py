@@ -1,8 +1,8 @@
 """
-Runs that can be saved and continued at any step, which SB3's off-policy algorithms cannot.
+Runs that can be saved and continued at any step, unlike those of SB3's off-policy algorithms.
 
-:class:`ResumableAlgorithm` knows what a run consists of: parameters, replay buffer, random states, environments,
-callbacks and the rollout in progress. ``model_file``, ``run_folder`` and ``envs`` know how each is written.
+:class:`ResumableAlgorithm` collects the state of a run: parameters, replay buffer, random states, environments,
+callbacks and the rollout in progress. ``model_file``, ``run_folder`` and ``envs`` define how each part is written.
 """
 
 import os
@@ -36,35 +36,35 @@ from sb3_softsac.rollouts import RolloutAlgorithm, with_usual_strides
 from sb3_softsac.validation import check_wrappers
 
 LOGGER_STATE = ("name_to_value", "name_to_count", "name_to_excluded")
-NOT_SAVED = "not_saved"  # names of what was logged besides
+NOT_SAVED = "not_saved"  # names of logged values that cannot be encoded
 
 Self = TypeVar("Self", bound="ResumableAlgorithm")
 
 
 class Pending(NamedTuple):
-    """What a file holds for the next ``learn()``, which brings the callbacks and the logger."""
+    """State loaded from a file, applied at the next ``learn()``: only then are there callbacks and a logger."""
 
     callbacks: list[Any] | None = None  # see callback_state
     restarts_stops: bool = False  # restart stop callbacks that already fired
-    log: dict[str, dict[str, Any]] | None = None  # recorded, and not yet written by the logger
-    # Of a run that goes on in mid-episode: what is done until then must not change them
+    log: dict[str, dict[str, Any]] | None = None  # recorded, but not yet dumped by the logger
+    # If the run continues in mid-episode: restored again at learn(), since predict() and others change them until then
     random_states: dict[str, Any] | None = None
 
 
 class Unread(NamedTuple):
-    """A file that was loaded without an environment: only its policy was read."""
+    """Parts of a file that ``load()`` did not restore, since it was called without an environment."""
 
     replay: str | None  # name of the file, if it has a replay buffer
-    statistics: dict[str, Any] | None  # of VecNormalize
-    n_updates: int  # that the policy has had in the file
+    statistics: dict[str, Any] | None  # VecNormalize's
+    n_updates: int  # updates of the policy in the file
 
 
 class ResumableAlgorithm(RolloutAlgorithm):
     """Base class of ``SoftSAC``: ``learn``, ``save`` and ``load``."""
 
-    # What a plain save() leaves out; ("replay_buffer",) keeps files small
+    # Left out by every save(); ("replay_buffer",) keeps files small
     save_exclude: tuple[str, ...] = ()
-    run_folders: dict[Path, RunFolder] | None = None  # with checkpoints of this run, by absolute path
+    run_folders: dict[Path, RunFolder] | None = None  # folders with checkpoints of this run, by path
     is_learning = False
 
     _callback: BaseCallback | None = None
@@ -73,33 +73,27 @@ class ResumableAlgorithm(RolloutAlgorithm):
     _unread: Unread | None = None
     _tensorboard_run: str | None = None  # folder of the run within tensorboard_log
 
-    # Attributes that belong to this process: in no copy and in no file
+    # Attributes of this process, in no copy and no file
     OF_PROCESS: tuple[str, ...] = ("_callback", "_late_callbacks", "run_folders", "after_step")
-    # Attributes that are in no file, besides those and SB3's
+    # Further attributes that are in no file, besides those that SB3 leaves out
     NOT_IN_FILES: tuple[str, ...] = (
-        "lr_schedule",
-        "save_exclude",
-        "is_learning",
-        "_loaded",
-        "_pending",
-        "_unread",
-        "_mid_step",
+        *("lr_schedule", "save_exclude", "is_learning", "_loaded", "_pending", "_unread", "_mid_step"),
     )
 
     def _setup_replay_buffer(self) -> None:
-        """Make the replay buffer, unless there is one, or no environment."""
+        """Create the replay buffer, unless it exists or there is no environment."""
         raise NotImplementedError
 
     def _note_deleted_buffer(self) -> None:
-        """``del model.replay_buffer`` is an idiom of SB3: from then on, there is no replay buffer."""
+        """SB3's users free memory with ``del model.replay_buffer``: from then on, it is None."""
         vars(self).setdefault("replay_buffer", None)
 
     def _known_threads(self) -> int | None:
-        """Threads of torch that the run keeps to; None: to be chosen at the next ``learn()``."""
+        """Threads of torch that the run uses; None: the next ``learn()`` chooses."""
         return th.get_num_threads()
 
     def _exploration_state(self) -> Any:
-        """Exploration noise that is kept over several steps, as a value that :func:`encode` takes."""
+        """Exploration noise that is kept over several steps, in a form that :func:`encode` accepts."""
         raise NotImplementedError
 
     def _set_exploration_state(self, state: Any) -> None:
@@ -115,16 +109,16 @@ class ResumableAlgorithm(RolloutAlgorithm):
         progress_bar: bool = False,
     ) -> Self:
         """
-        Train. The arguments are SB3's, but for the default of ``reset_num_timesteps``.
+        Train the model. The arguments are those of SB3, except for the default of ``reset_num_timesteps``.
 
-        :param total_timesteps: environment steps to take
+        :param total_timesteps: number of environment steps
         :param callback: callback, or list of callbacks
         :param log_interval: episodes between log entries
         :param tb_log_name: name of the run in TensorBoard
         :param reset_num_timesteps: restart the step count, the schedules and the TensorBoard run; None: only if the
-            model has not been loaded from a file
-        :param progress_bar: show one (tqdm and rich)
-        :return: self
+            model was not loaded from a file
+        :param progress_bar: show a progress bar (needs tqdm and rich)
+        :return: the model itself
         """
         self._note_deleted_buffer()
         self._setup_replay_buffer()  # if it was deleted
@@ -138,7 +132,7 @@ class ResumableAlgorithm(RolloutAlgorithm):
                 reset_num_timesteps=not self._loaded if reset_num_timesteps is None else reset_num_timesteps,
                 progress_bar=progress_bar,
             )
-            self._run_after_step()  # a signal may have come after the last step
+            self._run_after_step()  # a signal may have arrived after the last step
             return self
         finally:
             self.is_learning = False
@@ -153,23 +147,22 @@ class ResumableAlgorithm(RolloutAlgorithm):
     ) -> tuple[int, BaseCallback]:
         if self._mid_step:
             self._last_obs, self._mid_step = None, False
-        if reset_num_timesteps or self._last_obs is None:
+        resets = reset_num_timesteps or self._last_obs is None
+        if resets:
             self._rollout = None
             self._end_stored_episodes()
         assert self.env is not None, "You must set the environment before calling learn()"
         if self._unread is not None and self._unread.replay is not None:
             warnings.warn(
-                f"The replay buffer in {self._unread.replay} was not read, nor random states and VecNormalize, because "
-                "load() was called without an environment. To continue the run, pass one to load().",
+                f"The replay buffer in {self._unread.replay} was not read, nor the random states and VecNormalize, "
+                "because load() was called without an environment. To continue the run, pass env=... to load().",
                 stacklevel=3,
             )
             self._unread = self._unread._replace(replay=None)
         env_state.prepare(self.env)
-        resets = reset_num_timesteps or self._last_obs is None
-        # SB3 resets the noise here. That would tear an episode that goes on; a vectorised one is left as it is.
+        # SB3 resets the noise here, even in the middle of an episode that continues
         noise = self.action_noise
-        goes_on = not reset_num_timesteps and self._last_obs is not None
-        keep_noise = goes_on and (self.env.num_envs == 1 or isinstance(noise, VectorizedActionNoise))
+        keep_noise = not resets and (self.env.num_envs == 1 or isinstance(noise, VectorizedActionNoise))
         if keep_noise:
             self.action_noise = None
         own_logger = None if reset_num_timesteps else self._logger_of_own_run()
@@ -196,7 +189,7 @@ class ResumableAlgorithm(RolloutAlgorithm):
         return total_timesteps, self._callback
 
     def _restore_at_learn(self) -> None:
-        """Restore what ``load()`` could not: callbacks, the logger and random states."""
+        """Restore what ``load()`` cannot: callbacks, the logger and random states."""
         lost: list[str] = []
         callbacks, restarts_stops, log, random_states = self._pending
         if callbacks is not None:
@@ -204,7 +197,7 @@ class ResumableAlgorithm(RolloutAlgorithm):
         if log is not None:
             for name in LOGGER_STATE:
                 getattr(self.logger, name).update(log.get(name, {}))
-            lost += [f"{name} had been logged, and could not be saved" for name in log.get(NOT_SAVED, ())]
+            lost += [f"{name} was logged, but could not be saved" for name in log.get(NOT_SAVED, ())]
         if random_states is not None:
             set_random_states(decode(random_states), self.device)
         if lost:
@@ -214,7 +207,7 @@ class ResumableAlgorithm(RolloutAlgorithm):
         for each in callback if isinstance(callback, list) else [callback]:
             for inner in callback_state.walk(each) if isinstance(each, BaseCallback) else ():
                 if isinstance(eval_env := getattr(inner, "eval_env", None), VecEnv):
-                    # As the training environment: SB3 compares the two, and their VecNormalize, wrapper by wrapper
+                    # Like the training environment: SB3 compares their wrappers one by one
                     vars(inner)["eval_env"] = self._wrap_env(eval_env, self.verbose)
                     env_state.prepare(eval_env)
         return super()._init_callback(callback, progress_bar)
@@ -226,7 +219,7 @@ class ResumableAlgorithm(RolloutAlgorithm):
         return wrapped
 
     def _logger_of_own_run(self) -> Logger | None:
-        """SB3 continues the newest run of a TensorBoard folder, which may be another's."""
+        """A logger for this run's TensorBoard folder. SB3 would continue the newest folder, which may be another's."""
         if not self._loaded or self._custom_logger or None in (self.tensorboard_log, self._tensorboard_run):
             return None
         folder = os.path.join(str(self.tensorboard_log), str(self._tensorboard_run))
@@ -236,9 +229,9 @@ class ResumableAlgorithm(RolloutAlgorithm):
 
     def set_random_seed(self, seed: int | None = None) -> None:
         """
-        Seed Python, NumPy, PyTorch, environments and action space.
+        Seed Python, NumPy, PyTorch, the environments and the action space.
 
-        :param seed: None: leave all as they are
+        :param seed: seed, at least 0; None: change nothing
         """
         if seed is not None:
             self._pending = self._pending._replace(random_states=None)
@@ -246,10 +239,11 @@ class ResumableAlgorithm(RolloutAlgorithm):
 
     def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
         """
-        Use another environment, as in SB3; a model that was loaded without one then gets a replay buffer.
+        Set the environment, as in SB3. A model that was loaded without one gets an empty replay buffer.
 
         :param env: environment with the same spaces
         :param force_reset: reset it before training
+        :raises ValueError: if its spaces are different
         """
         super().set_env(env, force_reset)
         self._note_deleted_buffer()
@@ -264,13 +258,14 @@ class ResumableAlgorithm(RolloutAlgorithm):
         include: Iterable[str] | None = None,
     ) -> None:
         """
-        Write everything that the run consists of, replay buffer included, to one file.
+        Save the state of the whole run, including the replay buffer, in one file.
 
-        A file of that name is replaced only when the new one is complete.
+        An existing file is replaced only when the new one is complete.
 
-        :param path: name of the file (``.zip`` is added), or file object
-        :param exclude: what to leave out besides ``save_exclude``: ``"replay_buffer"``, or names of attributes
-        :param include: what to write though it is excluded otherwise
+        :param path: name of the file (``.zip`` is added to one without a suffix), or file object
+        :param exclude: names to leave out besides ``save_exclude``: ``"replay_buffer"``, or attributes
+        :param include: names to save that are excluded otherwise
+        :raises TypeError: naming an attribute that cannot be saved
         """
         with model_file.new_file(path) as file:
             self.write(file, {*self.save_exclude, *(exclude or ())}, set(include or ()))
@@ -284,29 +279,29 @@ class ResumableAlgorithm(RolloutAlgorithm):
         :param file: file object to append to
         :param exclude: see :meth:`save`
         :param include: see :meth:`save`
-        :param rows_elsewhere: the rows of the replay buffer are saved apart
+        :param rows_elsewhere: leave out the rows of the replay buffer, which the caller saves separately
         :return: size of the file in bytes, and its SHA-256
         """
         self._note_deleted_buffer()
         exclude = set(exclude) - set(include)
         skipped = {*self._excluded_save_params(), *exclude} - set(include)
         skipped.update(name.split(".")[0] for names in self._get_torch_save_params() for name in names)
-        # The zoo's ParallelTrainCallback puts functions in the place of methods
+        # The RL Zoo's ParallelTrainCallback replaces methods by functions
         skipped.update(name for name in vars(self) if callable(getattr(type(self), name, None)))
-        skipped.add("replay_buffer")  # has members of its own
+        skipped.add("replay_buffer")  # it has its own members
         replay = None
         if self.replay_buffer is not None and "replay_buffer" not in exclude:
             try:
                 replay = self._replay_index(rows_elsewhere)
             except NotEncodable as error:
                 warnings.warn(
-                    f"The replay buffer is not saved: {error}. To leave it out knowingly: exclude=['replay_buffer'].",
+                    f"The replay buffer is not saved: {error}. To avoid this warning, pass exclude=['replay_buffer'].",
                     stacklevel=3,
                 )
         elif self._unread is not None and self._unread.replay is not None and "replay_buffer" not in exclude:
             warnings.warn(
-                f"The replay buffer in {self._unread.replay} was not read, and is not in the new file. Pass an "
-                "environment to load() to keep it, or exclude=['replay_buffer'] to save().",
+                f"The replay buffer in {self._unread.replay} was not read, and is not in the new file. Pass env=... to "
+                "load() to keep it, or exclude=['replay_buffer'] to save().",
                 stacklevel=3,
             )
         with ArchiveWriter(file) as archive:
@@ -337,14 +332,14 @@ class ResumableAlgorithm(RolloutAlgorithm):
     def _env_state(self) -> dict[str, Any] | None:
         if self.env is not None:
             return env_state.capture(self.env)
-        # Not if it has been trained without an environment, as by the zoo's ParallelTrainCallback
+        # Statistics are out of date if the policy was trained since then, as by the RL Zoo's ParallelTrainCallback
         if self._unread is None or self.replay_buffer is not None or self._n_updates != self._unread.n_updates:
             return None
         return self._unread.statistics
 
     def savable_replay_buffer(self) -> SB3ReplayBuffer | None:
         """
-        :return: the replay buffer; None if there is none, or if a class of the user's holds what cannot be written
+        :return: the replay buffer; None if there is none, or if it cannot be saved
         """
         if self.replay_buffer is not None:
             with suppress(NotEncodable):
@@ -357,7 +352,7 @@ class ResumableAlgorithm(RolloutAlgorithm):
         assert buffer is not None
         segments = None if rows_elsewhere else buffer_state.segments(buffer)
         state = buffer_state.get_state(buffer)
-        buffer_state.get_rows(buffer, buffer.pos - 1, buffer.pos)  # can the newest row be written?
+        buffer_state.get_rows(buffer, buffer.pos - 1, buffer.pos)  # raises NotEncodable if rows cannot be encoded
         return {"description": buffer_state.describe(buffer), "state": state, "segments": segments}
 
     @classmethod
@@ -373,25 +368,25 @@ class ResumableAlgorithm(RolloutAlgorithm):
         **kwargs: Any,
     ) -> Self:
         """
-        Read a model that goes on where it was saved.
+        Load a model that continues where it was saved.
 
-        With an environment, everything is restored: replay buffer, optimisers, random states, VecNormalize, callbacks
-        (at the next ``learn()``, which continues the step count, the schedules and the TensorBoard run, without random
-        actions). Without one the model can predict, and has no replay buffer.
+        With an environment, the whole run is restored: replay buffer, optimisers, random states, VecNormalize and, at
+        the next ``learn()``, callbacks. That continues the step count, the schedules and the TensorBoard run, without
+        random actions. Without an environment, the model can predict, but has no replay buffer.
 
         :param path: file of :meth:`save` or of SB3's ``SAC`` (``.zip`` may be left out), or folder of
-            ``CheckpointCallback``, whose newest checkpoint that is whole is taken
-        :param env: environment to train in; another number of environments than before is allowed
+            ``CheckpointCallback``, from which the newest valid checkpoint is loaded
+        :param env: environment to train in; the number of environments may be different
         :param device: ``"auto"``, ``"cpu"``, ``"cuda"``, ...
-        :param custom_objects: values that take the place of those in the file, by name; ``{"replay_buffer": None}``
-            leaves the replay buffer out
-        :param print_system_info: print the system's and the file's
-        :param force_reset: start a new episode; False: go on in the middle of the episode, bit for bit, if the
-            environment's state can be restored (see ``env_state``); otherwise a warning says why not
-        :param allow_pickle: unpickle what is pickled (SB3's files, what has no name): runs any code that is in it
+        :param custom_objects: values that replace those in the file, by name; ``{"replay_buffer": None}`` leaves the
+            replay buffer out
+        :param print_system_info: print information about this system and the one that saved the file
+        :param force_reset: start a new episode; False: continue in mid-episode, bit for bit. If the state of the
+            environment cannot be restored (see ``env_state``), a warning gives the reason, and a new episode starts
+        :param allow_pickle: unpickle SB3's files and objects without an importable name, which can run any code
         :param kwargs: attributes to change, e.g. ``learning_rate``; ``seed`` restarts all random states
         :return: the model
-        :raises CheckpointError: (a ValueError) if the file is damaged, does not fit, or would have to be unpickled
+        :raises CheckpointError: (a ValueError) if the file is damaged, does not fit, or needs ``allow_pickle=True``
         """
         with model_file.open_model_file(path) as file:
             if print_system_info:
@@ -407,7 +402,7 @@ class ResumableAlgorithm(RolloutAlgorithm):
             model = cls(policy=data["policy_class"], env=env, device=device, _init_setup_model=False)  # type: ignore[arg-type, call-arg]
             model._set_up(data, kwargs, is_seeded=not continues_random_states)
             model._restore_policy(file, "ent_coef" in kwargs, has_policy_kwargs)
-            # The zoo says buffer_size=1 when it only wants to watch
+            # The RL Zoo passes buffer_size=1 if it only evaluates
             wants_replay = "replay_buffer" not in (custom_objects or {}) and kwargs.get("buffer_size") != 1
             if env is None:
                 replay = file.name if wants_replay and file.replay is not None else None
@@ -431,17 +426,17 @@ class ResumableAlgorithm(RolloutAlgorithm):
 
     def _set_up(self, data: dict[str, Any], kwargs: dict[str, Any], is_seeded: bool) -> None:
         """
-        Make networks and buffer of a new model.
+        Create networks and replay buffer of a new model.
 
-        :param data: its attributes, from a file
-        :param kwargs: attributes that are changed
-        :param is_seeded: seed random states on the way
+        :param data: attributes from a file
+        :param kwargs: attributes to change
+        :param is_seeded: set the random states from the seed
         """
         vars(self).update(data)
         random_steps = self.learning_starts if self.random_steps is None else self.random_steps
         self._warmed_up = self._warmed_up or self.num_timesteps >= random_steps
         for name in ("ep_info_buffer", "ep_success_buffer"):
-            if getattr(self, name) is None:  # SB3 makes both or none
+            if getattr(self, name) is None:  # SB3 creates either both or none
                 setattr(self, name, deque(maxlen=self._stats_window_size))
         self._loaded = True
         vars(self).update(kwargs)
@@ -466,18 +461,18 @@ class ResumableAlgorithm(RolloutAlgorithm):
         elif file.index.get("replay") is not None:
             complete = [str(path) for path in RunFolder(Path(file.name).parent).model_files()]
             raise CheckpointError(
-                f"{file.name} is part of a checkpoint that was never completed, or lies in another folder: the rows "
-                f"of its replay buffer are missing. Load {' or '.join(complete) or 'another file'} instead, or go on "
+                f"{file.name} is part of a checkpoint that was never completed, or that is in another folder: it lacks "
+                f"the rows of its replay buffer. Load {' or '.join(complete) or 'another file'} instead, or continue "
                 "without them: custom_objects={'replay_buffer': None}."
             )
 
     def _continue_folder(self, file: ModelFile, reads_replay: bool) -> None:
-        """The next checkpoints in the file's folder take over what has not changed since."""
+        """Let the next checkpoints in the folder of the file share its segments."""
         assert file.run is not None
         folder, manifest = file.run
         buffer = self.replay_buffer if reads_replay else None
         if buffer is not None and file.replay and file.replay["description"] != buffer_state.describe(buffer):
-            buffer = None  # rows in another layout are not those of the segments
+            buffer = None  # rearranged rows are not those of the segments
         folder.continues(manifest, buffer)
         self.run_folders = {folder.path.resolve(): folder}
 
@@ -490,15 +485,15 @@ class ResumableAlgorithm(RolloutAlgorithm):
             is_whole = not file.index.get("mid_step", False)
             reasons = env_state.restore(self.env, state, mid_episode=goes_on and is_whole)
             if not is_whole:
-                reasons.append("it was saved when a step was interrupted")
+                reasons.append("it was saved while a step was interrupted")
             elif reasons and not goes_on and self._vec_normalize_env is not None:
-                warnings.warn(f"Not all of VecNormalize may be restored: {'; '.join(reasons)}.", stacklevel=3)
+                warnings.warn(f"VecNormalize may not be fully restored: {'; '.join(reasons)}.", stacklevel=3)
             elif reasons and not goes_on:
-                self._say(f"Not all of the environment's state is restored: {'; '.join(reasons)}")
+                self._say(f"The environment's state is not fully restored: {'; '.join(reasons)}")
             if self._vec_normalize_env is None and env_state.is_normalized(state):
                 warnings.warn(
-                    "The model was trained with VecNormalize, but the environment is not wrapped in it: its "
-                    "observations mean something else to the policy. Pass VecNormalize(env); its statistics are here.",
+                    "The model was trained with VecNormalize, but the environment is not wrapped in it: the policy "
+                    "expects normalised observations. Pass VecNormalize(env); load() restores its statistics.",
                     stacklevel=3,
                 )
         if goes_on:
@@ -512,7 +507,7 @@ class ResumableAlgorithm(RolloutAlgorithm):
                 warnings.warn(f"The continuation may differ in rounding: {'; '.join(differences)}.", stacklevel=3)
         if not force_reset and (reasons or not goes_on):
             warnings.warn(
-                "The run continues with a new episode, not in the middle of the old one, because "
+                "The run continues with a new episode, not in mid-episode, because "
                 + ("; ".join(reasons) or "the file was saved without _last_obs"),
                 stacklevel=3,
             )
@@ -521,7 +516,7 @@ class ResumableAlgorithm(RolloutAlgorithm):
             self._end_stored_episodes()
 
     def _end_stored_episodes(self) -> None:
-        """A new episode begins: it must not give hindsight goals to the old one."""
+        """End the episodes in the replay buffer, so that they get no hindsight goals from the next ones."""
         buffer = self.replay_buffer
         if isinstance(buffer, HerReplayBuffer) and buffer.size() > 0:
             with warnings.catch_warnings():
@@ -529,7 +524,7 @@ class ResumableAlgorithm(RolloutAlgorithm):
                 buffer.truncate_last_trajectory()
 
     def _log_state(self) -> Any:
-        """Values recorded since the logger was dumped last; only the names of pictures and the like."""
+        """Values recorded since the last dump of the logger, but only the names of images and figures."""
         logger = getattr(self, "_logger", None)
         if self._pending.log is not None:
             return encode(self._pending.log)
@@ -546,10 +541,10 @@ class ResumableAlgorithm(RolloutAlgorithm):
 
     def save_replay_buffer(self, path: str | Path | BinaryIO) -> None:  # type: ignore[override]
         """
-        Write the replay buffer to a file of its own, without pickle.
+        Save the replay buffer in its own file, without pickle.
 
-        :param path: name of the file (``.zip`` is added to one without suffix), or file object
-        :raises NotEncodable: (a TypeError) if a buffer class of yours holds what cannot be written
+        :param path: name of the file (``.zip`` is added to one without a suffix), or file object
+        :raises NotEncodable: (a TypeError) if your own buffer class has an attribute that is not plain data
         """
         assert self.replay_buffer is not None, "The replay buffer is not defined"
         index = self._replay_index(rows_elsewhere=False)
@@ -561,12 +556,12 @@ class ResumableAlgorithm(RolloutAlgorithm):
         self, path: str | Path | BinaryIO, truncate_last_traj: bool = True, allow_pickle: bool = False
     ) -> None:
         """
-        Read the replay buffer from a file of :meth:`save_replay_buffer`, or of :meth:`save`.
+        Load the replay buffer from a file of :meth:`save_replay_buffer` or :meth:`save`.
 
         :param path: name of the file, or file object
-        :param truncate_last_traj: with HER: take the last trajectory as finished
-        :param allow_pickle: read pickles as SB3 writes them: runs any code that is in them
-        :raises CheckpointError: (a ValueError) if the file is damaged, does not fit, or would have to be unpickled
+        :param truncate_last_traj: with HER: treat the last trajectory as finished
+        :param allow_pickle: allow the pickles that SB3 writes, which can run any code
+        :raises CheckpointError: (a ValueError) if the file is damaged, does not fit, or needs ``allow_pickle=True``
         """
         assert self.env is not None, "You must pass an environment at load time, before its replay buffer"
         if self._unread is not None:
@@ -594,12 +589,12 @@ class ResumableAlgorithm(RolloutAlgorithm):
 
 def _fit_to_env(data: dict[str, Any], env: VecEnv | None) -> bool:
     """
-    Adapt attributes of a model to its environments.
+    Adapt the attributes of a model to its environments.
 
-    :param data: the attributes, changed in place
+    :param data: attributes, changed in place
     :param env: environments, or None
-    :return: whether the run can go on in mid-episode
-    :raises ValueError: if the spaces are others
+    :return: whether the run can continue in mid-episode
+    :raises ValueError: if the spaces are different
     """
     same_envs = env is not None and env.num_envs == data["n_envs"]
     if env is not None:
@@ -613,21 +608,21 @@ def _fit_to_env(data: dict[str, Any], env: VecEnv | None) -> bool:
 
 def _check_data(data: dict[str, Any], kwargs: dict[str, Any], name: str) -> None:
     """
-    Fill in what a file may lack.
+    Check and complete the attributes of a model.
 
-    :param data: attributes of a model; what ``save(exclude=...)`` left out gets the constructor's default, or is among
-        the next
-    :param kwargs: attributes to change; ``policy_kwargs``, which cannot be changed, are removed
-    :param name: of the file
-    :raises CheckpointError: if something is missing that has no default
+    :param data: attributes from a file, changed in place; those left out by ``save(exclude=...)`` may be in ``kwargs``
+    :param kwargs: attributes to change, without ``policy_kwargs`` afterwards, since these cannot be changed
+    :param name: name of the file
+    :raises CheckpointError: if a required attribute is missing
+    :raises ValueError: if ``policy_kwargs`` differ from those in the file
     """
     required = ("policy_class", "observation_space", "action_space", "n_envs")
     missing = [each for each in required if each not in data and each not in kwargs]
     if missing:
         arguments = ", ".join(f"{each}=..." for each in missing)
         raise CheckpointError(
-            f"data in {name} has no {' and no '.join(missing)}: unless it is not a model's, save(exclude=...) has left "
-            f"that out, and there is no default. Pass {arguments} to load()."
+            f"data in {name} has no {' and no '.join(missing)}: it is not a model file, or save(exclude=...) left that "
+            f"out, which has no default. Pass {arguments} to load()."
         )
     data.update({each: kwargs[each] for each in required if each not in data})
     sde = {"use_sde": kwargs.get("use_sde", data.get("use_sde", False))}  # SB3 adds it to what the user passes
@@ -635,8 +630,8 @@ def _check_data(data: dict[str, Any], kwargs: dict[str, Any], name: str) -> None
     data["policy_kwargs"] = {**sde, **data.get("policy_kwargs", given)}
     if is_given and {**sde, **given} != data["policy_kwargs"]:
         raise ValueError(
-            f"policy_kwargs={given} differs from what the file was saved with: {data['policy_kwargs']}. Leave it "
-            "out, or make a new model and use set_parameters()."
+            f"policy_kwargs={given} differs from that of the file: {data['policy_kwargs']}. Leave it out, or make a "
+            "new model and use set_parameters()."
         )
 
 

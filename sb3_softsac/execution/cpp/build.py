@@ -130,19 +130,19 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _compile(text: str, capability: str) -> bytes:
-    torch_folder = Path(th.__file__).parent
+    cxx, torch_folder = compiler(), Path(th.__file__).parent
     defines = [f"-DCPU_CAPABILITY_{capability}", f"-D_GLIBCXX_USE_CXX11_ABI={int(th.compiled_with_cxx11_abi())}"]
     includes = [f"-I{torch_folder / name}" for name in ("include", "include/torch/csrc/api/include")]
     libraries = [f"-L{torch_folder / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
     with tempfile.TemporaryDirectory(prefix="sb3_softsac-") as name:
         source, library = Path(name, "main.cpp"), Path(name, "main.so")
         source.write_text(text)
-        command = [compiler(), str(source), *defines, *FLAGS, *includes, "-o", str(library), *libraries]
+        command = [cxx, str(source), *defines, *FLAGS, *includes, "-o", str(library), *libraries]
         result = subprocess.run(command, capture_output=True, text=True)
         if result.returncode != 0 or not library.is_file():
             lines = result.stderr.splitlines()
             errors = [line for line in lines if "error" in line] or lines[-1:] or [f"exit status {result.returncode}"]
-            raise BuildError(f"{compiler()} fails: {errors[0].removeprefix(f'{source}:')}")
+            raise BuildError(f"{cxx} fails: {errors[0].removeprefix(f'{source}:')}")
         return library.read_bytes()
 
 

@@ -121,12 +121,7 @@ def capture_object(chain: list[Any], index: int, seen: dict[int, tuple[Any, ...]
         unreadable["__slots__"] = f"{short_name(obj)} has __slots__, which cannot be captured"
     lasting_names, episode_names = STATE.get(type(obj), ALL)
     is_env = isinstance(obj, gym.Env) and index == len(chain) - 1
-    for name, space in _spaces(obj).items():
-        rngs = [part._np_random for part in _subspaces(space)]
-        try:
-            layer["spaces"][name] = [None if rng is None else encode_random(rng) for rng in rngs]
-        except NotEncodable as error:
-            unreadable[name] = describe_error(error)
+    layer["spaces"] = _capture_spaces(obj, unreadable)
     for name, value in vars(obj).items():
         where = f"{short_name(obj)}.{name}"
         try:
@@ -148,6 +143,17 @@ def capture_object(chain: list[Any], index: int, seen: dict[int, tuple[Any, ...]
         except Exception as error:
             unreadable[name] = describe_error(error)
     return layer
+
+
+def _capture_spaces(obj: Any, unreadable: dict[str, str]) -> dict[str, Any]:
+    states = {}
+    for name, space in _spaces(obj).items():
+        rngs = [part._np_random for part in _subspaces(space)]
+        try:
+            states[name] = [None if rng is None else encode_random(rng) for rng in rngs]
+        except NotEncodable as error:
+            unreadable[name] = describe_error(error)
+    return states
 
 
 def restore_attributes(obj: Any, attributes: dict[str, Any], chain: list[Any]) -> None:
