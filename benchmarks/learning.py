@@ -32,10 +32,10 @@ from stable_baselines3 import SAC
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.monitor import Monitor
-from stable_baselines3.common.utils import LinearSchedule, safe_mean
+from stable_baselines3.common.utils import safe_mean
 from torch import nn
 
-from sb3_softsac import CheckpointCallback, SoftSAC
+from sb3_softsac import CheckpointCallback, SoftSAC, schedules
 
 ALGORITHMS: dict[str, type[BaseAlgorithm]] = {"softsac": SoftSAC, "sac": SAC}
 LEARNING_RATES = ("learning_rate", "qf_learning_rate", "ent_coef_learning_rate")
@@ -70,8 +70,8 @@ def read_hyperparameters(config: Path, env_id: str, algo: str) -> dict[str, Any]
         raise ValueError(f"{config}, {env_id}: {sorted(unknown)} can only be used with the zoo, not with this script.")
     arguments = {key: value for key, value in entry.items() if key in inspect.signature(ALGORITHMS[algo]).parameters}
     for key in LEARNING_RATES:
-        if isinstance(arguments.get(key), str):
-            arguments[key] = LinearSchedule(float(arguments[key].removeprefix("lin_")), 0.0, 1.0)
+        if algo == "sac" and isinstance(arguments.get(key), str):
+            arguments[key] = schedules.parse(arguments[key])
     for key in ("policy_kwargs", "replay_buffer_kwargs"):
         if isinstance(arguments.get(key), str):
             # As the zoo does; the file is the user's own

@@ -4,6 +4,7 @@ from sb3_softsac.buffers import ReplayBuffer
 from sb3_softsac.callbacks import CheckpointCallback, SaveBestTrainingReturnCallback
 from sb3_softsac.persistence.archive import CheckpointError
 from sb3_softsac.policies import CnnPolicy, MlpPolicy, MultiInputPolicy, SoftSACPolicy
+from sb3_softsac.presets import preset
 from sb3_softsac.softsac import SoftSAC
 
 try:  # registers SoftSAC with rl_zoo3, where the interpreter's start did not (no .pth files, python -S)
@@ -26,4 +27,5 @@ __all__ = [
     "SoftSAC",
     "SoftSACPolicy",
     "__version__",
+    "preset",
 ]

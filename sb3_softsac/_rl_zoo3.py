@@ -15,8 +15,8 @@ from pathlib import Path
 from types import CodeType, ModuleType
 from typing import TYPE_CHECKING, Any
 
-import sb3_softsac
 from sb3_softsac.callbacks import CheckpointCallback, SaveBestTrainingReturnCallback
+from sb3_softsac.presets import hyperparams_folder
 from sb3_softsac.softsac import SoftSAC
 
 if TYPE_CHECKING:
@@ -28,15 +28,6 @@ ALGO = "softsac"
 EXCLUDED = "excluded_options"
 FRAME_STACK = "stable_baselines3.common.vec_env.VecFrameStack"
 CHECKPOINTS = "checkpoints"  # folder within that of a run
-
-
-def hyperparams_folder() -> Path:
-    """
-    :return: the folder of ``softsac.yml``: inside the package, or, in an editable install, beside it
-    """
-    package = Path(sb3_softsac.__file__).parent
-    inside = package / "hyperparams"
-    return inside if inside.is_dir() else package.parent / "hyperparams"
 
 
 def own_config(config: str | None) -> str:
@@ -67,10 +58,21 @@ OWN_OPTIONS: "dict[str, Callable[[Trial, str], Any]]" = {
     "log_std_bounding": lambda trial, name: trial.suggest_categorical(name, ["clamp", "tanh"]),
     "separate_log_std_net": lambda trial, name: trial.suggest_categorical(name, [False, True]),
     "weight_init": lambda trial, name: trial.suggest_categorical(name, [None, "xavier", "orthogonal"]),
+    "normalization": lambda trial, name: trial.suggest_categorical(name, [None, "batch", "layer"]),
+    "normalize_input": lambda trial, name: trial.suggest_categorical(name, [False, True]),
+    "joint_batch": lambda trial, name: trial.suggest_categorical(name, [None, "critic", "all"]),
+    "unit_norm": lambda trial, name: trial.suggest_categorical(name, [None, "weights"]),
+    "n_atoms": lambda trial, name: trial.suggest_categorical(name, [None, 101]),
+    "dropout_rate": lambda trial, name: trial.suggest_categorical(name, [0.0, 0.01]),
+    "max_noise_repeat": lambda trial, name: trial.suggest_categorical(name, [1, 16]),
 }
 OWN_RATES = ("qf_learning_rate", "ent_coef_learning_rate")
-POLICY_OPTIONS = ("log_std_bounding", "separate_log_std_net", "weight_init")
-NOT_WITH_SDE = ("log_std_bounding", "separate_log_std_net")
+RATES = ("learning_rate", *OWN_RATES)
+POLICY_OPTIONS = (
+    *("log_std_bounding", "separate_log_std_net", "weight_init"),
+    *("normalization", "normalize_input", "unit_norm", "n_atoms", "dropout_rate"),
+)
+NOT_WITH_SDE = ("log_std_bounding", "separate_log_std_net", "max_noise_repeat")
 NOT_WITH_FIXED_ENT_COEF = ("ent_coef_learning_rate", "ent_coef_loss", "entropy_space")
 HER_OPTIONS = ("n_sampled_goal", "goal_selection_strategy")
 
@@ -128,6 +130,10 @@ def _with_own_options(hyperparams: dict[str, Any], own: dict[str, Any]) -> dict[
     policy_kwargs = {name: own.pop(name) for name in POLICY_OPTIONS if name in own}
     if policy_kwargs.get("log_std_bounding") == "tanh":
         policy_kwargs["log_std_bounds"] = (-5, 2)  # a policy starts in the middle of the bounds: -9 is next to no noise
+    if policy_kwargs.get("normalization") != "batch" and not policy_kwargs.get("normalize_input"):
+        own.pop("joint_batch", None)
+    if policy_kwargs.get("n_atoms"):
+        own["normalize_rewards"] = "bounded"
     return {**hyperparams, **own, "policy_kwargs": {**hyperparams["policy_kwargs"], **policy_kwargs}}
 
 
@@ -151,22 +157,6 @@ def patch(module: ModuleType) -> None:
 def _patch_manager(manager: Any) -> None:
     for name, method in METHODS.items():
         _replace_method(manager, name, method)
-    original_schedules = manager._preprocess_schedules
-
-    @wraps(original_schedules)
-    def _preprocess_schedules(hyperparams: dict[str, Any]) -> dict[str, Any]:
-        for name in OWN_RATES:
-            if isinstance(value := hyperparams.get(name), str):
-                try:
-                    hyperparams[name] = original_schedules({"learning_rate": value})["learning_rate"]
-                except ValueError as error:
-                    raise ValueError(
-                        f"{name}={value!r} is not valid: it must be a number >= 0, or a linear schedule to zero such "
-                        "as 'lin_1e-3'."
-                    ) from error
-        return original_schedules(hyperparams)
-
-    manager._preprocess_schedules = staticmethod(_preprocess_schedules)
 
 
 def _patch_store_dict(action: Any) -> None:
@@ -188,13 +178,13 @@ def _patch_store_dict(action: Any) -> None:
 
 def _quoted(argument: str) -> str:
     name, _, value = argument.partition(":")
-    if name not in (*OWN_RATES, "learning_rate"):
+    if name not in RATES:
         return argument
     try:
         ast.literal_eval(value)
         return argument
     except (ValueError, SyntaxError):
-        is_text = value.startswith("lin_") or name in OWN_RATES
+        is_text = value.startswith(("lin_", "cos_")) or name in OWN_RATES
         return f"{name}:{value!r}" if is_text else argument
 
 
@@ -231,6 +221,15 @@ def _read_hyperparameters(original: Callable[..., Any], self: Any) -> tuple[dict
             each["vec_env_wrapper"] = [*wrappers, {FRAME_STACK: {"n_stack": each.pop("frame_stack")}}]
         print("frame_stack: frames are stacked below VecNormalize, as a vec_env_wrapper")
     return hyperparams, saved
+
+
+def _preprocess_schedules(
+    original: Callable[..., dict[str, Any]], self: Any, hyperparams: dict[str, Any]
+) -> dict[str, Any]:
+    # SoftSAC reads the zoo's "lin_3e-4" and more, and says what is wrong with others
+    names = [name for name in RATES if self.algo == ALGO and isinstance(hyperparams.get(name), str)]
+    rates = {name: hyperparams.pop(name) for name in names}
+    return {**original(hyperparams), **rates}
 
 
 def _create_callbacks(original: Callable[..., None], self: Any) -> None:
@@ -316,6 +315,7 @@ def _objective(original: Callable[..., float], self: Any, trial: "Trial") -> flo
 METHODS: dict[str, Callable[..., Any]] = {
     "__init__": _init,
     "read_hyperparameters": _read_hyperparameters,
+    "_preprocess_schedules": _preprocess_schedules,
     "create_callbacks": _create_callbacks,
     "setup_experiment": _setup_experiment,
     "_load_pretrained_agent": _load_pretrained_agent,

@@ -13,11 +13,13 @@ from typing import NamedTuple
 import torch as th
 from torch import nn
 
-from sb3_softsac import losses, upstream
+from sb3_softsac import losses, networks, upstream
+from sb3_softsac.buffers import map_obs
 from sb3_softsac.ent_coef import EntCoef
+from sb3_softsac.heads import Outputs, ScalarHead, head_of
 from sb3_softsac.optimizers import Apply, Gradients, Optimizers, Trained, pure_step, step
-from sb3_softsac.policies import Actor, SoftSACPolicy, running_statistics
-from sb3_softsac.type_aliases import Metrics, PolicySample, ReplayBatch
+from sb3_softsac.policies import Actor, Critic, SoftSACPolicy, running_statistics
+from sb3_softsac.type_aliases import Metrics, PolicySample, ReplayBatch, TorchObs
 
 SATURATED = 0.999  # an action this close to a bound counts as saturated: |u| > 3.8 before tanh
 
@@ -34,6 +36,8 @@ class UpdateOptions(NamedTuple):
     ent_coef_loss: str
     log_action_scale: float  # 0 with entropy_space="normalized"
     max_grad_norm: float | None
+    joint_batch: str | None
+    use_critic_target: bool
 
 
 class Due(NamedTuple):
@@ -133,9 +137,12 @@ def update(
     """
     coefficient = ent_coef.value()  # before its own step, as in SB3
     critic, actor = optimizers.critic, optimizers.actor
+    of_critic, of_actor = Statistics(policy.critic), Statistics(policy.actor)
     gradients, metrics = parts.critic(policy, critic, batch, noise.next_actions, coefficient, options)
     finite = finite & th.isfinite(metrics["critic_loss"] + metrics["critic_grad_norm"])
     finite = parts.apply(critic, gradients, learning_rates.critic, finite)
+    of_critic.keep_if(finite)
+    _project(policy, policy.critic.q_networks, finite)
     metrics["ent_coef"] = coefficient.squeeze()
 
     for actor_noise in noise.actions[: due.actor_updates]:
@@ -149,10 +156,38 @@ def update(
             finite = parts.apply(optimizers.ent_coef, ent_coef_gradients, learning_rates.ent_coef, finite)
         finite = finite & th.isfinite(metrics["actor_loss"] + metrics["actor_grad_norm"])
         finite = parts.apply(actor, gradients, learning_rates.actor, finite)
+        of_actor.keep_if(finite)
+        _project(policy, policy.actor.own_networks(), finite)
 
     if due.targets:
-        parts.targets(policy, options.tau, finite)
+        pairs = policy.targets() if options.use_critic_target else policy.targets()[1:]
+        parts.targets(pairs, options.tau, finite)
     return finite, metrics
+
+
+class Statistics:
+    """
+    Running statistics of batch norms, as they are now: the pass that moves them comes before it is known whether all
+    is finite.
+
+    :param network: actor or critic
+    """
+
+    def __init__(self, network: nn.Module):
+        self.present = networks.statistics(network)
+        self.before = [tensor.clone() for tensor in self.present]
+
+    def keep_if(self, finite: th.Tensor) -> None:
+        """
+        :param finite: whether statistics may stay changed; scalar of booleans
+        """
+        for tensor, old in zip(self.present, self.before, strict=True):
+            tensor.copy_(th.where(finite, tensor, old))
+
+
+def _project(policy: SoftSACPolicy, own_networks: list[nn.Module], finite: th.Tensor) -> None:
+    if policy.unit_norm is not None:
+        networks.project_to_unit_norm(own_networks, policy.unit_norm, finite)
 
 
 def critic_gradients(
@@ -166,26 +201,67 @@ def critic_gradients(
     """
     :return: gradients of the critics' trained parameters; metrics
     """
+    head = head_of(policy.critic)
     with th.no_grad():
         next_actor = policy.actor if policy.actor_target is None else policy.actor_target
         next_pi = next_actor.sample(batch.next_observations, noise)
-        target_q = losses.target_q_values(
+    outputs, next_outputs = _critic_outputs(policy, batch, next_pi.actions, options)
+    with th.no_grad():
+        target, metrics = head.target(
             batch.rewards,
             batch.dones,
             options.gamma if batch.discounts is None else batch.discounts,
-            policy.critic_target(batch.next_observations, next_pi.actions),
+            next_outputs,
             next_pi.log_prob - options.log_action_scale,
             coefficient,
         )
-    current_q_values = policy.critic(batch.observations, batch.actions)
-    loss = losses.critic_loss(current_q_values, target_q)
+    loss = head.loss(outputs, target)
     gradients, norm = _gradients(loss, trained, options.max_grad_norm)
     return gradients, {
         "critic_loss": loss.detach(),
-        "q_value": th.cat(current_q_values).detach().mean(),
-        "target_q_value": target_q.mean(),
+        "q_value": th.cat(head.values(outputs)).detach().mean(),
+        **metrics,
         "critic_grad_norm": norm,
     }
+
+
+def _critic_outputs(
+    policy: SoftSACPolicy, batch: ReplayBatch, next_actions: th.Tensor, options: UpdateOptions
+) -> tuple[Outputs, Outputs]:
+    """
+    :param next_actions: the policy's, at the next observations, (B, A)
+    :return: outputs of the critics at the stored actions; and, without gradient, at the next ones, of the targets if
+        there are any
+    """
+    critic = policy.critic
+    target = policy.critic_target if options.use_critic_target else critic
+    if options.joint_batch is None:
+        with th.no_grad():
+            next_outputs = _outputs(target, batch.next_observations, next_actions)
+        with networks.batch_statistics(critic):
+            return _outputs(critic, batch.observations, batch.actions), next_outputs
+    # Both halves share their statistics (CrossQ)
+    n_rows = len(batch.actions)
+    observations, actions = _joined(batch), th.cat([batch.actions, next_actions])
+    with networks.batch_statistics(critic):
+        outputs = joint_outputs = _outputs(critic, observations, actions)
+    if options.use_critic_target:
+        with th.no_grad(), networks.batch_statistics(target):
+            joint_outputs = _outputs(target, observations, actions)
+    return tuple(each[:n_rows] for each in outputs), tuple(each[n_rows:].detach() for each in joint_outputs)
+
+
+def _outputs(critic: Critic, observations: TorchObs, actions: th.Tensor) -> Outputs:
+    if isinstance(head_of(critic), ScalarHead):  # a user may have hooks on the critic, or a forward() of their own
+        values: Outputs = critic(observations, actions)
+        return values
+    return critic.outputs(observations, actions)
+
+
+def _joined(batch: ReplayBatch) -> TorchObs:
+    """Observations, and behind them next observations: (2 B, ...), or a dict of them."""
+    joined: TorchObs = map_obs(lambda *parts: th.cat(parts), batch.observations, batch.next_observations)
+    return joined
 
 
 def actor_gradients(
@@ -216,11 +292,15 @@ def actor_gradients(
     return gradients, ent_coef_gradients, metrics
 
 
-def update_targets(policy: SoftSACPolicy, tau: float, finite: th.Tensor) -> None:
+Pairs = list[tuple[nn.Module, nn.Module]]
+"""Networks, each with its target."""
+
+
+def update_targets(pairs: Pairs, tau: float, finite: th.Tensor) -> None:
     """Polyak averaging of parameters; batch-norm statistics are copied (SB3 issue 996)."""
     if finite:
         with th.no_grad():
-            for network, target in policy.targets():
+            for network, target in pairs:
                 _average(list(target.parameters()), list(network.parameters()), tau)
                 for statistic, new in zip(running_statistics(target), running_statistics(network), strict=True):
                     statistic.copy_(new)
@@ -235,10 +315,10 @@ def _average(kept: list[th.Tensor], new: list[th.Tensor], tau: float) -> None:
         parameter.lerp_(value, tau)
 
 
-def pure_update_targets(policy: SoftSACPolicy, tau: float, finite: th.Tensor) -> None:
+def pure_update_targets(pairs: Pairs, tau: float, finite: th.Tensor) -> None:
     """:func:`update_targets` without a device sync."""
     with th.no_grad():
-        for network, target in policy.targets():
+        for network, target in pairs:
             averaged = zip(target.parameters(), network.parameters(), strict=True)
             copied = zip(running_statistics(target), running_statistics(network), strict=True)
             for kept, new in averaged:
@@ -252,7 +332,7 @@ class Parts(NamedTuple):
 
     critic: Callable[..., tuple[Gradients, Metrics]]
     actor: Callable[..., tuple[Gradients, Gradients, Metrics]]
-    targets: Callable[[SoftSACPolicy, float, th.Tensor], None]
+    targets: Callable[[Pairs, float, th.Tensor], None]
     apply: Apply
 
 
@@ -264,7 +344,10 @@ PURE = Parts(critic_gradients, actor_gradients, pure_update_targets, pure_step)
 
 def _sample(actor: Actor, batch: ReplayBatch, noise: th.Tensor, options: UpdateOptions) -> PolicySample:
     """The policy's own actions, with densities in the units of the entropy."""
-    pi = actor.sample(batch.observations, noise)
+    is_joint = options.joint_batch == "all"
+    obs, n_rows = (_joined(batch), len(batch.actions)) if is_joint else (batch.observations, None)
+    with networks.batch_statistics(actor):
+        pi = actor.sample(obs, noise) if n_rows is None else actor.sample(obs, noise, n_rows)
     return pi._replace(log_prob=pi.log_prob - options.log_action_scale)
 
 

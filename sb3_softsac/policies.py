@@ -17,13 +17,14 @@ from stable_baselines3.common.torch_layers import (
     CombinedExtractor,
     FlattenExtractor,
     NatureCNN,
-    create_mlp,
 )
 from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.sac import policies as sb3_policies
 from torch import nn
 
-from sb3_softsac import distributions
+from sb3_softsac import distributions, networks
+from sb3_softsac.heads import Outputs, make_head
+from sb3_softsac.networks import PLAIN, Architecture
 from sb3_softsac.type_aliases import PolicySample, TorchObs
 from sb3_softsac.validation import check_image_sizes
 
@@ -33,6 +34,10 @@ BATCH_NORMS = (
     *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
 )
 WEIGHT_INITS = (None, "xavier", "orthogonal")
+SUPPORT = (
+    -5.0,
+    5.0,
+)  # of categorical critics (XQC, FlashSAC): of returns that SoftSAC(normalize_rewards=...) has scaled
 
 
 class Preprocessing:
@@ -69,6 +74,7 @@ class Actor(sb3_policies.Actor):
     :param log_std_bounding: ``"clamp"`` (SB3; no gradient outside) or ``"tanh"`` (smooth rescaling, as in CleanRL);
         with tanh a policy starts in the middle of the bounds, so use it with (-5, 2) or the like
     :param separate_log_std_net: give log_std a trunk of its own instead of the mean's
+    :param architecture: how the hidden layers are made
     :raises ValueError: for other values, or for options that gSDE (``use_sde``) does not use
     """
 
@@ -78,6 +84,7 @@ class Actor(sb3_policies.Actor):
         log_std_bounds: tuple[float, float] = LOG_STD_BOUNDS,
         log_std_bounding: str = "clamp",
         separate_log_std_net: bool = False,
+        architecture: Architecture = PLAIN,
         **kwargs: Any,
     ):
         try:
@@ -103,15 +110,29 @@ class Actor(sb3_policies.Actor):
         self.log_std_bounding = log_std_bounding
         self.separate_log_std_net = separate_log_std_net
         self.preprocessing = Preprocessing(self.observation_space, self.normalize_images)
+        self.architecture = architecture
+        if architecture != PLAIN:
+            self.latent_pi = self._make_trunk()
         if separate_log_std_net:
-            self.latent_log_std = nn.Sequential(*create_mlp(self.features_dim, -1, self.net_arch, self.activation_fn))
+            self.latent_log_std = self._make_trunk()
+
+    def _make_trunk(self) -> nn.Sequential:
+        return networks.make_layers(self.features_dim, -1, self.net_arch, self.activation_fn, self.architecture)
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         return super()._get_constructor_parameters() | {
             "log_std_bounds": self.log_std_bounds,
             "log_std_bounding": self.log_std_bounding,
             "separate_log_std_net": self.separate_log_std_net,
+            "architecture": self.architecture,
         }
+
+    def own_networks(self) -> list[nn.Module]:
+        """
+        :return: networks after the features extractor
+        """
+        names = ("latent_pi", "latent_log_std", "mu", "log_std")
+        return [module for name, module in self.named_children() if name in names]
 
     def extract_features(self, obs: TorchObs, features_extractor: BaseFeaturesExtractor) -> th.Tensor:
         """See SB3."""
@@ -140,16 +161,21 @@ class Actor(sb3_policies.Actor):
             log_std = th.clamp(log_std, low, high)
         return mean_actions, log_std, {}
 
-    def sample(self, obs: TorchObs, noise: th.Tensor | None = None) -> PolicySample:
+    def sample(self, obs: TorchObs, noise: th.Tensor | None = None, n_rows: int | None = None) -> PolicySample:
         """
         Draw reparametrised actions.
 
         :param obs: batch of observations
         :param noise: standard normal noise (B, A), or with gSDE (latent dim, A) for an exploration matrix; None: drawn
             here, or with gSDE the matrix of the last ``reset_noise()``
+        :param n_rows: B, if there are more observations: the others only count in the statistics of batch norms
         :return: scaled actions, their log-density and log_std
         """
         mean_actions, log_std, extra = self.get_action_dist_params(obs)
+        if n_rows is not None:
+            mean_actions = mean_actions[:n_rows]
+            log_std = log_std if self.use_sde else log_std[:n_rows]
+            extra = {name: values[:n_rows] for name, values in extra.items()}
         if self.use_sde:
             gaussian_actions = mean_actions + self._sde_noise(extra["latent_sde"], noise)
             log_std = self._sde_log_std(log_std, extra["latent_sde"])
@@ -214,11 +240,74 @@ class Actor(sb3_policies.Actor):
 
 
 class Critic(ContinuousCritic):
-    """SB3's critics, which can be compiled for images too."""
+    """
+    SB3's critics, which can be compiled for images too. Arguments are those of SB3's ``ContinuousCritic``, and:
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
+    :param architecture: how the hidden layers are made
+    :param n_atoms: number of atoms of the distributions of values; None: critics give values
+    :param v_min: first atom
+    :param v_max: last atom
+    :raises ValueError: for other values
+    """
+
+    def __init__(
+        self,
+        observation_space: spaces.Space[Any],
+        action_space: spaces.Box,
+        net_arch: list[int],
+        features_extractor: BaseFeaturesExtractor,
+        features_dim: int,
+        activation_fn: type[nn.Module] = nn.ReLU,
+        normalize_images: bool = True,
+        n_critics: int = 2,
+        share_features_extractor: bool = True,
+        *,
+        architecture: Architecture = PLAIN,
+        n_atoms: int | None = None,
+        v_min: float = SUPPORT[0],
+        v_max: float = SUPPORT[1],
+    ):
+        super().__init__(
+            observation_space,
+            action_space,
+            net_arch,
+            features_extractor,
+            features_dim,
+            activation_fn,
+            normalize_images,
+            n_critics,
+            share_features_extractor,
+        )
         self.preprocessing = Preprocessing(self.observation_space, self.normalize_images)
+        self.head = make_head(n_atoms, v_min, v_max)
+        if architecture != PLAIN or n_atoms is not None:
+            n_inputs = features_dim + int(np.prod(action_space.shape))
+            for idx in range(n_critics):
+                layers = networks.make_layers(n_inputs, self.head.n_outputs, net_arch, activation_fn, architecture)
+                self.add_module(f"qf{idx}", layers)
+                self.q_networks[idx] = layers
+
+    def outputs(self, obs: TorchObs, actions: th.Tensor) -> Outputs:
+        """
+        :param obs: batch of observations
+        :param actions: scaled actions, (B, A)
+        :return: what ``head`` reads: values N times (B, 1), or logits N times (B, atoms)
+        """
+        return super().forward(obs, actions)  # type: ignore[arg-type]  # SB3 annotates arrays only
+
+    def forward(self, obs: TorchObs, actions: th.Tensor) -> tuple[th.Tensor, ...]:
+        """
+        :param obs: batch of observations
+        :param actions: scaled actions, (B, A)
+        :return: values, N times (B, 1)
+        """
+        return self.head.values(self.outputs(obs, actions))
+
+    def q1_forward(self, obs: TorchObs, actions: th.Tensor) -> th.Tensor:
+        """
+        :return: values of the first critic, (B, 1)
+        """
+        return self.head.values((super().q1_forward(obs, actions),))[0]  # type: ignore[arg-type]
 
     def extract_features(self, obs: TorchObs, features_extractor: BaseFeaturesExtractor) -> th.Tensor:
         """See SB3."""
@@ -236,6 +325,21 @@ class SoftSACPolicy(sb3_policies.SACPolicy):
         as in jaxrl, zero biases), for all linear and convolutional layers
     :param features_extractor_class: None: ``FlattenExtractor``, ``NatureCNN`` or ``CombinedExtractor``, by policy
     :param use_actor_target: also hold a slowly moving copy of the actor; set from ``SoftSAC(use_actor_target=True)``
+    :param normalization: of all hidden layers, before the activation: None, ``"batch"`` or ``"layer"``
+    :param normalize_input: batch-normalise what the networks read (features; of the critics, actions too), in the place
+        of normalised observations
+    :param residual_expansion: None: hidden layers follow each other; else each number in ``net_arch`` is the width of a
+        residual block (all of one network are equal), which is so many times as wide inside (FlashSAC: 4)
+    :param unit_norm: scale weights to norm 1 after each step: None, ``"weights"`` (of each output of a linear layer) or
+        ``"all"`` (the scales and biases of normalisation layers, too). Not of features extractors
+    :param dropout_rate: of the critics' hidden layers (DroQ)
+    :param n_atoms: None: critics give values; else distributions over so many values (atoms), learned by cross-entropy
+        (C51)
+    :param v_min: first atom
+    :param v_max: last atom. Returns that are larger cannot be learned (``train/clipped_target_mass``): see
+        ``SoftSAC(normalize_rewards=...)``
+    :param batch_norm_momentum: weight of a batch in running statistics (sb3-contrib's name)
+    :param batch_norm_eps: added to variances (sb3-contrib's name)
     :raises ValueError: for other values
     """
 
@@ -269,6 +373,16 @@ class SoftSACPolicy(sb3_policies.SACPolicy):
         separate_log_std_net: bool = False,
         weight_init: str | None = None,
         use_actor_target: bool = False,
+        normalization: str | None = None,
+        normalize_input: bool = False,
+        residual_expansion: int | None = None,
+        unit_norm: str | None = None,
+        dropout_rate: float = 0.0,
+        n_atoms: int | None = None,
+        v_min: float = SUPPORT[0],
+        v_max: float = SUPPORT[1],
+        batch_norm_momentum: float = PLAIN.batch_norm_momentum,
+        batch_norm_eps: float = PLAIN.batch_norm_eps,
     ):
         if weight_init not in WEIGHT_INITS:
             raise ValueError(f"weight_init={weight_init!r} is unknown: use one of {WEIGHT_INITS}.")
@@ -284,6 +398,14 @@ class SoftSACPolicy(sb3_policies.SACPolicy):
         }
         self.weight_init = weight_init
         self.use_actor_target = use_actor_target
+        self.architecture = Architecture(
+            normalization, normalize_input, residual_expansion, dropout_rate, batch_norm_momentum, batch_norm_eps
+        )
+        self.architecture.check()
+        self.unit_norm = _checked_unit_norm(unit_norm, self.architecture)
+        if n_atoms is None and (v_min, v_max) != SUPPORT:
+            raise ValueError(f"v_min={v_min} and v_max={v_max} have no effect without n_atoms: set it, e.g. to 101.")
+        self.support_kwargs: dict[str, Any] = {"n_atoms": n_atoms, "v_min": v_min, "v_max": v_max}
         super().__init__(
             observation_space,
             action_space,
@@ -308,7 +430,13 @@ class SoftSACPolicy(sb3_policies.SACPolicy):
         if self.weight_init is not None:
             init_weights(self.actor, self.weight_init)
             init_weights(self.critic, self.weight_init)
+        if self.unit_norm is not None:
+            networks.project_to_unit_norm(self.actor.own_networks(), self.unit_norm)
+            networks.project_to_unit_norm(self.critic.q_networks, self.unit_norm)
+        if self.weight_init is not None or self.unit_norm is not None:
             self.critic_target.load_state_dict(self.critic.state_dict())
+        for module in nn.ModuleList(self.critic_target.q_networks).modules():
+            module.training = isinstance(module, nn.Dropout)  # DroQ: targets drop out, too
         self.actor_target = None
         if self.use_actor_target:
             self.make_actor_target()
@@ -321,17 +449,21 @@ class SoftSACPolicy(sb3_policies.SACPolicy):
 
     def make_actor(self, features_extractor: BaseFeaturesExtractor | None = None) -> Actor:
         actor_kwargs = self._update_features_extractor(self.actor_kwargs, features_extractor)
-        return Actor(**actor_kwargs, **self.log_std_kwargs).to(self.device)
+        architecture = self.architecture._replace(dropout_rate=0.0)
+        return Actor(**actor_kwargs, **self.log_std_kwargs, architecture=architecture).to(self.device)
 
     def make_critic(self, features_extractor: BaseFeaturesExtractor | None = None) -> Critic:
         critic_kwargs = self._update_features_extractor(self.critic_kwargs, features_extractor)
-        return Critic(**critic_kwargs).to(self.device)
+        return Critic(**critic_kwargs, architecture=self.architecture, **self.support_kwargs).to(self.device)
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         return (
             super()._get_constructor_parameters()
             | self.log_std_kwargs
+            | self.architecture._asdict()
+            | self.support_kwargs
             | {
+                "unit_norm": self.unit_norm,
                 "share_features_extractor": self.share_features_extractor,  # SB3 forgets it
                 "weight_init": self.weight_init,
                 "use_actor_target": self.actor_target is not None,
@@ -367,6 +499,17 @@ class SoftSACPolicy(sb3_policies.SACPolicy):
     def evaluate_actions(self, obs: TorchObs, actions: th.Tensor) -> th.Tensor:
         """See ``Actor.evaluate_actions``."""
         return self.actor.evaluate_actions(obs, actions)
+
+
+def _checked_unit_norm(unit_norm: str | None, architecture: Architecture) -> str | None:
+    if unit_norm not in networks.UNIT_NORMS:
+        raise ValueError(f"unit_norm={unit_norm!r} is unknown: use one of {networks.UNIT_NORMS}.")
+    has_norms = architecture.has_batch_norm or architecture.normalization or architecture.residual_expansion
+    if unit_norm == "all" and not has_norms:
+        raise ValueError(
+            "unit_norm='all' is meant for networks with normalisation layers: use 'weights', or set normalization."
+        )
+    return unit_norm
 
 
 def _set_training_mode(module: nn.Module, mode: bool) -> None:

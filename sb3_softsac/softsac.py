@@ -26,19 +26,23 @@ from stable_baselines3.common.utils import (
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 from torch import nn
 
+from sb3_softsac import schedules
 from sb3_softsac.buffers import ReplayBuffer, samples_itself
 from sb3_softsac.distributions import log_action_scale
 from sb3_softsac.ent_coef import EntCoef, make_ent_coef
 from sb3_softsac.execution import device_replay, learner, threads
-from sb3_softsac.execution.device_replay import DeviceReplay
+from sb3_softsac.execution.device_replay import DeviceReplay, with_scaled_rewards
 from sb3_softsac.execution.metrics import NotFinite
 from sb3_softsac.execution.runner import Runner, matmul_precision
 from sb3_softsac.execution.way import Minibatches
 from sb3_softsac.gradient_step import UpdateOptions
+from sb3_softsac.heads import CategoricalHead
+from sb3_softsac.held_noise import HeldNoise
 from sb3_softsac.persistence.resumable import ResumableAlgorithm
 from sb3_softsac.policies import COUNTERPARTS, Actor, CnnPolicy, Critic, MlpPolicy, MultiInputPolicy, SoftSACPolicy
+from sb3_softsac.reward_scale import RewardScale
 from sb3_softsac.type_aliases import TorchObs
-from sb3_softsac.validation import check_action_space, check_options
+from sb3_softsac.validation import check_action_space, check_networks, check_options, parse_target_entropy
 
 MIN_COMPILED_UPDATES = 10_000  # Inductor takes as long as it saves in about half as many, C++ in a quarter
 
@@ -53,7 +57,8 @@ class SoftSAC(ResumableAlgorithm):
 
     :param policy: ``"MlpPolicy"``, ``"CnnPolicy"``, ``"MultiInputPolicy"`` or a subclass of ``SoftSACPolicy``
     :param env: environment (bounded ``Box`` actions), its id, or None when loading to predict
-    :param learning_rate: learning rate of all optimisers; float or function of the remaining progress (1 to 0)
+    :param learning_rate: learning rate of all optimisers; float, function of the remaining progress (1 to 0), or the
+        name of one: ``"lin_3e-4"`` (to 0), ``"lin_3e-4_3e-5"``, ``"cos_3e-4_1.5e-4"``
     :param buffer_size: capacity of the replay buffer, in transitions
     :param learning_starts: environment steps before the first gradient update
     :param batch_size: minibatch size, B
@@ -69,7 +74,8 @@ class SoftSAC(ResumableAlgorithm):
     :param ent_coef: entropy coefficient: a number, ``"auto"`` or ``"auto_<first value>"``
     :param target_update_interval: updates between target updates, counted over the whole run: unlike with SB3's SAC it
         works with ``gradient_steps=1`` (SB3 issue 2158)
-    :param target_entropy: entropy that a learned coefficient aims at, in nats; ``"auto"``: minus the action dimension
+    :param target_entropy: entropy that a learned coefficient aims at, in nats; ``"auto"``: minus the action dimension;
+        ``"auto_0.5"``: half of that; ``"std_0.15"``: of Gaussians with this standard deviation
     :param use_sde: generalised state-dependent exploration (https://arxiv.org/abs/2005.05719)
     :param sde_sample_freq: steps between new exploration matrices; -1: once for each rollout
     :param use_sde_at_warmup: explore with gSDE instead of uniformly in the first ``random_steps``
@@ -90,6 +96,13 @@ class SoftSAC(ResumableAlgorithm):
     :param entropy_space: ``"normalized"``: entropy of actions scaled to [-1, 1]; ``"env"``: of actions in the
         environment's units, i.e. log_prob minus the sum of log((high - low) / 2)
     :param max_grad_norm: clip the norm of each network's gradient; None: do not
+    :param joint_batch: ``"critic"``: critics see states and next states in one batch, whose statistics batch norms then
+        use (CrossQ, https://arxiv.org/abs/1902.05605); ``"all"``: the actor, too (FlashSAC). Needs networks with batch
+        norm, see ``SoftSACPolicy``
+    :param use_critic_target: False: next values are those of the critics themselves (CrossQ)
+    :param normalize_rewards: divide sampled rewards by the running standard deviation of discounted returns:
+        ``"std"``; ``"bounded"``: or by more, so that no return is beyond ``v_max`` of categorical critics
+    :param max_noise_repeat: hold the noise of an action for n <= ``max_noise_repeat`` steps, P(n) ~ n^-2 (FlashSAC)
     :param compile: ``"auto"``: compile the updates if ``learn()`` will do at least ``MIN_COMPILED_UPDATES`` in all;
         True; False. On the CPU, plain actors then explore in C++, too. The result is the same up to rounding. Where it
         cannot be done, a warning says why; ``verbose=1`` says why updates are left to torch's compiler instead of C++
@@ -123,6 +136,8 @@ class SoftSAC(ResumableAlgorithm):
     _device_replay: DeviceReplay | None = None
     _compiles = False  # stays with the run, also when it is continued from a file
     _threads: int | None = None  # stays with the run, too
+    _reward_scale: RewardScale | None = None
+    _held_noise: HeldNoise | None = None
 
     def __init__(
         self,
@@ -164,6 +179,10 @@ class SoftSAC(ResumableAlgorithm):
         ent_coef_loss: str = "log",
         entropy_space: str = "normalized",
         max_grad_norm: float | None = None,
+        joint_batch: str | None = None,
+        use_critic_target: bool = True,
+        normalize_rewards: str | None = None,
+        max_noise_repeat: int = 1,
         compile: bool | str = "auto",
         matmul_precision: str | None = None,
         buffer_on_device: bool | str = "auto",
@@ -212,6 +231,10 @@ class SoftSAC(ResumableAlgorithm):
         self.ent_coef_loss = ent_coef_loss
         self.entropy_space = entropy_space
         self.max_grad_norm = max_grad_norm
+        self.joint_batch = joint_batch
+        self.use_critic_target = use_critic_target
+        self.normalize_rewards = normalize_rewards
+        self.max_noise_repeat = max_noise_repeat
         self.compile = compile
         self.matmul_precision = matmul_precision
         self.buffer_on_device = buffer_on_device
@@ -237,9 +260,13 @@ class SoftSAC(ResumableAlgorithm):
         self.use_actor_target = self.policy.actor_target is not None
         self._create_aliases()
 
-        if self.target_entropy == "auto":
-            self.target_entropy = -float(np.prod(self.action_space.shape))
-        self.target_entropy = float(self.target_entropy)
+        check_networks(self)
+        if self.normalize_rewards is not None and self._reward_scale is None:
+            self._reward_scale = RewardScale(self.gamma)
+        if self.max_noise_repeat > 1 and self._held_noise is None:
+            self._held_noise = HeldNoise(self.max_noise_repeat)
+
+        self.target_entropy = parse_target_entropy(self.target_entropy, int(np.prod(self.action_space.shape)))
         first_learning_rate = self._schedule(self.ent_coef_learning_rate)(1.0)
         self._ent_coef: EntCoef = make_ent_coef(self.ent_coef, first_learning_rate, self.device)
         for name, default in (("ent_coef_learning_rate", None), ("ent_coef_loss", "log")):
@@ -336,7 +363,8 @@ class SoftSAC(ResumableAlgorithm):
             self.replay_buffer.seed(seed)
 
     def _setup_learn(self, total_timesteps: int, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
-        self._set_device_replay()  # first, since it may raise
+        check_networks(self)  # first, since these may raise
+        self._set_device_replay()
         total_timesteps, callback = super()._setup_learn(total_timesteps, *args, **kwargs)
         if self.device.type == "cpu":
             self._set_threads()
@@ -433,6 +461,8 @@ class SoftSAC(ResumableAlgorithm):
             self._compiles = self._runner.compiles
         self._n_updates += n_done
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+        if self.normalize_rewards is not None:
+            self.logger.record("train/reward_scale", self._reward_divisor())
         for name, mean in means.items():
             self.logger.record(f"train/{name}", mean)
         if self._runner.report.compile_seconds > 0.0:
@@ -446,9 +476,49 @@ class SoftSAC(ResumableAlgorithm):
         return runner
 
     def _explore(self, obs: TorchObs) -> th.Tensor:
+        if self.max_noise_repeat > 1:
+            return self._explore_with_held_noise(obs)
         self._runner = self._present_runner()
         actions = self._runner.act(obs)
         return super()._explore(obs) if actions is None else actions
+
+    def _explore_with_held_noise(self, obs: TorchObs) -> th.Tensor:
+        if self._held_noise is None or self._held_noise.max_steps != self.max_noise_repeat:
+            self._held_noise = HeldNoise(self.max_noise_repeat)
+        n_actions = int(np.prod(self.action_space.shape))
+        noise = self._held_noise.next(self.n_envs, n_actions).to(self.device)
+        self.policy.set_training_mode(False)
+        with th.no_grad():
+            return self.actor.sample(obs, noise).actions
+
+    def _store_transition(
+        self,
+        replay_buffer: SB3ReplayBuffer,
+        buffer_action: np.ndarray,
+        new_obs: Any,
+        reward: np.ndarray,
+        dones: np.ndarray,
+        infos: list[dict[str, Any]],
+    ) -> None:
+        if self._reward_scale is not None:
+            self._reward_scale.update(reward, dones)
+        super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
+
+    def _reset_episodes(self) -> None:
+        super()._reset_episodes()
+        if self._reward_scale is not None:
+            self._reward_scale.end_episodes()
+
+    def _reward_divisor(self) -> float:
+        """What sampled rewards are divided by."""
+        if self.normalize_rewards is None:
+            return 1.0
+        if self._reward_scale is None:  # wanted since load()
+            self._reward_scale = RewardScale(self.gamma)
+        head = self.critic.head
+        if self.normalize_rewards == "bounded" and isinstance(head, CategoricalHead):
+            return self._reward_scale.divisor(head.v_max)
+        return self._reward_scale.divisor()
 
     def _draws(self, number: int, batch_size: int, replay: DeviceReplay | None) -> Iterator[Minibatches]:
         """Minibatches of B; several at once if the buffer is our own: drawing takes half the time, and C++ one call."""
@@ -456,9 +526,11 @@ class SoftSAC(ResumableAlgorithm):
         source = self.replay_buffer if replay is None else replay
         # Not if a user's class or function does it: it is asked as SB3 asks it
         at_once = max(1, ROWS_AT_ONCE // batch_size) if samples_itself(self.replay_buffer) else 1
+        divisor = self._reward_divisor()
         for first in range(0, number, at_once):
             n = min(at_once, number - first)
-            yield Minibatches(source.sample(n * batch_size, env=self._vec_normalize_env), n)
+            samples = source.sample(n * batch_size, env=self._vec_normalize_env)
+            yield Minibatches(samples if divisor == 1.0 else with_scaled_rewards(samples, 1.0 / divisor), n)
 
     def _update_options(self) -> UpdateOptions:
         assert isinstance(self.target_entropy, float)
@@ -472,6 +544,8 @@ class SoftSAC(ResumableAlgorithm):
             ent_coef_loss=self.ent_coef_loss,
             log_action_scale=log_action_scale(self.action_space) if self.entropy_space == "env" else 0.0,
             max_grad_norm=self.max_grad_norm,
+            joint_batch=self.joint_batch,
+            use_critic_target=self.use_critic_target,
         )
 
     def _setup_lr_schedule(self) -> None:
@@ -479,6 +553,8 @@ class SoftSAC(ResumableAlgorithm):
 
     def _schedule(self, learning_rate: float | Schedule | None) -> Callable[[float], float]:
         rate = self.learning_rate if learning_rate is None else learning_rate
+        if isinstance(rate, str):
+            return FloatSchedule(schedules.parse(rate))
         return FloatSchedule(rate if callable(rate) else float(rate))  # NumPy's numbers are not floats to FloatSchedule
 
     def _update_learning_rates(self) -> None:

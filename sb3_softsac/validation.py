@@ -1,5 +1,6 @@
 """Checks of what a user passes to ``SoftSAC``: errors that name the argument, its value and the fix."""
 
+import math
 import warnings
 from numbers import Real
 from typing import Any
@@ -9,6 +10,9 @@ from gymnasium import spaces
 from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, CombinedExtractor, NatureCNN
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecTransposeImage, unwrap_vec_normalize
+
+from sb3_softsac import schedules
+from sb3_softsac.heads import ScalarHead, head_of
 
 MIN_IMAGE_SIZE = 36  # of NatureCNN's three layers: ((36 - 8) / 4 + 1 - 4) / 2 + 1 = 3, the last one's kernel
 
@@ -120,8 +124,9 @@ def check_options(model: Any) -> None:
         rate = getattr(model, name)
         optional = name != "learning_rate" and rate is None
         number = is_number(rate, 0.0) and float(rate) < float("inf")
-        require(optional or number or callable(rate), name, "a number >= 0 or a function of the remaining progress")
-    for name in ("policy_delay_compensation", "use_actor_target"):
+        allowed = f"a number >= 0, a function of the remaining progress, or {schedules.SYNTAX}"
+        require(optional or number or callable(rate) or schedules.is_valid(rate), name, allowed)
+    for name in ("policy_delay_compensation", "use_actor_target", "use_critic_target"):
         require(isinstance(getattr(model, name), bool), name, "True or False")
     for name in ("compile", "buffer_on_device"):
         value = getattr(model, name)
@@ -137,8 +142,60 @@ def check_options(model: Any) -> None:
         "max_grad_norm",
         "a number > 0, or None",
     )
+    require(model.joint_batch in (None, "critic", "all"), "joint_batch", "'critic', 'all' or None")
+    require(model.normalize_rewards in (None, "std", "bounded"), "normalize_rewards", "'std', 'bounded' or None")
+    require(is_int(model.max_noise_repeat, 1), "max_noise_repeat", "an integer >= 1")
+    if model.max_noise_repeat > 1 and model.use_sde:
+        raise ValueError(
+            f"max_noise_repeat={model.max_noise_repeat} has no effect with use_sde=True, whose noise changes every "
+            "sde_sample_freq steps: leave one of them out."
+        )
+    parse_target_entropy(model.target_entropy, 1)
+
+
+def parse_target_entropy(target_entropy: Any, n_actions: int) -> float:
+    """
+    :param target_entropy: number, ``"auto"``, ``"auto_<fraction>"`` or ``"std_<standard deviation>"``
+    :param n_actions: A
+    :return: entropy in nats
+    :raises ValueError: if it is none of these
+    """
+    kind, _, number = str(target_entropy).partition("_")
     try:
-        target_entropy_is_number = bool(np.isfinite(float(model.target_entropy)))
+        value = float(number or 1.0) if kind in ("auto", "std") else float(target_entropy)
     except (TypeError, ValueError):
-        target_entropy_is_number = False
-    require(model.target_entropy == "auto" or target_entropy_is_number, "target_entropy", "a number or 'auto'")
+        value = float("nan")
+    is_named = kind in ("auto", "std")
+    if not np.isfinite(value) or (kind == "std" and (not number or value <= 0.0)) or (is_named and value < 0.0):
+        raise ValueError(
+            f"target_entropy={target_entropy!r} is not valid: it must be a number, 'auto' (minus the action "
+            "dimension), 'auto_0.5' (half of that) or 'std_0.15' (of Gaussians with this standard deviation)."
+        )
+    if kind == "auto":
+        return -value * n_actions
+    return n_actions * 0.5 * math.log(2.0 * math.pi * math.e * value**2) if kind == "std" else value
+
+
+def check_networks(model: Any) -> None:
+    """
+    :param model: ``SoftSAC`` with its networks
+    :raises ValueError: for options that have no meaning beside the networks or the environment
+    """
+    has_batch_norm = model.policy.architecture.has_batch_norm
+    if model.joint_batch is not None and not has_batch_norm:
+        raise ValueError(
+            f"joint_batch={model.joint_batch!r} has no effect on networks without batch norm: leave it out, or set "
+            "policy_kwargs=dict(normalization='batch') or dict(normalize_input=True)."
+        )
+    if has_batch_norm and model.batch_size < 2:
+        raise ValueError(f"batch_size={model.batch_size} is too small for batch norm, which needs 2 at least.")
+    if model.normalize_rewards == "bounded" and isinstance(head_of(model.critic), ScalarHead):
+        raise ValueError(
+            "normalize_rewards='bounded' needs the support of categorical critics: set policy_kwargs=dict(n_atoms=101),"
+            " or use 'std'."
+        )
+    if model.normalize_rewards is not None and getattr(model._vec_normalize_env, "norm_reward", False):
+        raise ValueError(
+            f"normalize_rewards={model.normalize_rewards!r} and VecNormalize(norm_reward=True) would both scale the "
+            "rewards: leave one of them out."
+        )

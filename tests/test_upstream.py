@@ -538,7 +538,7 @@ def test_methods_of_the_zoo(name: str) -> None:
 
 
 def test_manager_of_the_zoo() -> None:
-    assert _rl_zoo3.METHODS.keys() | {"_preprocess_schedules"} == METHODS.keys() | {"__init__"}
+    assert _rl_zoo3.METHODS.keys() == METHODS.keys() | {"__init__"}
     names = {arg.arg for arg in zoo_method("__init__").args.args}
     assert {"config", "hyperparams", "n_timesteps"} <= names, "_rl_zoo3._init looks for these arguments by name."
     used = {
@@ -664,10 +664,10 @@ def test_without_foreach_lerp(monkeypatch: pytest.MonkeyPatch) -> None:
     for parameter in policy.critic.parameters():
         parameter.data.normal_()
     other = copy.deepcopy(policy)
-    gradient_step.update_targets(policy, 0.3, th.tensor(True))
+    gradient_step.update_targets(policy.targets(), 0.3, th.tensor(True))
     monkeypatch.delattr(th, "_foreach_lerp_")
     with pytest.warns(UserWarning, match="torch._foreach_lerp_, a private name .*slower"):
-        gradient_step.update_targets(other, 0.3, th.tensor(True))
+        gradient_step.update_targets(other.targets(), 0.3, th.tensor(True))
     for expected, found in zip(policy.critic_target.parameters(), other.critic_target.parameters(), strict=True):
         assert th.equal(found, expected)
 

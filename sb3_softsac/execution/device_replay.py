@@ -57,6 +57,19 @@ def gathered(batch: ReplayBatch | StoredBatch, storage: Storage | None) -> Repla
     )
 
 
+def with_scaled_rewards(samples: ReplayBatch | StoredBatch, factor: float) -> ReplayBatch | StoredBatch:
+    """
+    :param samples: of a replay buffer
+    :param factor: of the rewards
+    :return: the same samples with other rewards
+    """
+    if isinstance(samples, StoredBatch):
+        numbers = samples.numbers.clone()
+        numbers[:, 0] *= factor
+        return samples._replace(numbers=numbers)
+    return samples._replace(rewards=samples.rewards * factor)
+
+
 class DeviceReplay:
     """
     Observations, next observations and actions of a replay buffer, copied to a device.

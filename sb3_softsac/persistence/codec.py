@@ -50,7 +50,12 @@ PLAIN_CLASSES: tuple[type, ...] = (
     FloatSchedule,
     LinearSchedule,
 )
-PLAIN_NAMES = ("rl_zoo3.utils.SimpleLinearSchedule",)  # by name, so that rl_zoo3 need not be imported
+# By name: rl_zoo3 need not be imported, and ours import more than this module may
+PLAIN_NAMES = (
+    "rl_zoo3.utils.SimpleLinearSchedule",
+    "sb3_softsac.held_noise.HeldNoise",
+    "sb3_softsac.reward_scale.RewardScale",
+)
 BIT_GENERATORS = ("PCG64", "PCG64DXSM", "MT19937", "Philox", "SFC64")
 # Bounds of a space of this size are written as one number, if they are all equal
 SMALL_BYTES, MAX_BOUND_BYTES = 1 << 12, 1 << 26

@@ -149,8 +149,7 @@ class ResumableAlgorithm(RolloutAlgorithm):
             self._last_obs, self._mid_step = None, False
         resets = reset_num_timesteps or self._last_obs is None
         if resets:
-            self._rollout = None
-            self._end_stored_episodes()
+            self._reset_episodes()
         assert self.env is not None, "You must set the environment before calling learn()"
         if self._unread is not None and self._unread.replay is not None:
             warnings.warn(
@@ -187,6 +186,11 @@ class ResumableAlgorithm(RolloutAlgorithm):
             self._restore_at_learn()
         self._pending = Pending()
         return total_timesteps, self._callback
+
+    def _reset_episodes(self) -> None:
+        """The environments are about to be reset."""
+        self._rollout = None
+        self._end_stored_episodes()
 
     def _restore_at_learn(self) -> None:
         """Restore what ``load()`` cannot: callbacks, the logger and random states."""

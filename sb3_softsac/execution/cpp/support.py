@@ -150,6 +150,7 @@ def plain_layers(policy: SoftSACPolicy) -> Layers:
     :return: its linear layers
     :raises NotPlain: if it is not supported
     """
+    require(policy.unit_norm is None, "weights are scaled to unit norm (unit_norm)")
     require(policy.actor_target is None, "there is a target actor (use_actor_target)")
     require(
         type(policy).targets is SoftSACPolicy.targets, f"the policy's class {type(policy).__name__} overrides targets()"

@@ -164,6 +164,8 @@ class CppUpdate:
         if (reason := self.reason_against()) is not None:
             # Without states this update is eager, and the next one may be for C++
             raise Declined(reason) if self.learner.has_state() else Declined
+        if not updates.options.use_critic_target:
+            raise Declined("there are no targets of the critics (use_critic_target)")
         minibatches, first = updates.minibatches, updates.first
         last = min(minibatches.n, first + self.n_at_once(minibatches.size))
         dues = updates.dues[first:last]

@@ -1,0 +1,35 @@
+"""Learning rates that are given as text: the RL Zoo's ``"lin_3e-4"``, with a last value, and the cosine."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+SYNTAX = "'lin_<first>' (linear to 0), 'lin_<first>_<last>' or 'cos_<first>_<last>', for instance 'lin_3e-4_3e-5'"
+
+
+def parse(text: str) -> Callable[[float], float]:
+    """
+    :param text: kind, first and last value
+    :return: function of the remaining progress, from 1 to 0
+    :raises ValueError: if the text is not valid
+    """
+    kind, *numbers = text.split("_")
+    first, last = map(float, numbers if len(numbers) > 1 else [*numbers, "0"])
+    if not (0.0 <= first < math.inf and 0.0 <= last < math.inf):
+        raise ValueError(f"{text!r} is not valid: it must be {SYNTAX}.")
+    if kind == "lin":
+        return lambda progress: last + (first - last) * progress
+    if kind == "cos":
+        return lambda progress: last + (first - last) * 0.5 * (1.0 - math.cos(math.pi * progress))
+    raise ValueError(f"{text!r} is not valid: it must be {SYNTAX}.")
+
+
+def is_valid(text: Any) -> bool:
+    """
+    :param text: any learning rate
+    :return: whether :func:`parse` reads it
+    """
+    try:
+        return isinstance(text, str) and parse(text) is not None
+    except ValueError:
+        return False
