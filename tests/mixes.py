@@ -235,7 +235,11 @@ def draw(seed: int) -> Mix:
     is_plain = kind in ("task", "own") and env["name"] not in ("odd discrete", "odd binary")
     is_plain &= not (options["use_sde"] or options["use_actor_target"] or networks.get("separate_log_std_net"))
     is_plain &= networks.get("optimizer_class") is th.optim.Adam and "features_extractor_class" not in networks
+    is_plain &= options["use_critic_target"] and not networks.keys() & NEWER_NETWORKS
     options["compile"] = is_plain and rng.random() < 0.5
+
+    if any(name.startswith("normalize") and name != "normalize observations" for name in env["vec_wrappers"]):
+        options.pop("normalize_rewards", None)
 
     steps = rng.randint(60, 110)
     stops = sorted(rng.sample(range(5, steps), 2))
@@ -309,6 +313,7 @@ def draw_updates(rng: random.Random, n_envs: int) -> dict[str, Any]:
         "max_grad_norm": rng.choice([None, None, 0.5]),
         "learning_rate": rng.choice([3e-4, 1e-3, LinearSchedule(1e-3, 0.0, 0.5)]),
         "qf_learning_rate": rng.choice([None, None, 2e-3]),
+        "use_critic_target": rng.random() < 0.9,
     }
     if isinstance(options["ent_coef"], str):
         options["ent_coef_loss"] = rng.choice(["log", "log", "exp"])
@@ -334,13 +339,39 @@ def draw_networks(rng: random.Random, kind: str) -> dict[str, Any]:
     if kind in ("task", "own") and rng.random() < 0.2:
         networks["features_extractor_class"] = rng.choice([NormExtractor, UnusedParameters])
     options = {"use_sde": rng.random() < 0.3, "policy_kwargs": networks}
+    if rng.random() < 0.3:
+        options |= draw_newer_networks(rng, networks)
     if options["use_sde"]:
         networks |= {"use_expln": rng.random() < 0.3, "log_std_init": rng.choice([-3.0, -1.0])}
         options["sde_sample_freq"] = rng.choice([-1, 1, 2, 3, 5])
         options["use_sde_at_warmup"] = rng.random() < 0.3
+        options.pop("max_noise_repeat", None)
     elif rng.random() < 0.4:
         networks |= {"log_std_bounding": "tanh", "log_std_bounds": (-5, 2)}
         networks["separate_log_std_net"] = rng.random() < 0.5
+    return options
+
+
+NEWER_NETWORKS = {"normalization", "normalize_input", "residual_expansion", "unit_norm", "dropout_rate", "n_atoms"}
+
+
+def draw_newer_networks(rng: random.Random, networks: dict[str, Any]) -> dict[str, Any]:
+    """
+    :param networks: arguments of the policy; some are added
+    :return: options that go with them
+    """
+    networks["normalization"] = rng.choice([None, "batch", "batch", "layer"])
+    networks["normalize_input"] = rng.random() < 0.5
+    if not isinstance(networks["net_arch"], dict):
+        networks["residual_expansion"] = rng.choice([None, 1, 3])
+    networks["unit_norm"] = rng.choice([None, "weights"])
+    networks["dropout_rate"] = rng.choice([0.0, 0.0, 0.2])
+    networks["n_atoms"] = rng.choice([None, 11])
+    options = {"max_noise_repeat": rng.choice([1, 5])}
+    options["normalize_rewards"] = rng.choice([None, "std", "bounded" if networks["n_atoms"] else "std"])
+    if networks["normalization"] == "batch" or networks["normalize_input"]:
+        networks["unit_norm"] = rng.choice([networks["unit_norm"], "all"])
+        options["joint_batch"] = rng.choice([None, "critic", "all"])
     return options
 
 

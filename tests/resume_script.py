@@ -119,6 +119,10 @@ ALL_OPTIONS: dict[str, Any] = {
     "ent_coef_loss": "exp", "entropy_space": "env", "max_grad_norm": 1.0,
     "policy_kwargs": {"log_std_bounding": "tanh", "log_std_bounds": (-5, 2), "weight_init": "xavier", "n_critics": 3},
 }  # fmt: skip
+XQC: dict[str, Any] = {
+    "normalization": "batch", "normalize_input": True, "unit_norm": "all", "n_atoms": 21, "residual_expansion": 2,
+}  # fmt: skip
+DROQ: dict[str, Any] = {"normalization": "layer", "dropout_rate": 0.1, "unit_norm": "weights"}
 HER = {"replay_buffer_class": HerReplayBuffer, "batch_size": 10}
 bits = partial(vec_env, partial(BitFlippingEnv, n_bits=4, continuous=True, max_steps=6))
 CASES: dict[str, Case] = {
@@ -176,6 +180,14 @@ CASES: dict[str, Case] = {
     "compiled_gsde": Case(
         stops=(32, 70), kwargs={"compile": True, "use_sde": True, "policy_delay": 2, "train_freq": 4}
     ),
+    "xqc": Case(
+        lambda: pendulum(2), stops=(20, 62, 80, 96),
+        kwargs={
+            "joint_batch": "critic", "normalize_rewards": "bounded", "max_noise_repeat": 16, "policy_delay": 3,
+            "learning_rate": "lin_1e-3_1e-4", "policy_kwargs": XQC,
+        },
+    ),
+    "droq": Case(kwargs={"normalize_rewards": "std", "policy_kwargs": DROQ}),
     "sb3_buffer": Case(stops=(60, 97, 100), kwargs={"replay_buffer_class": SB3ReplayBuffer, "buffer_size": 100}),
     "sb3_memory": Case(
         stops=(60, 97, 100),
@@ -340,6 +352,8 @@ def snapshot(model: SoftSAC, evaluation: EvalCallback | None = None) -> dict[str
         "exploration": model._exploration_state(),
         "action_noise": encode(model.action_noise),
         "action_space": encode(model.action_space),
+        "reward_scale": encode(model._reward_scale),
+        "held_noise": encode(model._held_noise),
     }  # fmt: skip
     if evaluation is not None:
         state["evaluations"] = [

@@ -42,6 +42,9 @@ def multi_obs() -> gym.Env:
 
 
 SGD = {"net_arch": [16], "optimizer_class": th.optim.SGD}
+# As many of the newer networks' options as go together
+XQC = {**TAME, "normalization": "batch", "normalize_input": True, "unit_norm": "weights", "n_atoms": 21}
+FLASHSAC = {**XQC, "residual_expansion": 2, "unit_norm": "all", "log_std_bounding": "tanh", "log_std_bounds": (-5, 2)}
 CASES: dict[str, dict[str, Any]] = {
     "defaults": {},
     "fixed_ent_coef": {"ent_coef": 0.2},
@@ -57,6 +60,15 @@ CASES: dict[str, dict[str, Any]] = {
     "adamw": {"policy_kwargs": {**TAME, "optimizer_class": th.optim.AdamW}},
     "weight_decay": {"policy_kwargs": {"net_arch": [16], "optimizer_kwargs": {"eps": 1e-3, "weight_decay": 0.5}}},
     "sgd": {"policy_kwargs": {**SGD, "optimizer_kwargs": {"momentum": 0.9}}},
+    "xqc": {"joint_batch": "critic", "normalize_rewards": "bounded", "policy_delay": 3, "policy_kwargs": XQC},
+    "flashsac": {"joint_batch": "all", "normalize_rewards": "bounded", "policy_kwargs": FLASHSAC},
+    "crossq": {
+        "joint_batch": "critic",
+        "use_critic_target": False,
+        "use_actor_target": True,
+        "policy_kwargs": {**TAME, "normalize_input": True, "normalization": "batch"},
+    },
+    "droq": {"policy_kwargs": {**TAME, "normalization": "layer", "dropout_rate": 0.1}},
     "rmsprop_delay": {"policy_delay": 2, "policy_kwargs": {**SGD, "optimizer_class": th.optim.RMSprop}},
     "shared_extractor": {"policy_kwargs": {**TAME, "share_features_extractor": True}},
     "batch_norm": {"policy_kwargs": {**TAME, "features_extractor_class": NormExtractor}},

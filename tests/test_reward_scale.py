@@ -1,0 +1,119 @@
+"""The scale of rewards, against a plain loop over a recorded series, and where it is applied."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from stable_baselines3 import HerReplayBuffer
+from stable_baselines3.common.buffers import ReplayBuffer as SB3ReplayBuffer
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.envs import BitFlippingEnv
+from twins import SMALL
+
+from sb3_softsac import SoftSAC
+from sb3_softsac.reward_scale import RewardScale
+
+GAMMA = 0.9
+
+
+def series(n_steps: int, n_envs: int) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(n_envs)
+    return rng.normal(1.0, 3.0, (n_steps, n_envs)).astype(np.float32), rng.random((n_steps, n_envs)) < 0.1
+
+
+def returns_slowly(rewards: np.ndarray, dones: np.ndarray) -> np.ndarray:
+    """Discounted returns since each episode's beginning, in each step and environment."""
+    returns = []
+    for env in range(rewards.shape[1]):
+        current: list[float] = []
+        for reward, done in zip(rewards[:, env].tolist(), dones[:, env], strict=True):
+            current.append(reward)
+            returns.append(sum(GAMMA ** (len(current) - 1 - i) * r for i, r in enumerate(current)))
+            if done:
+                current = []
+    return np.array(returns)
+
+
+@pytest.mark.parametrize("n_envs", [1, 3])
+def test_divisor(n_envs: int) -> None:
+    rewards, dones = series(200, n_envs)
+    scale = RewardScale(GAMMA)
+    for step in range(len(rewards)):
+        scale.update(rewards[step], dones[step])
+    expected = returns_slowly(rewards, dones)
+    assert scale.divisor() == pytest.approx(expected.std(), rel=1e-3)
+    assert scale.divisor(5.0) == pytest.approx(max(expected.std(), np.abs(expected).max() / 5.0), rel=1e-3)
+    assert scale.divisor(0.5) == pytest.approx(np.abs(expected).max() / 0.5, rel=1e-6)
+
+
+def test_new_episodes_and_other_environments() -> None:
+    scale = RewardScale(GAMMA)
+    scale.update(np.array([3.0, 4.0]), np.array([False, False]))
+    scale.update(np.array([1.0, 1.0]), np.array([True, False]))
+    np.testing.assert_allclose(scale.returns, [0.0, 1.0 + GAMMA * 4.0])
+    scale.update(np.array([1.0, 1.0, 1.0]), np.array([False] * 3))
+    np.testing.assert_allclose(scale.returns, 1.0)
+    scale.end_episodes()
+    scale.update(np.array([2.0, 2.0, 2.0]), np.array([False] * 3))
+    np.testing.assert_allclose(scale.returns, 2.0)
+    assert scale.max_return == pytest.approx(1.0 + GAMMA * 4.0)
+
+
+def sampled_rewards(model: SoftSAC) -> np.ndarray:
+    assert model.replay_buffer is not None
+    (minibatches,) = model._draws(1, 64, None)
+    return minibatches.samples.rewards.numpy()
+
+
+BUFFERS: dict[str, dict[str, Any]] = {
+    "own": {}, "n_steps": {"n_steps": 3}, "sb3": {"replay_buffer_class": SB3ReplayBuffer},
+    "her": {"replay_buffer_class": HerReplayBuffer, "learning_starts": 40},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("buffer", BUFFERS)
+def test_sampled_rewards_are_divided(buffer: str) -> None:
+    is_her = buffer == "her"
+    env = make_vec_env(lambda: BitFlippingEnv(n_bits=4, continuous=True, max_steps=6)) if is_her else "Pendulum-v1"
+    options = {**SMALL, "normalize_rewards": "std", "buffer_size": 1000, **BUFFERS[buffer]}
+    model = SoftSAC("MultiInputPolicy" if is_her else "MlpPolicy", env, **options).learn(60)
+    divisor = model._reward_divisor()
+    assert divisor != pytest.approx(1.0, abs=0.05)
+    assert model.logger.name_to_value["train/reward_scale"] == pytest.approx(divisor, rel=0.2)
+    states = []
+    for normalize_rewards in ("std", None):
+        np.random.seed(0)
+        if buffer in ("own", "n_steps"):
+            model.replay_buffer.seed(0)  # type: ignore[union-attr]
+        model.normalize_rewards = normalize_rewards
+        states.append(sampled_rewards(model))
+    np.testing.assert_allclose(states[0] * divisor, states[1], rtol=1e-5)
+
+
+def test_time_limits_end_episodes_too() -> None:
+    env = make_vec_env("Pendulum-v1", n_envs=2, env_kwargs={"max_episode_steps": 10})
+    model = SoftSAC("MlpPolicy", env, normalize_rewards="std", **SMALL).learn(20)
+    assert model._reward_scale is not None
+    np.testing.assert_array_equal(model._reward_scale.returns, 0.0)
+    assert model._reward_scale.statistics.count == pytest.approx(20, abs=1e-3)
+
+
+@pytest.mark.parametrize("with_env", [True, False])
+def test_it_is_saved(with_env: bool, tmp_path: Path) -> None:
+    model = SoftSAC("MlpPolicy", "Pendulum-v1", normalize_rewards="std", **SMALL).learn(50)
+    model.save(tmp_path / "model")
+    assert model._reward_scale is not None and model._reward_scale.returns.any()
+    loaded = SoftSAC.load(tmp_path / "model", model.env if with_env else None)
+    assert loaded._reward_scale is not None and loaded._reward_divisor() == model._reward_divisor()
+    if with_env:
+        loaded.learn(1)  # in a new episode
+        assert len(loaded._reward_scale.returns) == 1
+        assert abs(loaded._reward_scale.returns[0]) < 17.0  # one step's reward is above -16.3
+
+
+def test_it_can_begin_at_load(tmp_path: Path) -> None:
+    model = SoftSAC("MlpPolicy", "Pendulum-v1", **SMALL).learn(30)
+    model.save(tmp_path / "model")
+    loaded = SoftSAC.load(tmp_path / "model", model.env, normalize_rewards="std").learn(10)
+    assert loaded._reward_scale is not None and loaded._reward_scale.statistics.count == pytest.approx(10, abs=1e-3)
