@@ -66,6 +66,8 @@ class Arm(NamedTuple):
     start: float
     options: dict[str, Any] = {}  # noqa: RUF012
     is_plain: bool = True  # False: with something that SoftSAC's C++ does not know
+    preset: str | None = None  # with the hyperparameters of this configuration instead of the cell's
+    is_published: bool = False  # with the algorithm's own default hyperparameters instead of the cell's
 
 
 class Cell(NamedTuple):
@@ -91,6 +93,8 @@ ARMS = {
         "SoftSAC, bfloat16", "navy", "sb3_softsac.SoftSAC", 400, 7, {"compile": True, "matmul_precision": "medium"}
     ),
     "sbx": Arm("SBX", "C1", "sbx.SAC", 200, 9),
+    "compact": Arm("SoftSAC compact", "C3", "sb3_softsac.SoftSAC", 80, 60, {"compile": True}, preset="compact"),
+    "crossq": Arm("CrossQ, sb3-contrib", "C4", "sb3_contrib.CrossQ", 12, 3, is_published=True),
 }
 CELLS = {
     "halfcheetah": Cell("HalfCheetah", "HalfCheetah-v5", 768),
@@ -103,7 +107,7 @@ CELLS = {
     "envs4": Cell("4 HalfCheetahs", "HalfCheetah-v5", 768, n_envs=4, gradient_steps=-1),
     "envs16": Cell("16 HalfCheetahs", "HalfCheetah-v5", 768, n_envs=16, gradient_steps=-1),
 }
-COMPILED = ("compiled", "inductor", "bf16")
+COMPILED = ("compiled", "inductor", "bf16", "compact")
 IN_BUFFER = ("sb3", "eager", "compiled")  # arms of the cell "buffer"
 
 Settings = dict[str, Any]
@@ -158,24 +162,29 @@ def make_model(settings: Settings) -> tuple[Any, float]:
         options, others = {**options, **own}, {**others, **of_policy}
     th.set_num_threads(settings["threads"])
     env = make_vec_env(settings["env"], settings["n_envs"], seed=settings["repeat"])
+    hyperparameters: dict[str, Any] = {
+        "learning_rate": 3e-4,
+        "batch_size": settings["batch_size"],
+        "tau": 0.005,
+        "gamma": 0.99,
+        "ent_coef": "auto",  # begins with 1
+        "policy_kwargs": {"net_arch": [256, 256], "n_critics": 2, **others},  # with ReLU and Adam
+    }
+    if arm.preset is not None:
+        hyperparameters = importlib.import_module("sb3_softsac").preset(arm.preset)
+        settings["batch_size"] = hyperparameters["batch_size"]
+    elif arm.is_published:
+        hyperparameters = {}
+    asked = {
+        "buffer_size": BUFFER_SIZE,
+        "learning_starts": LEARNING_STARTS,
+        "train_freq": settings["train_freq"],
+        "gradient_steps": settings["gradient_steps"],
+        "seed": settings["repeat"],
+        "device": "cpu",
+    }
     start = time.perf_counter()
-    model = algorithm(
-        "MlpPolicy",
-        env,
-        learning_rate=3e-4,
-        buffer_size=BUFFER_SIZE,
-        learning_starts=LEARNING_STARTS,
-        batch_size=settings["batch_size"],
-        tau=0.005,
-        gamma=0.99,
-        train_freq=settings["train_freq"],
-        gradient_steps=settings["gradient_steps"],
-        ent_coef="auto",  # begins with 1
-        policy_kwargs={"net_arch": [256, 256], "n_critics": 2, **others},  # with ReLU and Adam
-        seed=settings["repeat"],
-        device="cpu",
-        **options,
-    )
+    model = algorithm("MlpPolicy", env, **{**hyperparameters, **asked, **options})
     return model, start
 
 
@@ -256,15 +265,16 @@ def count_operations(model: Any, batch_size: int) -> int:
     """
     :param model: SB3's or SoftSAC's, trained for a while; all that was to be timed has been
     :param batch_size: minibatch size
-    :return: floating-point operations of one eager update, those in matrix products
+    :return: floating-point operations of one eager update, those in matrix products; means over delays
     """
     from torch.utils.flop_counter import FlopCounterMode
 
     if hasattr(model, "_runner"):  # SoftSAC's: the counter does not see what compiled code does
         model._compiles, model._runner = False, None
+    n_updates = 6
     with FlopCounterMode(display=False) as counter:
-        model.train(gradient_steps=1, batch_size=batch_size)
-    return counter.get_total_flops()
+        model.train(gradient_steps=n_updates, batch_size=batch_size)
+    return counter.get_total_flops() // n_updates
 
 
 def measure_buffer(settings: Settings) -> Numbers:

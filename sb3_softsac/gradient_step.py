@@ -8,6 +8,7 @@ and noise give equal new networks, however the update is run (:mod:`sb3_softsac.
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch as th
@@ -18,7 +19,7 @@ from sb3_softsac.buffers import map_obs
 from sb3_softsac.ent_coef import EntCoef
 from sb3_softsac.heads import Outputs, ScalarHead, head_of
 from sb3_softsac.optimizers import Apply, Gradients, Optimizers, Trained, pure_step, step
-from sb3_softsac.policies import Actor, Critic, SoftSACPolicy, running_statistics
+from sb3_softsac.policies import Critic, SoftSACPolicy, running_statistics
 from sb3_softsac.type_aliases import Metrics, PolicySample, ReplayBatch, TorchObs
 
 SATURATED = 0.999  # an action this close to a bound counts as saturated: |u| > 3.8 before tanh
@@ -137,7 +138,7 @@ def update(
     """
     coefficient = ent_coef.value()  # before its own step, as in SB3
     critic, actor = optimizers.critic, optimizers.actor
-    of_critic, of_actor = Statistics(policy.critic), Statistics(policy.actor)
+    of_critic, of_actor = Statistics(policy, policy.critic), Statistics(policy, policy.actor)
     gradients, metrics = parts.critic(policy, critic, batch, noise.next_actions, coefficient, options)
     finite = finite & th.isfinite(metrics["critic_loss"] + metrics["critic_grad_norm"])
     finite = parts.apply(critic, gradients, learning_rates.critic, finite)
@@ -170,11 +171,12 @@ class Statistics:
     Running statistics of batch norms, as they are now: the pass that moves them comes before it is known whether all
     is finite.
 
+    :param policy: whose network it is
     :param network: actor or critic
     """
 
-    def __init__(self, network: nn.Module):
-        self.present = networks.statistics(network)
+    def __init__(self, policy: SoftSACPolicy, network: nn.Module):
+        self.present = networks.statistics(network) if policy.architecture.has_batch_norm else []
         self.before = [tensor.clone() for tensor in self.present]
 
     def keep_if(self, finite: th.Tensor) -> None:
@@ -238,15 +240,15 @@ def _critic_outputs(
     if options.joint_batch is None:
         with th.no_grad():
             next_outputs = _outputs(target, batch.next_observations, next_actions)
-        with networks.batch_statistics(critic):
+        with _by_batch(policy, critic):
             return _outputs(critic, batch.observations, batch.actions), next_outputs
     # Both halves share their statistics (CrossQ)
     n_rows = len(batch.actions)
     observations, actions = _joined(batch), th.cat([batch.actions, next_actions])
-    with networks.batch_statistics(critic):
+    with _by_batch(policy, critic):
         outputs = joint_outputs = _outputs(critic, observations, actions)
     if options.use_critic_target:
-        with th.no_grad(), networks.batch_statistics(target):
+        with th.no_grad(), _by_batch(policy, target):
             joint_outputs = _outputs(target, observations, actions)
     return tuple(each[:n_rows] for each in outputs), tuple(each[n_rows:].detach() for each in joint_outputs)
 
@@ -256,6 +258,11 @@ def _outputs(critic: Critic, observations: TorchObs, actions: th.Tensor) -> Outp
         values: Outputs = critic(observations, actions)
         return values
     return critic.outputs(observations, actions)
+
+
+def _by_batch(policy: SoftSACPolicy, network: nn.Module) -> AbstractContextManager[None]:
+    """Normalise by the statistics of the batch: each network in its own loss, and targets in a joint batch."""
+    return networks.batch_statistics(network) if policy.architecture.has_batch_norm else nullcontext()
 
 
 def _joined(batch: ReplayBatch) -> TorchObs:
@@ -276,7 +283,7 @@ def actor_gradients(
     """
     :return: gradients of the actor's and of the entropy coefficient's trained parameters; metrics
     """
-    pi = _sample(policy.actor, batch, noise, options)
+    pi = _sample(policy, batch, noise, options)
     metrics: Metrics = {}
     ent_coef_gradients: Gradients = ()
     for name, loss in ent_coef.losses(pi.log_prob, options.target_entropy, options.ent_coef_loss).items():
@@ -342,11 +349,11 @@ PURE = Parts(critic_gradients, actor_gradients, pure_update_targets, pure_step)
 """Without a device sync: the whole update can be compiled, and captured in a CUDA graph."""
 
 
-def _sample(actor: Actor, batch: ReplayBatch, noise: th.Tensor, options: UpdateOptions) -> PolicySample:
+def _sample(policy: SoftSACPolicy, batch: ReplayBatch, noise: th.Tensor, options: UpdateOptions) -> PolicySample:
     """The policy's own actions, with densities in the units of the entropy."""
-    is_joint = options.joint_batch == "all"
+    actor, is_joint = policy.actor, options.joint_batch == "all"
     obs, n_rows = (_joined(batch), len(batch.actions)) if is_joint else (batch.observations, None)
-    with networks.batch_statistics(actor):
+    with _by_batch(policy, actor):
         pi = actor.sample(obs, noise) if n_rows is None else actor.sample(obs, noise, n_rows)
     return pi._replace(log_prob=pi.log_prob - options.log_action_scale)
 
