@@ -119,11 +119,10 @@ class ExportedPolicy(nn.Module):
         else:
             obs = self.inputs[0](obs)
         scaled = self.actor(obs, deterministic=True).reshape(-1, *self.low.shape)
-        action = self.low + 0.5 * (scaled + 1.0) * self.range
-        if not self.with_log_std:
-            return (action,)
-        mean, log_std, _ = self.actor.get_action_dist_params(obs)
-        return action, mean, log_std
+        outputs: tuple[th.Tensor, ...] = (self.low + 0.5 * (scaled + 1.0) * self.range,)
+        if self.with_log_std:
+            outputs += self.actor.get_action_dist_params(obs)[:2]
+        return tuple(output.detach() for output in outputs)  # so that .numpy() works on those of a .pt2
 
 
 def export(
