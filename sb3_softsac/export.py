@@ -328,14 +328,8 @@ def _program(policy: ExportedPolicy, example: NumpyObs, device: th.device) -> An
     """The graph, with any batch size, on the CPU, without the paths of source files."""
     batch = {0: th.export.Dim("batch")}
     shapes = dict.fromkeys(example, batch) if isinstance(example, dict) else batch
-    try:
-        with th.no_grad():
-            program = th.export.export(policy, (_tensors(example, device),), dynamic_shapes=(shapes,))
-    except Exception as error:  # torch has many
-        raise ValueError(
-            f"torch.export cannot trace this policy ({type(error).__name__}: {str(error).strip().splitlines()[0]}). "
-            "Networks of your own must not branch on the values of tensors, nor depend on the batch size."
-        ) from error
+    with _explained("torch.export"), th.no_grad():
+        program = th.export.export(policy, (_tensors(example, device),), dynamic_shapes=(shapes,), strict=False)
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)
     if device.type != "cpu":
@@ -346,7 +340,7 @@ def _program(policy: ExportedPolicy, example: NumpyObs, device: th.device) -> An
 def _onnx_file(program: Any, example: NumpyObs, metadata: dict[str, str], policy: ExportedPolicy) -> bytes:
     batch = {0: "batch"}
     shapes = dict.fromkeys(example, batch) if isinstance(example, dict) else batch
-    with _quiet():
+    with _explained("torch.onnx"), _quiet():
         exported: Any = th.onnx.export(
             program, (), dynamo=True, external_data=False, dynamic_shapes=(shapes,), verbose=False
         )
@@ -371,6 +365,18 @@ def _pt2_file(program: Any, metadata: dict[str, str]) -> bytes:
     with _quiet():
         th.export.save(program, file, extra_files=metadata)
     return file.getvalue()
+
+
+@contextlib.contextmanager
+def _explained(exporter: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # torch has many
+        reason = error.__cause__ or error
+        raise ValueError(
+            f"{exporter} cannot express this policy ({type(reason).__name__}: {str(reason).strip().splitlines()[:1]}). "
+            "Networks of your own must not branch on the values of tensors, nor depend on the batch size."
+        ) from error
 
 
 @contextlib.contextmanager
@@ -493,7 +499,8 @@ def load_run(path: str | Path, allow_pickle: bool = False) -> tuple[SoftSAC, Vec
     :raises FileNotFoundError: if there is no model
     """
     path = Path(path)
-    model_path, pickled = _of_zoo(path) if path.is_dir() and not RunFolder(path).numbers() else (path, None)
+    is_model = not path.is_dir() or RunFolder(path).numbers() or path.with_name(f"{path.name}.zip").exists()
+    model_path, pickled = (path, None) if is_model else _of_zoo(path)
     model = SoftSAC.load(model_path, device="cpu", allow_pickle=allow_pickle)
     assert model._unread is not None
     if pickled is None or model._unread.statistics is not None:

@@ -4,9 +4,9 @@ Exported policies give the actions of ``predict()``, through VecNormalize where 
 All ``.onnx`` files are run by one process, which cannot import torch (``RUN_ALL``).
 """
 
-import functools
 import json
 import pickle
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
+from stable_baselines3 import SAC
 from stable_baselines3.common.envs import FakeImageEnv
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecFrameStack, VecNormalize
 from torch import nn
@@ -27,7 +28,10 @@ from sb3_softsac import CheckpointCallback, SoftSAC, checkpoint
 from sb3_softsac.export import TOLERANCE, load_run, main, space_as_json
 
 onnxruntime = pytest.importorskip("onnxruntime")
-EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "onnx_policy.py"
+for _name in ("onnx", "onnxscript"):
+    pytest.importorskip(_name)
+
+ROOT = Path(__file__).resolve().parents[1]
 BATCHES = (1, 7)
 ACTIONS = spaces.Box(np.float32([-3.0, 0.5]), np.float32([1.0, 7.0]))
 VECTOR = spaces.Box(-np.inf, np.inf, (3,), np.float64)
@@ -43,21 +47,22 @@ MIXED = spaces.Dict(
         "vector": VECTOR,
     }
 )
-RUN_ALL = """
+RUN_ALL = f"""
 import json, runpy, sys
 from pathlib import Path
 sys.modules["torch"] = None  # importing it raises
 import numpy as np, onnxruntime
-for path in sorted(Path(sys.argv[1]).glob("*.onnx")):
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+folder = Path(sys.argv[1])
+for path in folder.glob("*.json"):
+    session = onnxruntime.InferenceSession(path.with_suffix(".onnx"), providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
-    outputs = {}
-    for batch, arrays in json.loads(path.with_suffix(".json").read_text()).items():
-        inputs = {name: np.array(values, dtype) for name, (values, dtype) in arrays.items()}
-        outputs[batch] = {n: o.tolist() for n, o in zip(names, session.run(names, inputs), strict=True)}
+    outputs = {{}}
+    for batch, arrays in json.loads(path.read_text()).items():
+        inputs = {{name: np.array(values, dtype) for name, (values, dtype) in arrays.items()}}
+        outputs[batch] = {{n: o.tolist() for n, o in zip(names, session.run(names, inputs), strict=True)}}
     path.with_suffix(".out").write_text(json.dumps(outputs))
-sys.argv[1:] = [str(Path(sys.argv[1]) / "plain.onnx"), "Pendulum-v1"]
-runpy.run_path(EXAMPLE, run_name="__main__")
+sys.argv[1:] = [str(folder / "agent.onnx"), "Pendulum-v1"]
+runpy.run_path({str(ROOT / "examples" / "onnx_policy.py")!r}, run_name="__main__")
 """
 
 
@@ -116,7 +121,6 @@ CASES = {
     "normalized": Case(lambda: normalized(vec_env(FAR), clip_obs=1.5)),
     "rewards_only": Case(lambda: normalized(vec_env(spaces.Discrete(5)), norm_obs=False)),
     "several_discrete": Case(lambda: vec_env(spaces.MultiDiscrete([3, 2]))),
-    "bits": Case(lambda: vec_env(spaces.MultiBinary(6))),
     "frame_stack": Case(lambda: normalized(VecFrameStack(vec_env(VECTOR), 3), clip_obs=1.0)),
     "extractor": Case(lambda: vec_env(VECTOR), model={"policy_kwargs": {"features_extractor_class": OddExtractor}}),
     "image": Case(lambda: vec_env(IMAGE), "CnnPolicy"),
@@ -162,58 +166,48 @@ def expected(model: SoftSAC, obs: Any) -> np.ndarray:
     return model.predict(obs if normalize is None else normalize.normalize_obs(obs), deterministic=True)[0]
 
 
-@functools.cache
-def onnx_of_all(folder: Path) -> dict[str, tuple[SoftSAC, dict[int, dict[str, np.ndarray]]]]:
-    """
-    :return: model and outputs of its file by batch size and name, for each case
-    """
-    models = {}
-    for name, case in CASES.items():
-        models[name] = make(case)
-        assert models[name].export(folder / f"{name}.onnx", with_log_std=case.with_log_std) <= TOLERANCE
+@pytest.mark.processes
+def test_onnx_without_torch(tmp_path: Path) -> None:
+    """All in one test, since one process runs them."""
+    models = {name: make(case) for name, case in CASES.items()}
+    for name, model in models.items():
+        assert model.export(tmp_path / f"{name}.onnx", with_log_std=CASES[name].with_log_std) <= TOLERANCE
         inputs = {}
         for n in BATCHES:
-            obs = observations(models[name].env, n)
+            obs = observations(model.env, n)
             parts = obs if isinstance(obs, dict) else {"obs": obs}
             inputs[n] = {key: (part.tolist(), str(part.dtype)) for key, part in parts.items()}
-        (folder / f"{name}.json").write_text(json.dumps(inputs))
-    code = RUN_ALL.replace("EXAMPLE", repr(str(EXAMPLE)))
-    result = subprocess.run([sys.executable, "-c", code, folder], capture_output=True, text=True, timeout=100)
+        (tmp_path / f"{name}.json").write_text(json.dumps(inputs))
+    load_run(ROOT / "trained_agents" / "softsac" / "Pendulum-v1_1")[0].export(tmp_path / "agent.onnx")
+    result = subprocess.run([sys.executable, "-c", RUN_ALL, tmp_path], capture_output=True, text=True, timeout=100)
     assert result.returncode == 0, result.stderr
-    assert "Episode 2: return" in result.stdout
-    outputs = {}
+    returns = re.findall(r"return (-?[0-9.]+)", result.stdout)
+    assert len(returns) == 3 and min(map(float, returns)) > -400.0, result.stdout
     for name, model in models.items():
-        by_batch = json.loads((folder / f"{name}.out").read_text())
-        outputs[name] = model, {int(n): {k: np.array(v) for k, v in of.items()} for n, of in by_batch.items()}
-    return outputs
+        outputs = json.loads((tmp_path / f"{name}.out").read_text())
+        check(name, model, {int(n): {key: np.array(array) for key, array in of.items()} for n, of in outputs.items()})
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("policies")
-
-
-@pytest.mark.processes
-@pytest.mark.parametrize("name", CASES)
-def test_onnx_without_torch(name: str, folder: Path) -> None:
-    model, outputs = onnx_of_all(folder)[name]
+def check(name: str, model: SoftSAC, outputs: dict[int, dict[str, np.ndarray]]) -> None:
+    """
+    :param name: of the case
+    :param model: the model that was exported
+    :param outputs: of its file, by batch size and name
+    """
     action = "action_output" if name == "names" else "action"
-    spread = 0.0
-    for n in BATCHES:
+    unit = model.action_space.high - model.action_space.low
+    for n, of in outputs.items():
         obs = observations(model.env, n)
         want = expected(model, obs)
-        unit = model.action_space.high - model.action_space.low
-        assert outputs[n][action].shape == want.shape == (n, *model.action_space.shape)
-        np.testing.assert_allclose(outputs[n][action] / unit, want / unit, rtol=0, atol=TOLERANCE)
-        spread = max(spread, float(np.ptp(want / unit, axis=0).max()))
+        assert list(of) == ([action, "mean", "log_std"] if CASES[name].with_log_std else [action])
+        assert of[action].shape == want.shape == (n, *model.action_space.shape)
+        np.testing.assert_allclose(of[action] / unit, want / unit, rtol=0, atol=TOLERANCE, err_msg=name)
+        assert n == 1 or np.ptp(want / unit, axis=0).max() > 1e-3, f"{name}: the actions are all the same"
         if CASES[name].with_log_std:
             with th.no_grad():
                 mean, log_std, _ = model.actor.get_action_dist_params(th.as_tensor(obs))
-            np.testing.assert_allclose(outputs[n]["mean"], mean.numpy(), rtol=TOLERANCE, atol=TOLERANCE)
-            np.testing.assert_allclose(outputs[n]["log_std"], log_std.numpy(), rtol=TOLERANCE, atol=TOLERANCE)
-        else:
-            assert list(outputs[n]) == [action]
-    assert spread > 1e-3, "the actions hardly depend on the observations"
+            np.testing.assert_allclose(of["mean"], mean.numpy(), rtol=TOLERANCE, atol=TOLERANCE)
+            np.testing.assert_allclose(of["log_std"], log_std.numpy(), rtol=TOLERANCE, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("name", ["log_std", "mixed"])
@@ -387,23 +381,24 @@ def test_command_reads_runs(
 
 
 def test_statistics_beside_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As SB3 and the zoo leave it: a zip without statistics, and a pickle."""
-    model = make(CASES["normalized"])
-    normalize = model.get_vec_normalize_env()
+    """As SB3's SAC and the zoo leave it: a zip without statistics, and a pickle."""
+    normalize = CASES["normalized"].env()
+    model = SAC("MlpPolicy", normalize, buffer_size=10, device="cpu")
     (tmp_path / "Env-v0").mkdir()
     normalize.save(tmp_path / "Env-v0" / "vecnormalize.pkl")
-    plain = make(Case(lambda: vec_env(FAR)))
-    plain.set_parameters(model.get_parameters())
-    plain.save(tmp_path / "Env-v0.zip")
+    model.save(tmp_path / "Env-v0.zip")
     out = tmp_path / "policy.pt2"
-    with pytest.raises(ValueError, match=r"vecnormalize.pkl is a pickle.*--allow-pickle"):
-        load_run(tmp_path)
     assert export_by_command(monkeypatch, tmp_path, "-o", out) == 1 and not out.exists()
     assert export_by_command(monkeypatch, tmp_path, "-o", out, "--allow-pickle") == 0
-    obs = observations(model.env, 7)
+    obs = observations(normalize, 7)
     (action,) = th.export.load(out).module()(th.as_tensor(obs))
-    np.testing.assert_allclose(action.numpy(), expected(model, obs), atol=TOLERANCE)
+    want, _ = model.predict(normalize.normalize_obs(obs), deterministic=True)
+    np.testing.assert_allclose(action.numpy(), want, atol=TOLERANCE)
 
+    (tmp_path / "Env-v0.zip").unlink()
+    make(CASES["plain"]).save(tmp_path / "Env-v0.zip")
+    with pytest.raises(ValueError, match=r"vecnormalize.pkl is a pickle.*--allow-pickle"):
+        load_run(tmp_path)
     (tmp_path / "Env-v0" / "vecnormalize.pkl").write_bytes(pickle.dumps([]))
     with pytest.raises(ValueError, match="is not a VecNormalize, but a list"):
         load_run(tmp_path, allow_pickle=True)
