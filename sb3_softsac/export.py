@@ -111,8 +111,8 @@ class ExportedPolicy(nn.Module):
     def forward(self, obs: TorchObs) -> tuple[th.Tensor, ...]:
         """
         :param obs: batch of observations
-        :return: deterministic actions (B, *shape of the action space); and, ``with_log_std``, mean and log_std (B, A)
-            of the Gaussian before tanh
+        :return: deterministic actions (B, ...), shaped as the action space; and, ``with_log_std``, mean and log_std
+            (B, A) of the Gaussian before tanh
         """
         if isinstance(obs, dict):
             obs = {key: part(obs[key]) for key, part in zip(self.keys, self.inputs, strict=True)}
@@ -139,8 +139,8 @@ def export(
 
     Inputs are a batch of what the environment gives, in the type of its space: one array ``obs`` (B, ...), or one for
     each key of a Dict. VecNormalize, if there is one, is in the file. The first output, ``action``, is what the
-    environment takes: (B, *shape of the action space). An output whose name is also a key is called ``action_output``,
-    and so on.
+    environment takes, (B, ...), shaped as the action space. An output whose name is also a key is called
+    ``action_output``, and so on.
 
     :param model: the model; it stays as it is
     :param path: file to write, ``.onnx`` or ``.pt2`` (``torch.export.load(path).module()`` takes observations)
