@@ -4,6 +4,7 @@ Exported policies give the actions of ``predict()``, through VecNormalize where 
 All ``.onnx`` files are run by one process, which cannot import torch (``RUN_ALL``).
 """
 
+import importlib
 import json
 import pickle
 import re
@@ -422,3 +423,12 @@ def test_there_is_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     for path, message in ((tmp_path, "has no checkpoints"), (tmp_path / "nothing.zip", "No such file")):
         assert export_by_command(monkeypatch, path) == 1
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not (ROOT / "benchmarks").is_dir(), reason="needs the source tree")
+def test_documents_show_the_recorded_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [str(ROOT / "benchmarks"), *sys.path])
+    benchmark, record = importlib.import_module("export"), importlib.import_module("record")
+    table = benchmark.table_of(json.loads(benchmark.RUN.read_text())["results"])
+    text = (ROOT / "docs" / "guide" / "export.md").read_text()
+    assert record.filled(text, {"export": table}) == text and table in text
