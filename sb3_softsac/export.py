@@ -29,6 +29,7 @@ from stable_baselines3.common.vec_env import VecNormalize, VecTransposeImage
 from torch import nn
 
 import sb3_softsac
+from sb3_softsac.execution.runner import matmul_precision
 from sb3_softsac.persistence.archive import CheckpointError
 from sb3_softsac.persistence.envs import env_state
 from sb3_softsac.persistence.envs.object_state import chain_of
@@ -188,7 +189,7 @@ def export(
         )
     with new_file(path) as file:
         file.write(data)
-    if model.verbose >= 1 if verbose is None else verbose >= 1:
+    if (model.verbose if verbose is None else verbose) >= 1:
         print(f"Wrote {path} ({len(data):,} bytes)")
         for name, part in wrapping.parts.items():
             print(f"Input {name}: {part.dtype}, {', '.join(map(str, ('B', *(part.shape or ()))))}")
@@ -373,8 +374,9 @@ def _explained(exporter: str) -> Iterator[None]:
         yield
     except Exception as error:  # torch has many
         reason = error.__cause__ or error
+        first_line = str(reason).strip().partition("\n")[0]
         raise ValueError(
-            f"{exporter} cannot express this policy ({type(reason).__name__}: {str(reason).strip().splitlines()[:1]}). "
+            f"{exporter} cannot express this policy ({type(reason).__name__}: {first_line}). "
             "Networks of your own must not branch on the values of tensors, nor depend on the batch size."
         ) from error
 
@@ -468,7 +470,9 @@ def _largest_difference(run: Run, expected: Run, observations: NumpyObs, action_
     """Of actions in units of their range, of other outputs in units of themselves where they are above 1."""
     differences = []
     for obs in (observations, _first(observations, 1)):
-        for i, (here, there) in enumerate(zip(run(obs), expected(obs), strict=True)):
+        with matmul_precision("highest"), th.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            wanted = expected(obs)
+        for i, (here, there) in enumerate(zip(run(obs), wanted, strict=True)):
             unit = action_space.high - action_space.low if i == 0 else np.maximum(1.0, np.abs(there))
             differences.append(np.max(np.abs(here - there) / unit))
     return float(np.max(differences))  # nan if one is
@@ -508,7 +512,7 @@ def load_run(path: str | Path, allow_pickle: bool = False) -> tuple[SoftSAC, Vec
     if not allow_pickle:
         raise CheckpointError(
             f"{model_path} has no statistics of VecNormalize, and {pickled} is a pickle, which can run any code: if "
-            "you trust it, pass allow_pickle=True (--allow-pickle)."
+            "you trust it, pass allow_pickle=True."
         )
     with pickled.open("rb") as file:
         normalize = pickle.load(file)
@@ -554,7 +558,7 @@ def main() -> int:
             verbose=1,
         )
     except (ImportError, OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("error:", str(error).replace("allow_pickle=True", "--allow-pickle"), file=sys.stderr)
         return 1
     return 0
 

@@ -26,6 +26,7 @@ from torch import nn
 from twins import SMALL, NormExtractor
 
 from sb3_softsac import CheckpointCallback, SoftSAC, checkpoint
+from sb3_softsac.execution.runner import matmul_precision
 from sb3_softsac.export import TOLERANCE, load_run, main, space_as_json
 
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -253,6 +254,13 @@ def test_spaces_as_json() -> None:
     assert half["low"] == [0.0, None] and half["high"] == [1.0, 2.0]
 
 
+def test_low_precision_of_products_is_not_a_difference(tmp_path: Path) -> None:
+    model = make(CASES["plain"])
+    with matmul_precision("medium"):  # bfloat16, on processors that have it
+        assert model.export(tmp_path / "policy.onnx") <= TOLERANCE
+        assert th.get_float32_matmul_precision() == "medium"
+
+
 def test_the_model_stays_as_it_is(tmp_path: Path) -> None:
     states = []
     for exports in (True, False):
@@ -381,7 +389,9 @@ def test_command_reads_runs(
     np.testing.assert_allclose(action.numpy(), expected(trained, obs), atol=TOLERANCE)
 
 
-def test_statistics_beside_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_statistics_beside_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """As SB3's SAC and the zoo leave it: a zip without statistics, and a pickle."""
     normalize = CASES["normalized"].env()
     model = SAC("MlpPolicy", normalize, buffer_size=10, device="cpu")
@@ -390,6 +400,7 @@ def test_statistics_beside_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyP
     model.save(tmp_path / "Env-v0.zip")
     out = tmp_path / "policy.pt2"
     assert export_by_command(monkeypatch, tmp_path, "-o", out) == 1 and not out.exists()
+    assert "or --allow-pickle if you trust the file" in capsys.readouterr().err
     assert export_by_command(monkeypatch, tmp_path, "-o", out, "--allow-pickle") == 0
     obs = observations(normalize, 7)
     (action,) = th.export.load(out).module()(th.as_tensor(obs))
@@ -398,7 +409,7 @@ def test_statistics_beside_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     (tmp_path / "Env-v0.zip").unlink()
     make(CASES["plain"]).save(tmp_path / "Env-v0.zip")
-    with pytest.raises(ValueError, match=r"vecnormalize.pkl is a pickle.*--allow-pickle"):
+    with pytest.raises(ValueError, match=r"vecnormalize.pkl is a pickle.*allow_pickle=True"):
         load_run(tmp_path)
     (tmp_path / "Env-v0" / "vecnormalize.pkl").write_bytes(pickle.dumps([]))
     with pytest.raises(ValueError, match="is not a VecNormalize, but a list"):
