@@ -17,7 +17,7 @@ BIN := $(VENV)/bin
 PYTEST = $(BIN)/python -m pytest -q -n $(N_PROCESSES) --dist worksteal
 PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt $(PIP_FLAGS)
 METADATA := setup.cfg pyproject.toml setup.py constraints.txt $(wildcard startup/*)
-CHECKED := sb3_softsac tests benchmarks startup docs setup.py
+CHECKED := sb3_softsac tests benchmarks examples startup docs setup.py
 
 # Stamps instead of the installed files themselves: they are there only if the whole step has succeeded
 VENV_READY := $(VENV)/.stamp-venv

@@ -1,6 +1,7 @@
 """``SoftSAC``: the algorithm's arguments, its parts and their wiring."""
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import numpy as np
@@ -569,6 +570,19 @@ class SoftSAC(ResumableAlgorithm):
                 update_learning_rate(optimizer, value)
             if learning_rate is not None:
                 self.logger.record(f"train/{name}", value)
+
+    def export(self, path: str | Path, **options: Any) -> float:
+        """
+        Write the policy to a file that needs neither SB3 nor this package: ``.onnx`` or ``.pt2`` (``torch.export``). It
+        takes the environment's observations and returns its actions; VecNormalize's statistics are in it.
+
+        :param path: file to write
+        :param options: see :func:`sb3_softsac.export.export`, which also lists the errors
+        :return: largest difference to ``predict()`` over random observations, in units of the action range
+        """
+        from sb3_softsac.export import export  # it imports this module
+
+        return export(self, path, **options)
 
     def _noise_distributions(self) -> list[StateDependentNoiseDistribution]:
         actors = [actor for actor in (self.actor, self.actor_target) if actor is not None]

@@ -56,6 +56,7 @@ class Unread(NamedTuple):
 
     replay: str | None  # name of the file, if it has a replay buffer
     statistics: dict[str, Any] | None  # VecNormalize's
+    is_transposed: bool  # VecTransposeImage puts the channels of images first
     n_updates: int  # updates of the policy in the file
 
 
@@ -410,7 +411,9 @@ class ResumableAlgorithm(RolloutAlgorithm):
             wants_replay = "replay_buffer" not in (custom_objects or {}) and kwargs.get("buffer_size") != 1
             if env is None:
                 replay = file.name if wants_replay and file.replay is not None else None
-                model._unread = Unread(replay, env_state.statistics(file.index.get("env")), model._n_updates)
+                state = file.index.get("env")
+                statistics, is_transposed = env_state.statistics(state), env_state.is_transposed(state)
+                model._unread = Unread(replay, statistics, is_transposed, model._n_updates)
                 return model
             with naming(f"the state of the run in {file.name}"):
                 if wants_replay:

@@ -36,6 +36,7 @@ from stable_baselines3.common.vec_env import (
     SubprocVecEnv,
     VecEnv,
     VecNormalize,
+    VecTransposeImage,
 )
 
 from sb3_softsac.persistence.codec import NotEncodable, decode, encode, full_name
@@ -62,6 +63,7 @@ from sb3_softsac.persistence.random_states import get_random_states, pack_python
 
 CALL = "_sb3_softsac_call"
 VEC_NORMALIZE = full_name(VecNormalize)
+VEC_TRANSPOSE_IMAGE = full_name(VecTransposeImage)
 CLOSE_SECONDS = 5.0
 MAX_REASONS = 5  # in a warning
 _GUARDED: "weakref.WeakSet[SubprocVecEnv]" = weakref.WeakSet()
@@ -133,6 +135,41 @@ def statistics(state: dict[str, Any] | None) -> dict[str, Any] | None:
     except (TypeError, KeyError):  # no state, or a damaged one
         return None
     return {"n_envs": 0, "wrappers": wrappers, "envs": []} if wrappers else None
+
+
+def vec_normalize(state: dict[str, Any], observation_space: gym.Space[Any]) -> VecNormalize:
+    """
+    :param state: result of :func:`statistics`, possibly from an untrusted file
+    :param observation_space: of its observations
+    :return: the ``VecNormalize`` whose state it is, around an environment that cannot be stepped
+    :raises ValueError: if the state is damaged
+    """
+    try:
+        settings = {name: decode(tree) for name, tree in state["wrappers"][0]["settings"].items()}
+        normalize = VecNormalize(DummyVecEnv([lambda: _SpacesOnly(observation_space)]), **settings)
+    except Exception as error:
+        raise ValueError(f"the state of VecNormalize is damaged: {describe_error(error)}") from error
+    reasons = restore(normalize, state, mid_episode=False)
+    if reasons:
+        raise ValueError(reasons[0])
+    return normalize
+
+
+class _SpacesOnly(gym.Env[Any, Any]):
+    def __init__(self, observation_space: gym.Space[Any]):
+        self.observation_space = observation_space
+        self.action_space = gym.spaces.Discrete(1)
+
+
+def is_transposed(state: dict[str, Any] | None) -> bool:
+    """
+    :param state: result of :func:`capture`
+    :return: whether the environments were wrapped in ``VecTransposeImage``, which puts the channels of images first
+    """
+    try:
+        return any(layer["class"] == VEC_TRANSPOSE_IMAGE for layer in state["wrappers"])  # type: ignore[index]
+    except (TypeError, KeyError):  # no state, or a damaged one
+        return False
 
 
 def is_normalized(state: dict[str, Any]) -> bool:
