@@ -138,16 +138,17 @@ def update(
     """
     coefficient = ent_coef.value()  # before its own step, as in SB3
     critic, actor = optimizers.critic, optimizers.actor
-    of_critic, of_actor = Statistics(policy, policy.critic), Statistics(policy, policy.actor)
+    statistics = Statistics(policy, policy.critic)
     gradients, metrics = parts.critic(policy, critic, batch, noise.next_actions, coefficient, options)
     finite = finite & th.isfinite(metrics["critic_loss"] + metrics["critic_grad_norm"])
     finite = parts.apply(critic, gradients, learning_rates.critic, finite)
-    of_critic.keep_if(finite)
+    statistics.keep_if(finite)
     _project(policy, policy.critic.q_networks, finite)
     metrics["ent_coef"] = coefficient.squeeze()
 
     for actor_noise in noise.actions[: due.actor_updates]:
         coefficient = ent_coef.value()
+        statistics = Statistics(policy, policy.actor)
         gradients, ent_coef_gradients, actor_metrics = parts.actor(
             policy, ent_coef, optimizers, batch, actor_noise, coefficient, options
         )
@@ -157,7 +158,7 @@ def update(
             finite = parts.apply(optimizers.ent_coef, ent_coef_gradients, learning_rates.ent_coef, finite)
         finite = finite & th.isfinite(metrics["actor_loss"] + metrics["actor_grad_norm"])
         finite = parts.apply(actor, gradients, learning_rates.actor, finite)
-        of_actor.keep_if(finite)
+        statistics.keep_if(finite)
         _project(policy, policy.actor.own_networks(), finite)
 
     if due.targets:

@@ -9,25 +9,23 @@ EPSILON = 1e-8
 class RewardScale:
     """
     Running standard deviation of discounted returns, by which rewards are divided when they are sampled (SimbaV2,
-    https://arxiv.org/abs/2502.15280, equation 17). The replay buffer holds the environment's rewards.
-
-    :param gamma: discount factor
+    https://arxiv.org/abs/2502.15280). The replay buffer holds the environment's rewards.
     """
 
-    def __init__(self, gamma: float):
-        self.gamma = gamma
+    def __init__(self) -> None:
         self.returns = np.zeros(0)  # of the episodes in progress, (E,)
         self.max_return = 0.0  # largest absolute value until now
         self.statistics = RunningMeanStd(shape=())
 
-    def update(self, rewards: np.ndarray, dones: np.ndarray) -> None:
+    def update(self, rewards: np.ndarray, dones: np.ndarray, gamma: float) -> None:
         """
         :param rewards: of a step, (E,)
         :param dones: which episodes have ended, terminated or truncated, (E,)
+        :param gamma: discount factor
         """
         if len(self.returns) != len(rewards):
             self.returns = np.zeros(len(rewards))
-        self.returns = self.gamma * self.returns + rewards
+        self.returns = gamma * self.returns + rewards
         self.statistics.update(self.returns)
         self.max_return = max(self.max_return, float(np.abs(self.returns).max()))
         self.returns[dones] = 0.0

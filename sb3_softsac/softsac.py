@@ -263,7 +263,7 @@ class SoftSAC(ResumableAlgorithm):
 
         check_networks(self)
         if self.normalize_rewards is not None and self._reward_scale is None:
-            self._reward_scale = RewardScale(self.gamma)
+            self._reward_scale = RewardScale()
         if self.max_noise_repeat > 1 and self._held_noise is None:
             self._held_noise = HeldNoise(self.max_noise_repeat)
 
@@ -502,7 +502,7 @@ class SoftSAC(ResumableAlgorithm):
         infos: list[dict[str, Any]],
     ) -> None:
         if self._reward_scale is not None:
-            self._reward_scale.update(reward, dones)
+            self._reward_scale.update(reward, dones, self.gamma)
         super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
 
     def _reset_episodes(self) -> None:
@@ -515,7 +515,7 @@ class SoftSAC(ResumableAlgorithm):
         if self.normalize_rewards is None:
             return 1.0
         if self._reward_scale is None:  # wanted since load()
-            self._reward_scale = RewardScale(self.gamma)
+            self._reward_scale = RewardScale()
         head = self.critic.head
         if self.normalize_rewards == "bounded" and isinstance(head, CategoricalHead):
             return self._reward_scale.divisor(head.v_max)

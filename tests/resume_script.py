@@ -352,9 +352,10 @@ def snapshot(model: SoftSAC, evaluation: EvalCallback | None = None) -> dict[str
         "exploration": model._exploration_state(),
         "action_noise": encode(model.action_noise),
         "action_space": encode(model.action_space),
-        "reward_scale": encode(model._reward_scale),
-        "held_noise": encode(model._held_noise),
     }  # fmt: skip
+    for name in ("_reward_scale", "_held_noise"):  # old runs have none
+        if getattr(model, name) is not None:
+            state[name] = encode(getattr(model, name))
     if evaluation is not None:
         state["evaluations"] = [
             evaluation.evaluations_timesteps, evaluation.evaluations_results, evaluation.evaluations_length,

@@ -38,9 +38,9 @@ def returns_slowly(rewards: np.ndarray, dones: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("n_envs", [1, 3])
 def test_divisor(n_envs: int) -> None:
     rewards, dones = series(200, n_envs)
-    scale = RewardScale(GAMMA)
+    scale = RewardScale()
     for step in range(len(rewards)):
-        scale.update(rewards[step], dones[step])
+        scale.update(rewards[step], dones[step], GAMMA)
     expected = returns_slowly(rewards, dones)
     assert scale.divisor() == pytest.approx(expected.std(), rel=1e-3)
     assert scale.divisor(5.0) == pytest.approx(max(expected.std(), np.abs(expected).max() / 5.0), rel=1e-3)
@@ -48,14 +48,14 @@ def test_divisor(n_envs: int) -> None:
 
 
 def test_new_episodes_and_other_environments() -> None:
-    scale = RewardScale(GAMMA)
-    scale.update(np.array([3.0, 4.0]), np.array([False, False]))
-    scale.update(np.array([1.0, 1.0]), np.array([True, False]))
+    scale = RewardScale()
+    scale.update(np.array([3.0, 4.0]), np.array([False, False]), GAMMA)
+    scale.update(np.array([1.0, 1.0]), np.array([True, False]), GAMMA)
     np.testing.assert_allclose(scale.returns, [0.0, 1.0 + GAMMA * 4.0])
-    scale.update(np.array([1.0, 1.0, 1.0]), np.array([False] * 3))
+    scale.update(np.array([1.0, 1.0, 1.0]), np.array([False] * 3), GAMMA)
     np.testing.assert_allclose(scale.returns, 1.0)
     scale.end_episodes()
-    scale.update(np.array([2.0, 2.0, 2.0]), np.array([False] * 3))
+    scale.update(np.array([2.0, 2.0, 2.0]), np.array([False] * 3), GAMMA)
     np.testing.assert_allclose(scale.returns, 2.0)
     assert scale.max_return == pytest.approx(1.0 + GAMMA * 4.0)
 
