@@ -28,6 +28,7 @@ from twins import SMALL, NormExtractor
 from sb3_softsac import CheckpointCallback, SoftSAC, checkpoint
 from sb3_softsac.execution.runner import matmul_precision
 from sb3_softsac.export import TOLERANCE, load_run, main, space_as_json
+from sb3_softsac.networks import BatchNorm
 
 onnxruntime = pytest.importorskip("onnxruntime")
 for _name in ("onnx", "onnxscript"):
@@ -114,6 +115,7 @@ class Case(NamedTuple):
 
 
 TANH = {"log_std_bounding": "tanh", "log_std_bounds": (-5, 2), "separate_log_std_net": True}
+BATCH_NORM = {"net_arch": [16, 16], "normalization": "batch", "normalize_input": True, "n_atoms": 11}
 MATRIX = spaces.Box(-2.0, np.array([[1.0, 2.0], [3.0, 4.0]]), dtype=np.float64)
 CASES = {
     "plain": Case(lambda: gym.make("Pendulum-v1")),
@@ -125,6 +127,8 @@ CASES = {
     "several_discrete": Case(lambda: vec_env(spaces.MultiDiscrete([3, 2]))),
     "frame_stack": Case(lambda: normalized(VecFrameStack(vec_env(VECTOR), 3), clip_obs=1.0)),
     "extractor": Case(lambda: vec_env(VECTOR), model={"policy_kwargs": {"features_extractor_class": OddExtractor}}),
+    "batch_norm": Case(lambda: vec_env(VECTOR), model={"policy_kwargs": BATCH_NORM}, with_log_std=True),
+    "residual": Case(lambda: vec_env(VECTOR), model={"policy_kwargs": {**BATCH_NORM, "residual_expansion": 2}}),
     "image": Case(lambda: vec_env(IMAGE), "CnnPolicy"),
     "channels_first": Case(
         lambda: FakeImageEnv(screen_height=36, screen_width=36, n_channels=2, channel_first=True, discrete=False),
@@ -143,6 +147,10 @@ CASES = {
 
 def make(case: Case) -> SoftSAC:
     model = SoftSAC(case.policy, case.env(), **{**SMALL, "policy_kwargs": {}, **case.model})
+    for module in model.actor.modules():
+        if isinstance(module, BatchNorm):  # as after training
+            nn.init.uniform_(module.running_mean)
+            nn.init.uniform_(module.running_var, 0.5, 2.0)
     with th.no_grad():  # actions all over their range
         for parameter in model.actor.mu.parameters():
             parameter.mul_(5.0)
