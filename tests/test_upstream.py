@@ -171,7 +171,7 @@ def test_buffers_of_batch_renorm() -> None:
 
 def test_private_names_of_environments() -> None:
     assert hasattr(spaces.Box(-1, 1), "_np_random"), (
-        "object_state.capture_object reads the random states of spaces there."
+        "object_state.capture_chain reads the random states of spaces there."
     )
     names = {"_np_random", "_np_random_seed"}
     assert names <= assigned(gym.Env), (

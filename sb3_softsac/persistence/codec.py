@@ -13,6 +13,7 @@ import math
 import sys
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from enum import Enum
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -128,11 +129,9 @@ def name_of(value: Any, where: str = "value", kinds: tuple[type, ...] = NAMED_CL
     :raises NotEncodable: if it cannot be found by this name in a known package
     """
     name = full_name(value)
-    try:
+    with suppress(ValueError):
         if find_class(name, kinds) is value:
             return name
-    except ValueError:
-        pass
     raise NotEncodable(f"{where} is a {name}, which is not a class of {', '.join(KNOWN_PACKAGES)}")
 
 
