@@ -332,7 +332,6 @@ class _Kind(NamedTuple):
 
 _KINDS = [
     _Kind("tuple", lambda v: type(v) is tuple, _encode_sequence, lambda t: tuple(_decode_sequence(t))),
-    _Kind("list", lambda v: type(v) is list, _encode_sequence, _decode_sequence),
     _Kind("floats", lambda v: False, _encode_sequence, lambda t: _decode_array(t["array"]).tolist()),
     _Kind("dict", lambda v: type(v) is dict, _encode_items, lambda t: dict(_decode_items(t))),
     _Kind("ordered", lambda v: type(v) is OrderedDict, _encode_items, lambda t: OrderedDict(_decode_items(t))),
