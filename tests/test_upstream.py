@@ -138,7 +138,7 @@ def test_state_of_adam() -> None:
 
 def test_flag_of_dynamo() -> None:
     assert hasattr(torch._dynamo.config, "trace_autograd_ops"), (
-        "inductor.tracing sets trace_autograd_ops, which is gone. If compiled updates still work (test_runner.py), "
+        "inductor.tracing sets trace_autograd_ops, which is gone. If compiled updates still work (test_inductor.py), "
         "this test is out of date; else inductor.check_torch has to refuse this version."
     )
 
