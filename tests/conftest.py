@@ -3,8 +3,12 @@ Settings and fixtures of all tests. One torch thread, since two processes with t
 machine.
 """
 
-import itertools
 import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin take the cores from the other tests
+
+import itertools
 import random
 import zlib
 from collections.abc import Callable, Iterator
@@ -21,7 +25,6 @@ from sb3_softsac.execution import inductor
 from sb3_softsac.execution.cpp import update as cpp_update
 from sb3_softsac.execution.cpp.support import NotPlain
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start
 th.set_num_threads(1)
 settings.register_profile("default", deadline=None, max_examples=60)
 settings.load_profile("default")
