@@ -551,14 +551,14 @@ def test_her_waits_for_the_first_episode(verbose: int, capsys: pytest.CaptureFix
     model.learn(50)
     assert model._n_updates == 50 - 29  # the first one at the end of the episode
     said = capsys.readouterr().out
-    assert said.count("Updates begin later, since they are due before the first episode has") == verbose
+    assert said.count("Updates are delayed: they are due before the end of the first episode") == verbose
 
 
 def test_her_without_an_episode_has_learned_nothing() -> None:
     env = gym.wrappers.TimeLimit(BitFlippingEnv(n_bits=12, continuous=True, max_steps=10**6), 10**6)
     her: dict[str, Any] = {"replay_buffer_class": HerReplayBuffer, "learning_starts": 5, "seed": 0}
     model = SoftSAC("MultiInputPolicy", env, device="cpu", batch_size=8, buffer_size=1000, **her)
-    with pytest.warns(UserWarning, match="Nothing was learned, since training has ended before the first episode has"):
+    with pytest.warns(UserWarning, match="Nothing was learned: training ended before the end of the first episode"):
         model.learn(20)
     assert model._n_updates == 0 and model.num_timesteps == 20
 
