@@ -76,7 +76,8 @@ def get_state(buffer: SB3ReplayBuffer) -> Any:
     :raises NotEncodable: naming an attribute of a user's class that is not plain data
     """
     state = buffer.get_state() if isinstance(buffer, ReplayBuffer) else {}
-    rest = {name: value for name, value in vars(buffer).items() if name in _rest(buffer)}
+    names = _rest(buffer)
+    rest = {name: value for name, value in vars(buffer).items() if name in names}
     return encode({"own": state, "rest": rest}, f"replay_buffer ({type(buffer).__name__})")
 
 

@@ -31,12 +31,7 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
-from stable_baselines3.common.vec_env import (
-    DummyVecEnv,
-    SubprocVecEnv,
-    VecEnv,
-    VecNormalize,
-)
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecNormalize
 
 from sb3_softsac.persistence.codec import NotEncodable, decode, encode, full_name
 from sb3_softsac.persistence.envs.episode_replay import RECORDER, prepare_env, replay_episode
