@@ -39,7 +39,7 @@ print(f"{th.cuda.get_device_name()}, torch {th.__version__}, CUDA {th.version.cu
 END
 
 if [ "$TESTS" != 0 ]; then
-    "$PYTHON" -m pytest -m "" -rs tests/test_cuda_graph.py tests/test_device_replay.py tests/test_runner.py
+    "$PYTHON" -m pytest -m "" -rs tests/test_cuda_graph.py tests/test_device_replay.py tests/test_runner.py tests/test_inductor.py tests/test_eager.py tests/test_metrics.py
 fi
 
 runs=$(mktemp)

@@ -1,9 +1,10 @@
-"""Replay storage: float32, one copy of each observation, and a random state of its own.
+"""
+Replay buffer that stores float32, one copy of each observation, and has its own random state.
 
-SB3's buffer stores every observation twice, in the environment's dtype (float64 for MuJoCo). Here the next
-observation of a row is the observation of the row after it. Where it is not (an episode ended, or the environment was
-reset between two ``learn()``), the next observation is kept on the side; that of the newest row is kept apart until the
-row after it is written. So time limits bootstrap from the right observation, unlike with SB3's
+SB3's buffer stores every observation twice, in the environment's dtype (float64 for MuJoCo). Here, the next
+observation of a row is the observation of the following row. Where the two differ (an episode ended, or the environment
+was reset between two calls of ``learn()``), the next observation is stored separately, as is that of the newest row
+until the following row is written. Truncated episodes therefore bootstrap from the right observation, unlike with SB3's
 ``optimize_memory_usage`` (SB3 issue 934).
 """
 
@@ -20,7 +21,7 @@ from stable_baselines3.common.buffers import ReplayBuffer as SB3ReplayBuffer
 from stable_baselines3.common.type_aliases import DictReplayBufferSamples, ReplayBufferSamples
 from stable_baselines3.common.vec_env import VecNormalize
 
-try:  # as in SB3: checks the memory where it is installed
+try:  # optional, as in SB3: only checks the free memory
     import psutil
 except ImportError:
     psutil = None
@@ -57,12 +58,12 @@ def _named(name: str, obs: Obs) -> dict[str, np.ndarray]:
 
 class Drawn(NamedTuple):
     """
-    B transitions of a replay buffer: where their observations and actions are, and what else there is of them. A
-    transition's place is row * E + environment.
+    B sampled transitions: the places of their observations and actions, and the other values. The place of a
+    transition is row * E + environment.
     """
 
     places: np.ndarray  # of observations and actions, (B,)
-    last_places: np.ndarray  # of next observations: others than ``places`` with n-step returns, (B,)
+    last_places: np.ndarray  # of next observations, (B,); differ from ``places`` with n-step returns
     rewards: np.ndarray  # (B,)
     dones: np.ndarray  # 1 where the episode terminated, (B,)
     discounts: np.ndarray | None  # gamma^k with n-step returns, (B,)
@@ -72,17 +73,17 @@ class ReplayBuffer(SB3ReplayBuffer):
     """
     Default replay buffer of SoftSAC, for array and Dict observations, any number of environments and n-step returns.
 
-    It has the interface and the attributes of SB3's ``ReplayBuffer``. ``next_observations`` is a read-only view that
-    gathers what is indexed. After writing to the arrays yourself, call :meth:`mark_changed`.
+    It has the interface and the attributes of SB3's ``ReplayBuffer``, but ``next_observations`` is a read-only view,
+    which gathers the indexed rows. If you write to the arrays yourself, call :meth:`mark_changed` afterwards.
 
     :param buffer_size: capacity in transitions, over all environments
-    :param observation_space: observation space; float64 is stored as float32, other dtypes as they are
+    :param observation_space: observation space; float64 is stored as float32, other dtypes are kept
     :param action_space: action space; scaled actions are stored as float32, whatever its dtype
     :param device: device of the sampled batches
     :param n_envs: number of environments, E
-    :param optimize_memory_usage: accepted for SB3's sake; nothing is left to do
+    :param optimize_memory_usage: ignored, for compatibility with SB3: memory is always optimised
     :param handle_timeout_termination: treat time limits as truncation (bootstrap), not termination
-    :param n_steps: K, length of the returns; shorter at the end of an episode and at the newest row
+    :param n_steps: K, number of rewards in a return; fewer at the end of an episode and at the newest row
     :param gamma: discount factor within the returns
     """
 
@@ -110,19 +111,19 @@ class ReplayBuffer(SB3ReplayBuffer):
         self.n_steps = n_steps
         self.gamma = gamma
 
-        # np.zeros takes memory only where it is written: a model loaded to predict costs nothing
+        # np.zeros takes memory only where it is written: a model that only predicts needs none
         rows = (self.buffer_size, self.n_envs)
         self.observations = self._zeros_obs(rows)
         self.actions = np.zeros((*rows, self.action_dim), dtype=np.float32)
         self.rewards = np.zeros(rows, dtype=np.float32)
         self.dones = np.zeros(rows, dtype=np.float32)
         self.timeouts = np.zeros(rows, dtype=np.float32)
-        # Next observations that are not the next row's observation: slot + 1 in _side_obs, or 0
+        # For next observations that differ from the following row's observation: slot in _side_obs plus 1; else 0
         self._side_slot = np.zeros(rows, dtype=np.int32)
         self._side_obs = self._zeros_obs((0,))
         self._free_slots: list[int] = []
         self._newest_next_obs = self._zeros_obs((self.n_envs,))
-        self.n_added = 0  # rows ever added; counts on when rows are overwritten or forgotten
+        self.n_added = 0  # rows ever added, including overwritten and removed ones
         self.seed(None)
         if psutil is not None and self.nbytes > psutil.virtual_memory().available:
             warnings.warn(
@@ -133,18 +134,18 @@ class ReplayBuffer(SB3ReplayBuffer):
 
     def seed(self, seed: int | None) -> None:
         """
-        Set the random state that ``sample`` draws from.
+        Seed the random state of :meth:`sample`.
 
-        :param seed: None: drawn from NumPy's global state, so that ``set_random_seed`` reaches it
+        :param seed: seed; None: draw one from NumPy's global random state, so that ``set_random_seed`` has an effect
         """
         entropy = np.random.randint(2**31) if seed is None else seed
-        # Gymnasium seeds action spaces and environments with the bare seed: ours must not be the same stream
+        # Gymnasium seeds action spaces and environments with the seed itself: avoid the same random numbers
         self.rng = np.random.default_rng([entropy, 0x5AC])
 
     @property
     def next_observations(self) -> Any:  # type: ignore[override]
         """
-        :return: what SB3's array (or dict of arrays) of this name holds, gathered when it is indexed
+        :return: stand-in for SB3's array (or dict of arrays), which gathers rows when it is indexed
         """
         if isinstance(self.observations, dict):
             return {key: NextObservations(self, key) for key in self.observations}
@@ -153,7 +154,7 @@ class ReplayBuffer(SB3ReplayBuffer):
     @property
     def nbytes(self) -> int:
         """
-        :return: bytes of storage allocated, whether written yet or not
+        :return: size of all arrays in bytes, including rows that are not written yet
         """
         arrays = [self.actions, self.rewards, self.dones, self.timeouts, self._side_slot]
         for obs in (self.observations, self._side_obs, self._newest_next_obs):
@@ -170,16 +171,16 @@ class ReplayBuffer(SB3ReplayBuffer):
         infos: list[dict[str, Any]],
     ) -> None:
         """
-        Store one transition of each environment. Nothing is kept by reference.
+        Store a copy of one transition of each environment.
 
-        :param obs: (E, ...)
-        :param next_obs: (E, ...); for a finished episode the terminal observation, not the reset's
+        :param obs: observations, (E, ...)
+        :param next_obs: next observations, (E, ...); at the end of an episode the terminal one, not that of the reset
         :param action: scaled actions, (E, A)
-        :param reward: (E,)
-        :param done: 1 where the episode ended, terminated or truncated, (E,)
+        :param reward: rewards, (E,)
+        :param done: 1 where the episode terminated or was truncated, (E,)
         :param infos: E dicts; ``TimeLimit.truncated`` marks truncation
         """
-        # All that can fail comes first: a refused transition leaves nothing half-written
+        # Whatever can fail comes first, so that an error leaves the buffer unchanged
         obs, next_obs = self._as_rows(obs), self._as_rows(next_obs)
         action = np.asarray(action).reshape(self.n_envs, self.action_dim)
         reward, done = (np.asarray(values).reshape(self.n_envs) for values in (reward, done))
@@ -208,26 +209,26 @@ class ReplayBuffer(SB3ReplayBuffer):
 
     def mark_changed(self) -> None:
         """
-        Say that rows were changed in place, past ``add``. The next checkpoint, and a copy on a GPU, then take all
-        of them, and otherwise only those that were added.
+        Announce that rows were changed in place, without :meth:`add`. The next checkpoint and a copy on a GPU then
+        include all rows, not just the new ones.
         """
         self.n_added += self.buffer_size
 
     def rows_since(self, n_added: int) -> list[tuple[int, int]]:
         """
-        :param n_added: the buffer's ``n_added`` at an earlier time
-        :return: the rows that may have changed since: first row, one past the last
+        :param n_added: value of ``n_added`` at an earlier time
+        :return: ranges of rows that may have changed since then: first row, one past the last
         """
         if self.n_added == n_added:
             return []
-        # The newest row of then may have got a next observation on the side
+        # One more than added: the next observation of the row before them may now be stored separately
         n_changed = min(self.n_added - n_added + 1, self.size())
         start = self.pos - n_changed
         ranges = [(max(start, 0), self.pos), (start + self.buffer_size, self.buffer_size)]
         return [(first, last) for first, last in ranges if first < last]
 
     def reset(self) -> None:
-        """Forget all rows."""
+        """Remove all rows."""
         super().reset()
         self._side_slot[:] = 0
         self._side_obs = self._zeros_obs((0,))
@@ -236,12 +237,13 @@ class ReplayBuffer(SB3ReplayBuffer):
 
     def get_rows(self, first: int, last: int) -> dict[str, np.ndarray]:
         """
-        Contents of some rows, to be saved.
+        Get the contents of some rows, to save them.
 
         :param first: first row
         :param last: one past the last row
-        :return: arrays by name, views where possible, their first axis that of the rows; except those called ``side_``:
-            one entry for each next observation that is kept on the side, with its index into the flattened rows
+        :return: arrays by name, (last - first, E, ...), views where possible. The arrays ``side_observations`` and
+            ``side_index`` have an entry for each next observation that is stored separately: the observation, and its
+            index into the flattened rows
         """
         slots = self._side_slot[first:last].ravel()
         on_side = np.flatnonzero(slots)
@@ -257,10 +259,10 @@ class ReplayBuffer(SB3ReplayBuffer):
 
     def set_rows(self, first: int, rows: dict[str, np.ndarray]) -> None:
         """
-        Fill rows of an empty buffer with what :meth:`get_rows` has returned.
+        Set the contents of some rows of an empty buffer.
 
         :param first: first row
-        :param rows: arrays by name
+        :param rows: result of :meth:`get_rows`
         :raises ValueError: if a next observation belongs to none of these rows
         """
         last = first + len(rows["actions"])
@@ -281,14 +283,14 @@ class ReplayBuffer(SB3ReplayBuffer):
 
     def get_state(self) -> dict[str, Any]:
         """
-        :return: its state besides the rows
+        :return: the state besides the rows
         """
         newest = map_obs(np.copy, self._newest_next_obs)
         return {"pos": self.pos, "full": self.full, "newest_next_obs": newest, "rng": self.rng.bit_generator.state}
 
     def set_state(self, state: dict[str, Any]) -> None:
         """
-        :param state: what :meth:`get_state` has returned
+        :param state: result of :meth:`get_state`
         """
         map_obs(lambda storage, new: storage.__setitem__(..., new), self._newest_next_obs, state["newest_next_obs"])
         self.rng.bit_generator.state = state["rng"]
@@ -297,15 +299,14 @@ class ReplayBuffer(SB3ReplayBuffer):
 
     def copy_transitions(self, other: SB3ReplayBuffer) -> int:
         """
-        Add the transitions of another buffer, which may be SB3's and of another size or number of environments.
-
-        The episodes of several environments then follow each other in one, or those of one are dealt out to several.
-        The oldest are left out where there is no room for all, or where the number of rows does not divide.
+        Add the transitions of another buffer. It may be a buffer of SB3, and have another size or number of
+        environments: the environments' transitions are then joined end to end and split evenly among this buffer's
+        environments. The oldest transitions are left out if not all fit, or if they cannot be split evenly.
 
         :param other: buffer with the same spaces
-        :return: transitions added
+        :return: number of transitions added
         """
-        # With optimize_memory_usage, SB3 keeps next observations in the row after, the newest one's in the oldest row
+        # With optimize_memory_usage, SB3 stores next observations in the following row, the newest in the oldest row
         is_shifted = not hasattr(other, "next_observations")
         n_lost = int(is_shifted and other.full)
         n_rows = other.size() - n_lost
@@ -329,7 +330,7 @@ class ReplayBuffer(SB3ReplayBuffer):
         self, batch_size: int, env: VecNormalize | None = None
     ) -> ReplayBufferSamples | DictReplayBufferSamples:
         """
-        Draw transitions uniformly, with replacement, from the buffer's own random state.
+        Sample transitions uniformly, with replacement, with the buffer's own random state.
 
         :param batch_size: B
         :param env: normalises observations and rewards, if given
@@ -340,11 +341,11 @@ class ReplayBuffer(SB3ReplayBuffer):
 
     def draw(self, batch_size: int, env: VecNormalize | None = None) -> Drawn:
         """
-        Draw transitions as :meth:`sample` does, and leave it to the caller to gather observations and actions.
+        Sample transitions like :meth:`sample`, but without gathering their observations and actions.
 
         :param batch_size: B
         :param env: normalises rewards, if given
-        :return: what was drawn
+        :return: the sampled transitions
         :raises ValueError: if the buffer is empty
         """
         return self._draw(self._draw_rows(batch_size), env)
@@ -353,7 +354,7 @@ class ReplayBuffer(SB3ReplayBuffer):
         """
         Gather next observations.
 
-        :param places: rows * E + environments, (B,)
+        :param places: places of the transitions, row * E + environment, (B,)
         :return: next observations (B, ...), or a dict of them
         """
         slots = self._at(self._side_slot, places)
@@ -365,7 +366,7 @@ class ReplayBuffer(SB3ReplayBuffer):
             next_obs = self._at(storage, next_places)
             if newest.size:
                 next_obs[newest] = newest_next[places[newest] % self.n_envs]
-            if on_side.size:  # also of the newest
+            if on_side.size:  # possibly that of the newest row, too
                 next_obs[on_side] = side[slots[on_side] - 1]
             return next_obs
 
@@ -377,7 +378,7 @@ class ReplayBuffer(SB3ReplayBuffer):
         return self.rng.integers(self.size(), size=batch_size)
 
     def _draw(self, rows: np.ndarray, env: VecNormalize | None) -> Drawn:
-        # One environment needs no random number
+        # With one environment, draw no random number for it
         places = rows if self.n_envs == 1 else rows * self.n_envs + self.rng.integers(self.n_envs, size=len(rows))
         returns, last_places, discounts = self._returns(places, env)
         dones = self._at(self.dones, last_places) * (1.0 - self._at(self.timeouts, last_places))
@@ -405,16 +406,16 @@ class ReplayBuffer(SB3ReplayBuffer):
 
     def to_torch(self, array: np.ndarray, copy: bool = True) -> th.Tensor:
         """
-        As in SB3; to a GPU without waiting for it.
+        Convert an array to a tensor, as in SB3, but without waiting for the transfer to a GPU.
 
-        :param array: any shape
-        :param copy: the tensor must not share the array's memory
+        :param array: array of any shape
+        :param copy: the tensor must not share memory with the array
         :return: tensor on the buffer's device
         """
         if self.device.type == "cuda":
             return th.from_numpy(array).pin_memory().to(self.device, non_blocking=True)
         if self.device.type == "cpu" and not copy:
-            return th.as_tensor(array)  # as SB3's, in half the time without the device
+            return th.as_tensor(array)  # the same as in SB3, but twice as fast without the device argument
         return super().to_torch(array, copy)
 
     def _returns(
@@ -423,13 +424,13 @@ class ReplayBuffer(SB3ReplayBuffer):
         """
         Discounted sums of up to ``n_steps`` rewards.
 
-        :return: returns (B,); places of the last reward in each (B,); gamma^k with k its number of rewards (B,)
+        :return: returns (B,); places of their last rewards (B,); gamma^k (B,), where k is the number of rewards
         """
         if self.n_steps == 1:
             return self._normalize_reward(self._at(self.rewards, places), env), places, None
         steps = np.arange(self.n_steps)
         following = (places[:, None] + steps * self.n_envs) % (self.buffer_size * self.n_envs)  # (B, K)
-        # The sequence ends with the first row that has no successor: an episode's last, or the newest
+        # A sequence ends at the first row without a successor: the last of an episode, or the newest
         is_newest = following // self.n_envs == (self.pos - 1) % self.buffer_size
         ends = (self._at(self._side_slot, following) != 0) | is_newest
         last_step = np.where(ends.any(axis=1), ends.argmax(axis=1), self.n_steps - 1)
@@ -439,11 +440,11 @@ class ReplayBuffer(SB3ReplayBuffer):
         return returns, following[np.arange(len(places)), last_step], gammas[last_step + 1]
 
     def _at(self, storage: np.ndarray, places: np.ndarray) -> np.ndarray:
-        """Rows of one environment each, a copy; one flat index takes half the time of two."""
+        """A copy of the values at some places. A flat index is twice as fast as rows and environments."""
         return storage.reshape(self.buffer_size * self.n_envs, *storage.shape[2:]).take(places, axis=0)
 
     def _keep_where_stream_broke(self, previous: int, obs: Obs) -> None:
-        """The newest row loses its kept next observation now: move it to the side unless ``obs`` equals it."""
+        """Store the next observation of the previous row separately where it differs from the new observation."""
         broken = np.zeros(self.n_envs, dtype=bool)
 
         def compare(expected: np.ndarray, new: np.ndarray) -> None:
@@ -482,7 +483,7 @@ class ReplayBuffer(SB3ReplayBuffer):
         self._free_slots = [*range(new - 1, old - 1, -1), *self._free_slots]
 
     def _as_rows(self, obs: Obs) -> Obs:
-        """Check the shape and cast to the storage's dtype; (E,) of Discrete spaces becomes (E, 1)."""
+        """Check the shape and cast to the dtype of the storage; (E,) of Discrete spaces becomes (E, 1)."""
 
         def cast(new: np.ndarray, storage: np.ndarray) -> np.ndarray:
             rows = np.asarray(new)
@@ -511,12 +512,11 @@ class ReplayBuffer(SB3ReplayBuffer):
 
 class NextObservations(NDArrayOperatorsMixin):
     """
-    Read-only stand-in for the array ``next_observations`` of SB3's buffer.
+    Read-only stand-in for the array ``next_observations`` of SB3's buffer. Indexing gathers the indexed rows;
+    ``np.asarray`` and all other array operations gather all rows.
 
-    Indexing gathers only the indexed rows. ``np.asarray``, and all other array operations, gather all rows.
-
-    :param buffer: where the observations are
-    :param key: of Dict observations, or None
+    :param buffer: replay buffer
+    :param key: key in Dict observations, or None
     """
 
     def __init__(self, buffer: ReplayBuffer, key: str | None):
@@ -527,7 +527,7 @@ class NextObservations(NDArrayOperatorsMixin):
         self.dtype: np.dtype = storage.dtype
         self.ndim: int = storage.ndim
         self.size: int = storage.size
-        self.nbytes: int = storage.nbytes  # if it were gathered
+        self.nbytes: int = storage.nbytes  # of all rows, once gathered
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -536,8 +536,8 @@ class NextObservations(NDArrayOperatorsMixin):
         return iter(np.asarray(self))
 
     def __getattr__(self, name: str) -> Any:
-        """Methods of arrays (``copy``, ``mean``, ...), on all of it."""
-        if name.startswith("_"):  # not for copying, pickling and array protocols
+        """Methods of arrays (``copy``, ``mean``, ...), applied to all rows."""
+        if name.startswith("_"):  # they would interfere with copying, pickling and array protocols
             raise AttributeError(name)
         return getattr(np.asarray(self), name)
 
@@ -545,9 +545,9 @@ class NextObservations(NDArrayOperatorsMixin):
         parts = index if isinstance(index, tuple) else (index,)
         (row_part, env_part), features = (*parts[:2], slice(None))[:2], parts[2:]
         if not (_is_simple(row_part) and _is_simple(env_part)) or any(not isinstance(f, int | slice) for f in features):
-            return np.asarray(np.asarray(self)[index])  # masks, ellipses, ...: leave it to NumPy
+            return np.asarray(np.asarray(self)[index])  # masks, ellipses, ...
         rows, env_indices = _positions(row_part, self.shape[0]), _positions(env_part, self.shape[1])
-        if isinstance(row_part, slice) or isinstance(env_part, slice):  # every row with every environment
+        if isinstance(row_part, slice) or isinstance(env_part, slice):  # all combinations of rows and environments
             rows = rows.reshape(*rows.shape, *[1] * env_indices.ndim)
         rows, env_indices = np.broadcast_arrays(rows, env_indices)
         next_obs = self._buffer.get_next_obs((rows * self.shape[1] + env_indices).ravel())
@@ -564,13 +564,13 @@ class NextObservations(NDArrayOperatorsMixin):
 
 
 def _is_simple(part: Any) -> bool:
-    """A slice, an integer or an array of integers, as an index."""
+    """Whether an index is a slice, an integer or an array of integers."""
     return isinstance(part, slice) or (part is not Ellipsis and np.issubdtype(np.asarray(part).dtype, np.integer))
 
 
 def _positions(part: Any, n: int) -> np.ndarray:
     """
-    :param part: simple index into an axis
+    :param part: slice, integer or array of integers
     :param n: length of the axis
     :return: positions in [0, n)
     """
@@ -584,7 +584,7 @@ def _positions(part: Any, n: int) -> np.ndarray:
 
 def samples_itself(buffer: SB3ReplayBuffer) -> bool:
     """
-    :param buffer: a model's replay buffer
-    :return: whether its samples are drawn by :class:`ReplayBuffer`, and by no class or function of the user's
+    :param buffer: replay buffer of a model
+    :return: whether it samples with :class:`ReplayBuffer`'s methods, not overridden by a user's class or function
     """
     return type(buffer) is ReplayBuffer and not {"sample", "_get_samples"} & vars(buffer).keys()

@@ -10,7 +10,7 @@ class FixedEntCoef:
     A constant entropy coefficient.
 
     :param value: the coefficient, >= 0
-    :param device: where it lives
+    :param device: device of the coefficient
     """
 
     log_ent_coef: th.Tensor | None = None
@@ -49,9 +49,9 @@ class LearnedEntCoef:
     """
     An entropy coefficient whose logarithm is optimised (https://arxiv.org/abs/1812.05905, section 5).
 
-    :param init_value: first value of the coefficient, > 0
-    :param learning_rate: Adam's first learning rate
-    :param device: where it lives
+    :param init_value: initial value of the coefficient, > 0
+    :param learning_rate: initial learning rate of Adam
+    :param device: device of the coefficient
     """
 
     tensor: th.Tensor | None = None
@@ -83,8 +83,10 @@ class LearnedEntCoef:
 
     def losses(self, log_prob: th.Tensor, target_entropy: float, kind: str) -> dict[str, th.Tensor]:
         """
-        :param log_prob: see :func:`losses.ent_coef_loss`, as for the others
-        :return: its loss by log key
+        :param log_prob: see :func:`losses.ent_coef_loss`
+        :param target_entropy: see :func:`losses.ent_coef_loss`
+        :param kind: see :func:`losses.ent_coef_loss`
+        :return: loss by log key
         """
         assert self.log_ent_coef is not None
         return {"ent_coef_loss": losses.ent_coef_loss(self.log_ent_coef, log_prob, target_entropy, kind)}
@@ -95,12 +97,13 @@ EntCoef = FixedEntCoef | LearnedEntCoef
 
 def make_ent_coef(ent_coef: str | float, learning_rate: float, device: th.device) -> EntCoef:
     """
-    Read SB3's ``ent_coef`` argument.
+    Make the entropy coefficient from SB3's argument ``ent_coef``.
 
-    :param ent_coef: a number (fixed), ``"auto"`` (learned, from 1) or ``"auto_0.1"`` (learned, from 0.1)
-    :param learning_rate: first learning rate, if it is learned
-    :param device: where it lives
-    :raises ValueError: if it is none of these, or out of range
+    :param ent_coef: a number (fixed), ``"auto"`` (learned, initially 1) or ``"auto_0.1"`` (learned, initially 0.1)
+    :param learning_rate: initial learning rate, if it is learned
+    :param device: device of the coefficient
+    :return: the entropy coefficient
+    :raises ValueError: if ``ent_coef`` is none of these, or out of range
     """
     text = str(ent_coef)
     learned = text == "auto" or text.startswith("auto_")

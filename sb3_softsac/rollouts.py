@@ -1,9 +1,9 @@
 """
-Rollouts: choosing actions, stepping the environments and storing transitions.
+Rollouts: choose actions, step the environments and store transitions.
 
-SB3's loop calls the callbacks after the environment has made its step but before the transition is stored, and counts
-the steps of a rollout in local variables. A model that a callback saves there lacks a transition, and cannot go on from
-the middle of the rollout. :class:`RolloutAlgorithm` calls them between two steps, and keeps its counts in the model.
+SB3 calls callbacks after the environments' step, but before it stores the transitions, and counts the steps of a
+rollout in local variables. A model that a callback saves lacks these transitions, and cannot continue in mid-rollout.
+:class:`RolloutAlgorithm` calls callbacks between two steps, and keeps its counts in the model.
 """
 
 import warnings
@@ -31,12 +31,12 @@ from sb3_softsac.type_aliases import TorchObs
 
 
 class RolloutAlgorithm(OffPolicyAlgorithm):
-    """SB3's off-policy algorithm with rollouts that can be left and entered again after any step."""
+    """SB3's off-policy algorithm, with rollouts that can be interrupted and continued after any step."""
 
     actor: Any
     random_steps: int | None
 
-    after_step: deque[Callable[[], None]] | None = None  # called once each, after all callbacks have seen the step
+    after_step: deque[Callable[[], None]] | None = None  # each called once, after all callbacks have seen the step
 
     _late_callbacks: Iterable[BaseCallback] = ()  # those that have not seen the last step of a loaded run
     # Steps and episodes of the rollout in progress, and whether the log of its last step is still due
@@ -47,12 +47,12 @@ class RolloutAlgorithm(OffPolicyAlgorithm):
     def _sample_action(
         self, learning_starts: int, action_noise: ActionNoise | None = None, n_envs: int = 1
     ) -> tuple[np.ndarray, np.ndarray]:
-        # SB3 has one number for the start of learning and for the end of random actions
+        # SB3 starts learning and ends random actions at the same step
         random_steps = learning_starts if self.random_steps is None else self.random_steps
         random_steps = 0 if self._warmed_up else random_steps
         if self._predict_is_overridden() or self.num_timesteps < random_steps:
             return super()._sample_action(random_steps, action_noise, n_envs)
-        # Like SB3's predict(), which unscales the actions, without scaling them back
+        # Equal to SB3's actions, which predict() unscales and which are then scaled again
         assert self._last_obs is not None
         actions = self._explore(obs_as_tensor(self._last_obs, self.device)).cpu().numpy()
         scaled_actions = actions.reshape(-1, *cast(Any, self.action_space).shape)
@@ -63,14 +63,14 @@ class RolloutAlgorithm(OffPolicyAlgorithm):
     def _explore(self, obs: TorchObs) -> th.Tensor:
         """
         :param obs: observations of E environments
-        :return: a sample of scaled actions, (E, A)
+        :return: sampled scaled actions, (E, A)
         """
-        self.policy.set_training_mode(False)  # each time: the user may have added a module
+        self.policy.set_training_mode(False)  # in every step, since the user may have added a module
         with th.no_grad():
             return cast(Any, self.policy).actor(obs)
 
     def _predict_is_overridden(self) -> bool:
-        """Whether the user has replaced one of SB3's methods that predict."""
+        """Whether a user's class overrides one of SB3's methods for prediction."""
         sb3s = (BaseAlgorithm.predict, BasePolicy.predict, SACPolicy._predict)
         methods = (self.predict, self.policy.predict, self.policy._predict)
         return any(getattr(m, "__func__", None) is not sb3 for m, sb3 in zip(methods, sb3s, strict=True))
@@ -86,48 +86,48 @@ class RolloutAlgorithm(OffPolicyAlgorithm):
         log_interval: int | None = None,
     ) -> RolloutReturn:
         """
-        Collect transitions, as in SB3. While the replay buffer cannot be learned from, collect more: with hindsight
-        replay until the first episode has ended, and in a run that goes on without its replay buffer until the new one
-        has ``learning_starts`` transitions.
+        Collect transitions, as in SB3, and more if the replay buffer has too few to learn from: with HER until the
+        first episode has ended, and in a run that continues without its replay buffer until the new one has
+        ``learning_starts`` transitions.
 
         :param env: training environments, E
-        :param callback: called after each step, when its transitions are stored
-        :param train_freq: steps or episodes to collect
-        :param replay_buffer: where they go
-        :param action_noise: added to the scaled actions
+        :param callback: called after each step, once its transitions are stored
+        :param train_freq: number of steps or episodes
+        :param replay_buffer: stores the transitions
+        :param action_noise: noise added to the scaled actions
         :param learning_starts: environment steps before the first gradient update
         :param log_interval: episodes between log entries
-        :return: counts of the last rollout, and whether to go on
+        :return: counts of the last rollout, and whether training continues
         """
         args = env, callback, train_freq, replay_buffer, action_noise, learning_starts, log_interval
         rollout = self._collect_rollout(*args)
         told = None
         while rollout.continue_training and (lack := self._lack_of(replay_buffer)) is not None:
             if self.num_timesteps >= self._total_timesteps:
-                warnings.warn(f"Nothing was learned, since training has ended before {lack}", stacklevel=3)
+                warnings.warn(f"Nothing was learned: training ended before {lack}", stacklevel=3)
                 return rollout._replace(continue_training=False)  # no update
             if lack != told:
-                self._say(f"Updates begin later, since they are due before {lack}")
+                self._say(f"Updates are delayed: they are due before {lack}")
                 told = lack
             rollout = self._collect_rollout(*args)
         return rollout
 
     def _lack_of(self, buffer: SB3ReplayBuffer) -> str | None:
         """
-        :return: what the replay buffer has to hold before there can be updates, and what the user can do; None: it has
-            all, or no updates are due
+        :return: what updates have to wait for, and how to avoid it; None: the replay buffer has enough transitions, or
+            no updates are due
         """
         if self.num_timesteps <= self.learning_starts or self.gradient_steps == 0:
             return None
         if isinstance(buffer, HerReplayBuffer) and not np.any(buffer.ep_length > 0):
             return (
-                "the first episode has, which HerReplayBuffer needs: let learning_starts be larger than the number of "
-                "steps of an episode, times the number of environments."
+                "the end of the first episode, which HerReplayBuffer needs. Set learning_starts to more than the steps "
+                "of an episode times the number of environments."
             )
         if self._num_timesteps_at_start > 0 and not buffer.full and buffer.size() * self.n_envs <= self.learning_starts:
             return (
-                f"a run that goes on without its replay buffer has learning_starts={self.learning_starts} transitions "
-                "in the new one. Lower it at load(), or train for longer."
+                f"the new replay buffer had learning_starts={self.learning_starts} transitions. The run continues "
+                "without its own replay buffer: pass a lower learning_starts to load(), or train longer."
             )
         return None
 
@@ -192,7 +192,7 @@ class RolloutAlgorithm(OffPolicyAlgorithm):
 
     def _end_episodes(self, dones: np.ndarray, action_noise: ActionNoise | None, log_interval: int | None) -> bool:
         """
-        :param dones: which environments have ended an episode, (E,)
+        :param dones: whether an episode of each environment has ended, (E,)
         :return: whether a log entry is due
         """
         must_log = False
@@ -212,8 +212,8 @@ class RolloutAlgorithm(OffPolicyAlgorithm):
         dones: np.ndarray,
         infos: list[dict[str, Any]],
     ) -> None:
-        # SB3's fails if VecNormalize is below VecTransposeImage, where SB3 puts it (issues 724 and 819), and with
-        # VecNormalize(norm_obs=False) over discrete observations
+        # SB3's method fails if VecTransposeImage wraps VecNormalize, as SB3 does itself (issues 724 and 819), and with
+        # VecNormalize(norm_obs=False) and discrete observations
         normalize, last_obs, new_original_obs = self._vec_normalize_env, self._last_obs, new_obs
         if normalize is not None:
             last_obs, new_original_obs = self._last_original_obs, self._original_obs()
@@ -229,7 +229,7 @@ class RolloutAlgorithm(OffPolicyAlgorithm):
 
     def _original_obs(self) -> Any:
         """
-        :return: observations before VecNormalize, with channels where the model's have them
+        :return: observations before normalisation, with images transposed as for the model
         """
         assert self.env is not None and self._vec_normalize_env is not None
         obs = self._vec_normalize_env.get_original_obs()
@@ -245,11 +245,11 @@ class RolloutAlgorithm(OffPolicyAlgorithm):
 
 def with_usual_strides(obs: np.ndarray) -> np.ndarray:
     """
-    A transposed image has the strides of channels last. A convolution rounds differently then, and a file does not keep
-    strides.
+    Copy images to C order. A transposed image has the strides of channels-last order, with which convolutions round
+    differently, and files do not keep strides.
 
     :param obs: observations of E environments
-    :return: the same, images in C order
+    :return: the same observations, with images in C order
     """
-    # Always a copy: NumPy calls an image of one channel contiguous in either layout, PyTorch does not
+    # Always copy: images of one channel are contiguous in either order for NumPy, but not for PyTorch
     return obs.copy() if obs.ndim > 2 else obs

@@ -1,7 +1,8 @@
-"""Types that several modules share, and the shape letters of all docstrings.
+"""
+Types that several modules share, and the letters for shapes in all docstrings.
 
-B batch, N critics, A action dimension, O observation dimension, E environments, K n-step length.
-Scaled actions lie in [-1, 1]^A; that is what replay buffers hold and critics read (SB3's convention).
+B batch size, N critics, A action dimension, O observation dimension, E environments, K length of n-step returns.
+Scaled actions lie in [-1, 1]^A: replay buffers store them and critics take them, as in SB3.
 """
 
 from typing import NamedTuple
@@ -16,12 +17,12 @@ for n-step returns, discounts: (B, 1)."""
 TorchObs = th.Tensor | TensorDict
 
 Metrics = dict[str, th.Tensor]
-"""Scalars of one update by log key, detached and on the device; logging them takes one transfer."""
+"""Scalars of one update by log key, detached and on the device: one transfer is enough to log them."""
 
 
 class PolicySample(NamedTuple):
-    """Actions drawn from a policy, with what the losses and the log want to know of them."""
+    """Actions sampled from a policy, with what the losses and the log need."""
 
     actions: th.Tensor  # scaled, (B, A)
-    log_prob: th.Tensor  # density of the scaled action, (B, 1)
+    log_prob: th.Tensor  # log-density of the scaled actions, (B, 1)
     log_std: th.Tensor  # of the Gaussian before tanh, (B, A)

@@ -1,7 +1,7 @@
 """
-Names of torch, SB3 and Gymnasium that are not public: any version may move them, and then we do without.
+Private names of torch, SB3 and Gymnasium. Any version may move them; SoftSAC then works without them.
 
-All that we lean on, public or not, is listed in ``tests/test_upstream.py``.
+``tests/test_upstream.py`` lists everything that SoftSAC needs of these packages, public or private.
 """
 
 import functools
@@ -12,8 +12,8 @@ from typing import Any
 
 def find(name: str) -> Any:
     """
-    :param name: of something that another package has not promised to keep, such as ``"torch.optim.adam:adam"``
-    :return: the object of this name; None if there is none
+    :param name: private name in another package, such as ``"torch.optim.adam:adam"``
+    :return: the object with this name; None if there is none
     """
     try:
         return pkgutil.resolve_name(name)
@@ -24,10 +24,10 @@ def find(name: str) -> Any:
 @functools.cache
 def say_moved(name: str, consequence: str) -> None:
     """
-    Warn, once in a process.
+    Warn that a private name no longer exists, once in a process.
 
-    :param name: of what is no longer there
-    :param consequence: what is lost or slower without it
+    :param name: the name
+    :param consequence: what is missing or slower without it
     """
     warnings.warn(
         f"{name.replace(':', '.')}, a private name that SoftSAC uses, is not in this version: {consequence}",

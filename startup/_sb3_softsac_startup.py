@@ -1,9 +1,9 @@
 """
-Makes the RL Zoo know SoftSAC as soon as any part of it is imported.
+Adds SoftSAC to the RL Zoo when a module of the zoo is imported.
 
-``sb3_softsac.pth`` runs :func:`install` at every interpreter start, also in programs that have nothing to do with
-reinforcement learning. Hence the two rules of this file: import nothing but ``sys``, and never let a fault of ours
-stop somebody else's interpreter. The knowledge itself is in ``sb3_softsac._rl_zoo3``, loaded together with the zoo.
+``sb3_softsac.pth`` runs :func:`install` whenever Python starts, including in programs that have nothing to do with
+reinforcement learning. This file therefore imports nothing but ``sys``, and none of its errors may reach the program.
+The changes themselves are in ``sb3_softsac._rl_zoo3``, which is imported together with the zoo.
 """
 
 import sys
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     from types import CodeType, ModuleType
     from typing import Any
 
-# Modules of the zoo whose objects are changed after they have run
+# Modules of the zoo that are patched after they are executed
 PATCHED = frozenset(f"rl_zoo3.{name}" for name in ("utils", "hyperparams_opt", "exp_manager"))
-# Modules of the zoo whose source is changed before they run: what matters there is local to a function,
-# or run as ``__main__``, where no module is left to patch
+# Modules of the zoo whose source is edited before they are executed: they run as ``__main__``, or what has to change is
+# local to a function, so that they cannot be patched afterwards
 EDITED = frozenset(
     f"rl_zoo3.{name}" for name in ("benchmark", "callbacks", "enjoy", "load_from_hub", "push_to_hub", "record_video")
 )
@@ -29,7 +29,7 @@ _reported: "set[str]" = set()
 
 def _report(error: BaseException) -> None:
     message = f"sb3_softsac: the RL Zoo runs without SoftSAC: {type(error).__name__}: {error}"
-    # Several modules fail for the same reason. Under pythonw there is no stderr.
+    # Only once, since several modules may fail for the same reason. pythonw has no stderr
     if message not in _reported and sys.stderr is not None:
         print(message, file=sys.stderr)
     _reported.add(message)
@@ -46,16 +46,16 @@ def _patch(module: "ModuleType") -> None:
 
 class _Loader:
     """
-    The module's own loader, except that SoftSAC is added to what it loads.
+    Loader that adds SoftSAC to a module of the zoo.
 
-    :param loader: the loader found for a module in ``PATCHED`` or ``EDITED``
+    :param loader: the original loader of a module in ``PATCHED`` or ``EDITED``
     """
 
     def __init__(self, loader: "Any") -> None:
         self._loader = loader
 
     def __getattr__(self, name: str) -> "Any":
-        if name == "_loader":  # not there yet: this object is being copied or unpickled
+        if name == "_loader":  # missing while this object is copied or unpickled
             raise AttributeError(name)
         return getattr(self._loader, name)
 
@@ -64,7 +64,7 @@ class _Loader:
         return module
 
     def get_code(self, name: str) -> "CodeType | None":
-        """What ``python -m`` executes: it asks for the code and never calls :meth:`exec_module`."""
+        """Code for ``python -m``, which does not call :meth:`exec_module`."""
         if name in EDITED:
             try:
                 from sb3_softsac._rl_zoo3 import edited_code
@@ -76,7 +76,7 @@ class _Loader:
         return code
 
     def exec_module(self, module: "ModuleType") -> None:
-        # From here on nobody needs to see this class
+        # The module shows its original loader
         module.__loader__ = self._loader
         if module.__spec__ is not None:
             module.__spec__.loader = self._loader
@@ -89,12 +89,12 @@ class _Loader:
             _patch(module)
 
 
-# Modules being looked for, so that a second finder of this kind cannot send us in circles
+# Modules that are being searched for, so that other finders of this kind cannot cause infinite recursion
 _searching: "set[str]" = set()
 
 
 class _Finder:
-    """Lets the other finders find the modules of the zoo and wraps the loader that they return."""
+    """Finds modules of the zoo with the other finders, and wraps their loaders."""
 
     @classmethod
     def find_spec(
@@ -120,13 +120,13 @@ class _Finder:
 
 
 def install() -> None:
-    """Watch for the zoo, and change what is already loaded of it. Calling it again does no harm."""
+    """Patch the zoo when it is imported, and its modules that already are. A second call has no effect."""
     try:
         if _Finder not in sys.meta_path:
             sys.meta_path.insert(0, _Finder)
         for name in PATCHED:
             module = sys.modules.get(name)
-            # A module that is still being loaded is patched by its loader
+            # Modules that are still being imported are patched by their loaders
             if module is not None and not getattr(module.__spec__, "_initializing", False):
                 _patch(module)
     except Exception as error:

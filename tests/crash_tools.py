@@ -50,6 +50,31 @@ class Shim:
         return self._around(name, function, args)
 
 
+class Killer:
+    """
+    For a :class:`Shim`: ends the process at one of the operations. All that the system took before is kept, synced or
+    not, as with any process that is killed.
+
+    :param at: the operation, counted from 0; None: none
+    :param after: end the process after it, not before
+    :param operation: count only operations of this name; None: all
+    """
+
+    def __init__(self, at: int | None, after: bool = False, operation: str | None = None):
+        self.at, self.after, self.operation = at, after, operation
+        self.count = 0
+
+    def __call__(self, name: str, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        is_last = self.count == self.at and self.operation in (None, name)
+        self.count += self.operation in (None, name)
+        if is_last and not self.after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = without_sync(name, function, args)
+        if is_last:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+
 def make_buffer() -> ReplayBuffer:
     return ReplayBuffer(ROWS, spaces.Box(-np.inf, np.inf, (2,)), spaces.Box(-1.0, 1.0, (1,)), device="cpu")
 

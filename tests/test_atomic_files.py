@@ -15,7 +15,18 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
-from crash_tools import OPERATIONS, Materialized, RecordedDisk, Shim, Tree, add_rows, contents, in_child, without_sync
+from crash_tools import (
+    OPERATIONS,
+    Killer,
+    Materialized,
+    RecordedDisk,
+    Shim,
+    Tree,
+    add_rows,
+    contents,
+    in_child,
+    without_sync,
+)
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from sb3_softsac import SoftSAC
@@ -246,16 +257,11 @@ def test_a_save_removes_what_a_killed_one_has_left(env: DummyVecEnv, tmp_path: p
     path = tmp_path / "model.zip"
 
     def work(report: Callable[[str], None]) -> None:
-        def around(name: str, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-            if name == "fsync":
-                os._exit(7)
-            return function(*args)
-
-        atomic_files.os = Shim(around)
+        atomic_files.os = Shim(Killer(0, operation="fsync"))
         model.save(path)
 
     _, status = in_child(work)
-    assert os.waitstatus_to_exitcode(status) == 7
+    assert os.waitstatus_to_exitcode(status) == -9
     assert len(os.listdir(tmp_path)) == 1
     assert not path.exists()
     model.save(path)
@@ -271,20 +277,7 @@ def save_until_killed(
     """:return: work for a child that dies before or after its operation number ``at``"""
 
     def work(report: Callable[[str], None]) -> None:
-        count = -1
-
-        def around(name: str, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-            nonlocal count
-            count += 1
-            if count == at and not after:
-                os._exit(9)
-            # A killed process loses nothing that the system has taken, synced or not
-            result = without_sync(name, function, args)
-            if count == at:
-                os._exit(9)
-            return result
-
-        atomic_files.os = Shim(around)
+        atomic_files.os = Shim(Killer(at, after))
         report("0")
         for step in range(STEP, STEP + n_saves):
             advance(model, step)
@@ -311,7 +304,7 @@ def test_kill_at_each_operation(env: DummyVecEnv, tmp_path: pathlib.Path, monkey
         for after in (False, True):
             path = tmp_path / f"{at}-{after}" / "model.zip"
             reports, status = in_child(save_until_killed(model, path, at, after, 2))
-            assert os.waitstatus_to_exitcode(status) == 9
+            assert os.waitstatus_to_exitcode(status) == -9
             check_after_kill(path, env, reports)
             n_kills += 1
     assert n_kills >= 40

@@ -95,15 +95,14 @@ def restored(buffer: Any, empty: Any) -> Any:
     file = io.BytesIO()
     with ArchiveWriter(file) as archive:
         parts = buffer_state.segments(buffer)
-        for segment in parts:
-            buffer_state.write_rows(archive, buffer, segment, f"{segment[0]}/")
+        buffer_state.write_rows(archive, buffer)
         archive.close({})
     replay = {"description": buffer_state.describe(buffer), "state": buffer_state.get_state(buffer), "segments": parts}
     reader = ArchiveReader(file, "file")
 
     def rows() -> Iterator[tuple[int, dict[str, np.ndarray]]]:
         for first, last in parts:
-            yield first, buffer_state.read_rows(reader, replay["description"], (first, last), f"{first}/")
+            yield first, buffer_state.read_rows(reader, replay["description"], (first, last), f"replay/{first}/")
 
     buffer_state.restore(empty, replay, rows(), "file")
     return empty

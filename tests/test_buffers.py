@@ -244,7 +244,7 @@ def test_dtypes_and_memory() -> None:
 )
 def test_memory(obs_dim: int, action_dim: int, episode_length: int, bytes_per_row: int) -> None:
     """The bounds that the documentation states for a million transitions, scaled down."""
-    n_rows = 30_000
+    n_rows = 10_000
     space = spaces.Box(-np.inf, np.inf, (obs_dim,), dtype=np.float64)
     buffer = ReplayBuffer(n_rows, space, spaces.Box(-1.0, 1.0, (action_dim,)), "cpu")
     for row in range(2 * n_rows):

@@ -5,19 +5,17 @@ Most tests have a compiler of their own: a script that copies the library, as fa
 """
 
 import os
-import signal
 import subprocess
 import sys
 import textwrap
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch as th
-from crash_tools import OPERATIONS, Shim
+from crash_tools import OPERATIONS, Killer, Shim
 from twins import SMALL, make
 
 from sb3_softsac.execution.cpp import build, matmul
@@ -116,7 +114,7 @@ def test_kill_at_each_operation(operation: str, calls: Callable[[], int], librar
         cache = tmp_path / f"{operation}{n}"
         child = os.fork()
         if child == 0:
-            atomic_files.os = Shim(killer(operation, n))  # type: ignore[assignment]
+            atomic_files.os = Shim(Killer(n, operation=operation))  # type: ignore[assignment]
             build.built(TEXT, cache)
             os._exit(0)
         status = os.waitpid(child, 0)[1]
@@ -125,18 +123,6 @@ def test_kill_at_each_operation(operation: str, calls: Callable[[], int], librar
             break
         n_kills += 1
     assert n_kills >= (1 if operation in ("open", "write", "fsync", "close", "replace", "mkdir") else 0)
-
-
-def killer(operation: str, n: int) -> Callable[..., Any]:
-    """Ends the process at the n-th operation of this name."""
-    counts = iter(range(1000))
-
-    def around(name: str, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-        if name == operation and next(counts) == n:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return function(*args)
-
-    return around
 
 
 def test_kill_while_the_compiler_works(

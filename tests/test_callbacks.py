@@ -44,9 +44,9 @@ def test_small_stats_window(tmp_path: pathlib.Path) -> None:
 
 
 def test_warns_without_monitor(tmp_path: pathlib.Path) -> None:
-    model = make_model(DummyVecEnv([lambda: gym.make("Pendulum-v1")]))
+    model = make_model(DummyVecEnv([lambda: gym.make("Pendulum-v1", max_episode_steps=20)]))
     with pytest.warns(UserWarning, match="wrap the environments in Monitor") as warned:
-        model.learn(610, callback=SaveBestTrainingReturnCallback(save_path=str(tmp_path)))
+        model.learn(61, callback=SaveBestTrainingReturnCallback(save_path=str(tmp_path)))
     assert len(warned) == 1
 
 

@@ -61,7 +61,7 @@ def set_up(config: Path, env_id: str, log_folder: Path, **hyperparams: Any) -> t
         "softsac",
         env_id,
         str(log_folder),
-        n_timesteps=200,
+        n_timesteps=150,
         eval_freq=-1,
         log_interval=-1,
         config=str(config),
@@ -131,9 +131,9 @@ def test_models_can_be_built(env_id: str, tmp_path: Path):
 @pytest.mark.parametrize(("path", "env_id"), VARIANT_ENTRIES, ids=lambda value: getattr(value, "stem", value))
 def test_variants_train(path: Path, env_id: str, tmp_path: Path):
     entry = read(path)[env_id]
-    short = {"learning_starts": 100, "batch_size": 32}
+    short = {"learning_starts": 80, "batch_size": 32}
     if "random_steps" in entry:
-        short["random_steps"] = 150
+        short["random_steps"] = 120
     manager, model = set_up(path, env_id, tmp_path, **short)
     for name, parameter in CONSTRUCTOR.items():
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
@@ -143,7 +143,7 @@ def test_variants_train(path: Path, env_id: str, tmp_path: Path):
 
     before = [parameter.clone() for parameter in model.actor.parameters()]
     manager.learn(model)
-    assert model.num_timesteps == 200
-    assert model._n_updates == 100
+    assert model.num_timesteps == 150
+    assert model._n_updates == 70
     assert all(th.isfinite(parameter).all() for parameter in model.policy.parameters())
     assert not all(th.equal(old, new) for old, new in zip(before, model.actor.parameters(), strict=True))

@@ -28,6 +28,7 @@ import pytest
 from crash_tools import (
     ROWS,
     STEPS,
+    Killer,
     Materialized,
     RecordedDisk,
     Shim,
@@ -270,38 +271,22 @@ def test_state_that_cannot_be_written(tmp_path: pathlib.Path) -> None:
 
 
 def save_until_killed(
-    path: pathlib.Path, at: int | None, after: bool, n_saves: int, keep_last: int, kill: Callable[[], Any]
+    path: pathlib.Path, at: int | None, after: bool, n_saves: int, keep_last: int
 ) -> Callable[[Callable[[str], None]], None]:
     """:return: work for a child that goes on with what is in the folder, and dies at its operation number ``at``"""
 
     def work(report: Callable[[str], None]) -> None:
-        count = -1
-
-        def around(name: str, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-            nonlocal count
-            count += 1
-            if count == at and not after:
-                kill()
-            # A killed process loses nothing that the system has taken, synced or not
-            result = without_sync(name, function, args)
-            if count == at:
-                kill()
-            return result
-
         folder, buffer, step = RunFolder(path), make_buffer(), 0
         if folder.numbers():
             folder, buffer, step = load(path)
-        atomic_files.os = Shim(around)
+        killer = Killer(at, after)
+        atomic_files.os = Shim(killer)
         report(str(step))
         for saved_step in save_on(folder, buffer, step, n_saves, keep_last):
             report(str(saved_step))
-        report(f"operations {count + 1}")
+        report(f"operations {killer.count}")
 
     return work
-
-
-def kill_self() -> None:
-    os.kill(os.getpid(), 9)
 
 
 def check_after_kill(path: pathlib.Path, reports: list[str]) -> int:
@@ -318,13 +303,13 @@ def check_after_kill(path: pathlib.Path, reports: list[str]) -> int:
 def kill_at_each(path: pathlib.Path, n_saves: int, keep_last: int, every: int = 1) -> int:
     """:return: number of kills"""
     path.mkdir(exist_ok=True)
-    reports, status = in_child(save_until_killed(path / "whole", None, False, n_saves, keep_last, kill_self))
+    reports, status = in_child(save_until_killed(path / "whole", None, False, n_saves, keep_last))
     assert status == 0
     n_operations = int(reports[-1].split()[1])
     cuts = list(itertools.product(range(n_operations), (False, True)))[::every]
     for at, after in cuts:
         run = path / f"{at}-{after}"
-        reports, status = in_child(save_until_killed(run, at, after, n_saves, keep_last, kill_self))
+        reports, status = in_child(save_until_killed(run, at, after, n_saves, keep_last))
         assert os.waitstatus_to_exitcode(status) == -9, (at, after, n_operations, reports)
         step = check_after_kill(run, reports)
         # Another process goes on there
@@ -346,7 +331,7 @@ def kill_at_random(path: pathlib.Path, n_kills: int, n_saves: int = 12) -> int:
     for n in range(n_kills):
         keep_last = int(rng.integers(1, 4))
         at = None if n % 2 else int(rng.integers(n_saves * 15))
-        work = save_until_killed(run, at, bool(rng.integers(2)), n_saves, keep_last, kill_self)
+        work = save_until_killed(run, at, bool(rng.integers(2)), n_saves, keep_last)
         reports, status = in_child(work, None if at is not None else rng.uniform(0.0, 0.025))
         assert not reports or reports[0] == str(step)
         assert os.waitstatus_to_exitcode(status) in (0, -9)
@@ -400,16 +385,7 @@ def digest(model: SoftSAC) -> str:
 
 def train_until_killed(path: pathlib.Path, at: int | None) -> Callable[[Callable[[str], None]], None]:
     def work(report: Callable[[str], None]) -> None:
-        count = -1
-
-        def around(name: str, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-            nonlocal count
-            count += 1
-            if count == at:
-                kill_self()
-            return without_sync(name, function, args)
-
-        atomic_files.os = Shim(around)
+        atomic_files.os = Shim(Killer(at))
         report("0")
         if RunFolder(path).numbers():
             model = SoftSAC.load(path, make_env(), device="cpu", force_reset=False)

@@ -504,15 +504,15 @@ def test_deleted_replay_buffer(tmp_path: pathlib.Path) -> None:
 
 
 def test_whatever_has_a_default_can_be_excluded(tmp_path: pathlib.Path) -> None:
-    model = make_model(policy_kwargs={}, seed=None)
-    model.learn(25)
-    model.save(tmp_path / "whole")
+    small, usual = make_model(seed=None).learn(25), make_model(policy_kwargs={}, seed=None).learn(25)
+    small.save(tmp_path / "whole")
     data, _, _ = load_from_zip_file(tmp_path / "whole.zip")
     assert data is not None
     names = sorted(data)
     required = {"policy_class", "observation_space", "action_space", "n_envs"}
     assert required < set(names) and len(names) > 50
     for name in names:
+        model = usual if name == "policy_kwargs" else small  # its default is networks of the usual size
         model.save(tmp_path / "part", exclude=[name])
         if name in required:
             with pytest.raises(CheckpointError, match=rf"no {name}.*Pass {name}=\.\.\. to load"):
@@ -551,14 +551,14 @@ def test_her_waits_for_the_first_episode(verbose: int, capsys: pytest.CaptureFix
     model.learn(50)
     assert model._n_updates == 50 - 29  # the first one at the end of the episode
     said = capsys.readouterr().out
-    assert said.count("Updates begin later, since they are due before the first episode has") == verbose
+    assert said.count("Updates are delayed: they are due before the end of the first episode") == verbose
 
 
 def test_her_without_an_episode_has_learned_nothing() -> None:
     env = gym.wrappers.TimeLimit(BitFlippingEnv(n_bits=12, continuous=True, max_steps=10**6), 10**6)
     her: dict[str, Any] = {"replay_buffer_class": HerReplayBuffer, "learning_starts": 5, "seed": 0}
     model = SoftSAC("MultiInputPolicy", env, device="cpu", batch_size=8, buffer_size=1000, **her)
-    with pytest.warns(UserWarning, match="Nothing was learned, since training has ended before the first episode has"):
+    with pytest.warns(UserWarning, match="Nothing was learned: training ended before the end of the first episode"):
         model.learn(20)
     assert model._n_updates == 0 and model.num_timesteps == 20
 

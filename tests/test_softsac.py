@@ -281,14 +281,15 @@ LOG_KEYS = {
 
 
 def test_log() -> None:
-    model = SoftSAC("MlpPolicy", "Pendulum-v1", learning_starts=100, batch_size=8, **SMALL)
+    env = gym.make("Pendulum-v1", max_episode_steps=50)
+    model = SoftSAC("MlpPolicy", env, learning_starts=30, batch_size=8, **SMALL)
     records = logged(model)
-    model.learn(410, log_interval=1)
+    model.learn(110, log_interval=1)
     assert len(records.rows) == 2
     row = records.rows[-1]
     assert {key.removeprefix("train/") for key in row if key.startswith("train/")} == LOG_KEYS
     assert all(np.isfinite(value) for value in row.values())
-    assert row["train/n_updates"] == 300 - 1
+    assert row["train/n_updates"] == 70 - 1
     assert {"rollout/ep_rew_mean", "rollout/ep_len_mean", "time/fps", "time/total_timesteps"} <= row.keys()
 
 
@@ -528,15 +529,15 @@ def test_target_entropy(target_entropy: Any) -> None:
 def test_gradient_steps_minus_one_with_episodes() -> None:
     model = SoftSAC(
         "MlpPolicy",
-        "Pendulum-v1",
+        gym.make("Pendulum-v1", max_episode_steps=50),
         train_freq=(1, "episode"),
         gradient_steps=-1,
-        learning_starts=100,
+        learning_starts=30,
         batch_size=4,
         **SMALL,
     )
-    model.learn(400)
-    assert model._n_updates == 400
+    model.learn(100)
+    assert model._n_updates == 100
 
 
 def test_gradient_steps_zero_learns_nothing() -> None:
@@ -548,7 +549,8 @@ def test_gradient_steps_zero_learns_nothing() -> None:
 
 @pytest.mark.parametrize("vec_env_cls", [None, SubprocVecEnv])
 def test_many_environments(vec_env_cls: Any) -> None:
-    env = make_vec_env("Pendulum-v1", n_envs=3, vec_env_cls=vec_env_cls)
+    kwargs = {"start_method": "fork"} if vec_env_cls is SubprocVecEnv else None
+    env = make_vec_env("Pendulum-v1", n_envs=3, vec_env_cls=vec_env_cls, vec_env_kwargs=kwargs)
     model = SoftSAC("MlpPolicy", env, train_freq=2, gradient_steps=-1, learning_starts=30, batch_size=8, **SMALL)
     model.learn(120)
     assert model.num_timesteps == 120
@@ -560,10 +562,10 @@ def test_many_environments(vec_env_cls: Any) -> None:
 @pytest.mark.parametrize("n_envs", [1, 2])
 @pytest.mark.parametrize("noise_class", [NormalActionNoise, OrnsteinUhlenbeckActionNoise])
 def test_action_noise(n_envs: int, noise_class: Any) -> None:
-    env = make_vec_env("Pendulum-v1", n_envs=n_envs)
+    env = make_vec_env("Pendulum-v1", n_envs=n_envs, env_kwargs={"max_episode_steps": 20})
     noise = noise_class(np.zeros(1), 0.1 * np.ones(1))
     model = SoftSAC("MlpPolicy", env, action_noise=noise, learning_starts=10, batch_size=8, **SMALL)
-    model.learn(420)
+    model.learn(100)
     assert np.abs(model.replay_buffer.actions).max() <= 1.0
 
 

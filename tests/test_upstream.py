@@ -138,7 +138,7 @@ def test_state_of_adam() -> None:
 
 def test_flag_of_dynamo() -> None:
     assert hasattr(torch._dynamo.config, "trace_autograd_ops"), (
-        "inductor.tracing sets trace_autograd_ops, which is gone. If compiled updates still work (test_runner.py), "
+        "inductor.tracing sets trace_autograd_ops, which is gone. If compiled updates still work (test_inductor.py), "
         "this test is out of date; else inductor.check_torch has to refuse this version."
     )
 
@@ -171,7 +171,7 @@ def test_buffers_of_batch_renorm() -> None:
 
 def test_private_names_of_environments() -> None:
     assert hasattr(spaces.Box(-1, 1), "_np_random"), (
-        "object_state.capture_object reads the random states of spaces there."
+        "object_state.capture_chain reads the random states of spaces there."
     )
     names = {"_np_random", "_np_random_seed"}
     assert names <= assigned(gym.Env), (
@@ -630,6 +630,7 @@ def assert_compiles_gradients_only(compilations: list[str]) -> None:
     assert compiled._compiles
 
 
+@pytest.mark.compiler
 def test_without_functional_adam(monkeypatch: pytest.MonkeyPatch, compilations: list[str]) -> None:
     monkeypatch.setattr(optimizers, "adam", None)
     with pytest.warns(UserWarning, match="torch.optim.adam.adam, a private name .*steps are not compiled") as warned:
@@ -646,6 +647,7 @@ def test_cpp_without_functional_adam(monkeypatch: pytest.MonkeyPatch) -> None:
     assert model._runner.last_way is model._runner.cpp and not model._runner.compiler.compiled
 
 
+@pytest.mark.compiler
 def test_without_hooks_of_optimizers(monkeypatch: pytest.MonkeyPatch, compilations: list[str]) -> None:
     """Where a user's hooks would be is not known: they may have some."""
     monkeypatch.setattr(optimizers, "STEP_HOOKS", ("_moved",))
@@ -653,6 +655,7 @@ def test_without_hooks_of_optimizers(monkeypatch: pytest.MonkeyPatch, compilatio
         assert_compiles_gradients_only(compilations)
 
 
+@pytest.mark.compiler
 def test_without_an_option_of_adam(monkeypatch: pytest.MonkeyPatch, compilations: list[str]) -> None:
     monkeypatch.setattr(optimizers, "_ADAM_KEYS", {*optimizers.ADAM_OPTIONS, "new"})
     with pytest.warns(UserWarning, match="Adam's option new, a private name .*steps are not compiled"):

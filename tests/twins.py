@@ -5,8 +5,10 @@ from collections.abc import Iterable
 from typing import Any
 
 import gymnasium as gym
+import numpy as np
 import pytest
 import torch as th
+from gymnasium import spaces
 from stable_baselines3.common.envs import FakeImageEnv, SimpleMultiObsEnv
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.torch_layers import FlattenExtractor
@@ -159,3 +161,29 @@ def poison(monkeypatch: pytest.MonkeyPatch, at: int, name: str) -> None:
         return minibatches._replace(samples=samples._replace(**{name: tensor}))
 
     monkeypatch.setattr(Runner, "__call__", poisoned)
+
+
+def has_compiled(model: SoftSAC) -> bool:
+    return model._runner is not None and model._runner.compiles and bool(model._runner.compiler.compiled)
+
+
+class Cheetah(gym.Env):
+    """Of HalfCheetah's size."""
+
+    observation_space = spaces.Box(-np.inf, np.inf, (17,), np.float64)
+    action_space = spaces.Box(-1.0, 1.0, (6,), np.float32)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:
+        super().reset(seed=seed)
+        return self.np_random.normal(size=17), {}
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
+        return self.np_random.normal(size=17), float(action.sum()), False, False, {}
+
+
+def cheetah(algorithm: Any, **kwargs: Any) -> Any:
+    """SB3's or our defaults, after the first update."""
+    model = algorithm("MlpPolicy", Cheetah(), buffer_size=500, learning_starts=64, device="cpu", seed=0, **kwargs)
+    model.set_logger(Logger(folder=None, output_formats=[]))
+    model.learn(66)
+    return model

@@ -21,7 +21,7 @@ import numpy as np
 import torch as th
 
 INDEX = "softsac.json"
-FORMAT = 1
+FORMAT = 1  # of archives, and of manifests in run folders
 CHUNK = 1 << 20
 END = struct.Struct("<4s4H2LH")  # last record of a zip file without comment
 
@@ -147,6 +147,20 @@ def naming(what: str) -> Iterator[None]:
         raise CheckpointError(f"{what} cannot be read: {type(error).__name__}: {error}") from error
 
 
+def check_format(what: str, tree: Any) -> None:
+    """
+    :param what: name of a file
+    :param tree: its JSON tree
+    :raises CheckpointError: if a version with another format wrote it
+    """
+    found = tree.get("format") if isinstance(tree, dict) else None
+    if found != FORMAT:
+        raise CheckpointError(
+            f"{what} has format {found!r}, but this version of sb3_softsac reads format {FORMAT}: open it with the "
+            "version that wrote it."
+        )
+
+
 class ArchiveReader:
     """
     Reads an archive. The constructor checks its structure, :meth:`verify` its contents.
@@ -175,14 +189,10 @@ class ArchiveReader:
                     raise CheckpointError(f"{name} is not a model file: its member {info.filename} is compressed.")
             if sum(self.sizes.values()) > file_size:
                 raise CheckpointError(f"{name} is damaged: its members claim more bytes than it has.")
-            index = self.json(INDEX) if INDEX in self.sizes else None
-        if INDEX in self.sizes and not (isinstance(index, dict) and index.get("format") == FORMAT):
-            found = index.get("format") if isinstance(index, dict) else index
-            raise CheckpointError(
-                f"{name} has format {found!r}, but this version of sb3_softsac reads format {FORMAT}: open it with the "
-                "version that wrote it."
-            )
-        self.index: dict[str, Any] | None = index
+            self.index: dict[str, Any] | None = None
+            if INDEX in self.sizes:
+                self.index = self.json(INDEX)
+                check_format(name, self.index)
 
     def verify(self) -> None:
         """

@@ -7,41 +7,30 @@ failed fsync is an error and is not repeated: after it, the contents of the disk
 """
 
 import errno
+import io
 import os
 import re
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO
 
 TEMPORARY = ".tmp"
 BUFFER = 1 << 20
 
 
-class _Appender:
-    """Collects small writes to a file descriptor."""
+class _Descriptor(io.RawIOBase):
+    """A file descriptor that is written to through ``os`` of this module."""
 
     def __init__(self, fd: int):
         self.fd = fd
-        self.pending = bytearray()
 
-    def write(self, data: bytes | memoryview) -> int:
-        if len(self.pending) + len(data) > BUFFER:
-            self.flush()
-        if len(data) > BUFFER:
-            self._write(memoryview(data))
-        else:
-            self.pending += data
-        return len(data)
+    def writable(self) -> bool:
+        return True
 
-    def flush(self) -> None:
-        pending, self.pending = self.pending, bytearray()
-        self._write(memoryview(pending))
-
-    def _write(self, data: memoryview) -> None:
-        while data:  # os.write() may write only a part
-            data = data[os.write(self.fd, data) :]
+    def write(self, data: Any) -> int:
+        return os.write(self.fd, data)
 
 
 @contextmanager
@@ -58,12 +47,14 @@ def atomic_file(path: Path, sync: bool = True) -> Iterator[BinaryIO]:
     temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}{TEMPORARY}")
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0), 0o666)
     try:
+        raw = _Descriptor(fd)
         try:
-            stream = _Appender(fd)
-            yield cast(BinaryIO, stream)
+            stream = io.BufferedWriter(raw, BUFFER)
+            yield stream
             stream.flush()
             os.fsync(fd)
         finally:
+            raw.close()  # what is left in the buffer after an error must not be written later, to a reused descriptor
             os.close(fd)
         os.replace(temporary, path)
     except BaseException:
@@ -131,14 +122,10 @@ def remove_leftovers(folder: Path, name: str = ".*") -> None:
 
 
 def _is_running(pid: int) -> bool:
-    if pid == os.getpid():
-        return True
     if os.name == "nt":  # there, os.kill would end the process
         return True
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        pass
+    except OSError as error:
+        return not isinstance(error, ProcessLookupError)
     return True

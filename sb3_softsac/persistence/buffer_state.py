@@ -76,7 +76,8 @@ def get_state(buffer: SB3ReplayBuffer) -> Any:
     :raises NotEncodable: naming an attribute of a user's class that is not plain data
     """
     state = buffer.get_state() if isinstance(buffer, ReplayBuffer) else {}
-    rest = {name: value for name, value in vars(buffer).items() if name in _rest(buffer)}
+    names = _rest(buffer)
+    rest = {name: value for name, value in vars(buffer).items() if name in names}
     return encode({"own": state, "rest": rest}, f"replay_buffer ({type(buffer).__name__})")
 
 
@@ -123,15 +124,16 @@ def may_have_changed(buffer: SB3ReplayBuffer, segment: Segment, rows_before: int
     return any(first < end and start < last for start, end in buffer.rows_since(rows_before))
 
 
-def write_rows(archive: ArchiveWriter, buffer: SB3ReplayBuffer, segment: Segment, prefix: str = "") -> None:
+def write_rows(archive: ArchiveWriter, buffer: SB3ReplayBuffer) -> None:
     """
+    Write all rows, as members ``replay/<first row>/<array>.npy``.
+
     :param archive: archive to write to
     :param buffer: replay buffer to read from
-    :param segment: the rows
-    :param prefix: prefix of the members' names
     """
-    for name, rows in get_rows(buffer, *segment).items():
-        archive.add_array(f"{prefix}{name}.npy", rows)
+    for first, last in segments(buffer):
+        for name, rows in get_rows(buffer, first, last).items():
+            archive.add_array(f"replay/{first}/{name}.npy", rows)
 
 
 def read_rows(
@@ -184,7 +186,8 @@ def restore(
             f"{type(buffer).__name__}: use the same number of environments and the same buffer_size, or leave the "
             "replay buffer out with custom_objects={'replay_buffer': None}."
         )
-    source = _empty_like(buffer, *layouts[0])
+    rows, n_envs = layouts[0]
+    source = ReplayBuffer(rows * n_envs, buffer.observation_space, buffer.action_space, buffer.device, n_envs)
     _fill(source, replay, parts, what)
     total = source.size() * source.n_envs
     copied = buffer.copy_transitions(source)
@@ -224,11 +227,6 @@ def adopt(buffer: SB3ReplayBuffer, template: SB3ReplayBuffer) -> SB3ReplayBuffer
         return buffer
     template.copy_transitions(buffer)
     return template
-
-
-def _empty_like(buffer: ReplayBuffer, buffer_size: int, n_envs: int) -> ReplayBuffer:
-    spaces = buffer.observation_space, buffer.action_space
-    return ReplayBuffer(buffer_size * n_envs, *spaces, device=buffer.device, n_envs=n_envs)
 
 
 def _varies(name: str) -> bool:

@@ -102,8 +102,11 @@ def _restore_one(each: BaseCallback, saved: list[Any], restarts_stops: bool, lat
             each.set_state(own)  # type: ignore[attr-defined]
         else:
             lost.append("it has no set_state(state) for the saved result of get_state()")
-    elif digests and (changed := _changed(digests[0], _digests(each))):
-        lost.append(f"{', '.join(changed)} had different values, which were not saved; {OFFER}")
+    elif digests:
+        here = _digests(each)
+        changed = sorted(name for name, digest in digests[0].items() if here.get(name, "missing") != digest)
+        if changed:
+            lost.append(f"{', '.join(changed)} had different values, which were not saved; {OFFER}")
     if restarts_stops:
         _restart_stop(each)
     if isinstance(each, EvalCallback):
@@ -139,10 +142,6 @@ def _digests(callback: BaseCallback) -> dict[str, str | None]:
         except NotEncodable:
             digests[name] = None
     return digests
-
-
-def _changed(there: dict[str, str | None], here: dict[str, str | None]) -> list[str]:
-    return sorted(name for name, digest in there.items() if here.get(name, "missing") != digest)
 
 
 def _own_state(callback: BaseCallback) -> Any:

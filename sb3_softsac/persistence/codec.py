@@ -13,6 +13,7 @@ import math
 import sys
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from enum import Enum
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -133,11 +134,9 @@ def name_of(value: Any, where: str = "value", kinds: tuple[type, ...] = NAMED_CL
     :raises NotEncodable: if it cannot be found by this name in a known package
     """
     name = full_name(value)
-    try:
+    with suppress(ValueError):
         if find_class(name, kinds) is value:
             return name
-    except ValueError:
-        pass
     raise NotEncodable(f"{where} is a {name}, which is not a class of {', '.join(KNOWN_PACKAGES)}")
 
 
@@ -338,7 +337,6 @@ class _Kind(NamedTuple):
 
 _KINDS = [
     _Kind("tuple", lambda v: type(v) is tuple, _encode_sequence, lambda t: tuple(_decode_sequence(t))),
-    _Kind("list", lambda v: type(v) is list, _encode_sequence, _decode_sequence),
     _Kind("floats", lambda v: False, _encode_sequence, lambda t: _decode_array(t["array"]).tolist()),
     _Kind("dict", lambda v: type(v) is dict, _encode_items, lambda t: dict(_decode_items(t))),
     _Kind("ordered", lambda v: type(v) is OrderedDict, _encode_items, lambda t: OrderedDict(_decode_items(t))),

@@ -16,7 +16,7 @@ import warnings
 import zipfile
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -33,7 +33,6 @@ from torch import nn
 
 from sb3_softsac.persistence import atomic_files, buffer_state
 from sb3_softsac.persistence.archive import DAMAGE, ArchiveReader, ArchiveWriter, CheckpointError, naming
-from sb3_softsac.persistence.buffer_state import Segment
 from sb3_softsac.persistence.codec import KIND, NotEncodable, decode, encode
 from sb3_softsac.persistence.run_folder import Manifest, RunFolder, checkpoint_of
 
@@ -225,17 +224,6 @@ def freeze(policy: nn.Module, names: list[str] | None, what: str) -> None:
         parameters[name].requires_grad_(False)
 
 
-def write_replay(archive: ArchiveWriter, buffer: SB3ReplayBuffer) -> None:
-    """
-    Write the rows of a replay buffer.
-
-    :param archive: archive to write to
-    :param buffer: the replay buffer
-    """
-    for segment in buffer_state.segments(buffer):
-        buffer_state.write_rows(archive, buffer, segment, f"replay/{segment[0]}/")
-
-
 class ModelFile:
     """
     The source of ``load``: a model file, or a checkpoint of a run folder.
@@ -274,8 +262,7 @@ class ModelFile:
             yield from self.run[0].read_segments(self.run[1], replay)
             return
         for first, last in replay["segments"]:
-            segment: Segment = first, last
-            yield first, buffer_state.read_rows(self.archive, replay["description"], segment, f"replay/{first}/")
+            yield first, buffer_state.read_rows(self.archive, replay["description"], (first, last), f"replay/{first}/")
 
 
 @contextmanager
@@ -288,40 +275,33 @@ def open_model_file(path: str | Path | BinaryIO) -> Iterator[ModelFile]:
     :raises CheckpointError: if it is damaged
     :raises FileNotFoundError: if it does not exist
     """
-    if not isinstance(path, str | os.PathLike):
-        with _using("the file object"):
-            yield _verified(path, "the file object")
-        return
-    name = Path(path)
-    zip_name = name.with_name(f"{name.name}.zip")
-    if name.is_dir() and (RunFolder(name).numbers() or not zip_name.exists()):
-        folder = RunFolder(name)
-        manifest = folder.newest_valid()
-        run: tuple[RunFolder, Manifest] | None = (folder, manifest)
-        name = name / manifest["state"]["file"]
+    name, run = "the file object", None
+    source: AbstractContextManager[BinaryIO]
+    if isinstance(path, str | os.PathLike):
+        found, run = _find(Path(path))
+        name, source = str(found), found.open("rb")
     else:
-        if not name.is_file() and zip_name.exists():
-            name = zip_name
-        run = checkpoint_of(name)
-    with name.open("rb") as file, _using(str(name)):
-        yield _verified(file, str(name), run)
+        source = nullcontext(path)
+    with source as file:
+        try:
+            archive = ArchiveReader(file, name)
+            archive.verify()
+            yield ModelFile(archive, run)
+        except ValueError:  # its message names the setting
+            raise
+        except (*DAMAGE, AssertionError) as error:  # impossible settings can fail anywhere
+            raise CheckpointError(f"{name} cannot be loaded: {type(error).__name__}: {error}") from error
 
 
-@contextmanager
-def _using(name: str) -> Iterator[None]:
-    """Turn errors from impossible settings, which can fail anywhere, into a CheckpointError that names the file."""
-    try:
-        yield
-    except ValueError:  # its message names the setting
-        raise
-    except (*DAMAGE, AssertionError) as error:
-        raise CheckpointError(f"{name} cannot be loaded: {type(error).__name__}: {error}") from error
-
-
-def _verified(file: BinaryIO, name: str, run: tuple[RunFolder, Manifest] | None = None) -> ModelFile:
-    archive = ArchiveReader(file, name)
-    archive.verify()
-    return ModelFile(archive, run)
+def _find(path: Path) -> tuple[Path, tuple[RunFolder, Manifest] | None]:
+    zip_path = path.with_name(f"{path.name}.zip")
+    if path.is_dir() and (RunFolder(path).numbers() or not zip_path.exists()):
+        folder = RunFolder(path)
+        manifest = folder.newest_valid()
+        return path / manifest["state"]["file"], (folder, manifest)
+    if not path.is_file() and zip_path.exists():
+        path = zip_path
+    return path, checkpoint_of(path)
 
 
 def read_replay_buffer(path: str | Path | BinaryIO, buffer: SB3ReplayBuffer, allow_pickle: bool) -> SB3ReplayBuffer:

@@ -317,7 +317,7 @@ class ResumableAlgorithm(RolloutAlgorithm):
             model_file.write_data(archive, attributes)
             model_file.write_parameters(archive, self)
             if replay is not None and not rows_elsewhere:
-                model_file.write_replay(archive, self.replay_buffer)  # type: ignore[arg-type]
+                buffer_state.write_rows(archive, self.replay_buffer)  # type: ignore[arg-type]
             return archive.close(
                 {
                     "num_timesteps": self.num_timesteps,
@@ -497,7 +497,7 @@ class ResumableAlgorithm(RolloutAlgorithm):
                 warnings.warn(f"VecNormalize may not be fully restored: {'; '.join(reasons)}.", stacklevel=3)
             elif reasons and not goes_on:
                 self._say(f"The environment's state is not fully restored: {'; '.join(reasons)}")
-            if self._vec_normalize_env is None and env_state.is_normalized(state):
+            if self._vec_normalize_env is None and env_state.statistics(state) is not None:
                 warnings.warn(
                     "The model was trained with VecNormalize, but the environment is not wrapped in it: the policy "
                     "expects normalised observations. Pass VecNormalize(env); load() restores its statistics.",
@@ -556,7 +556,7 @@ class ResumableAlgorithm(RolloutAlgorithm):
         assert self.replay_buffer is not None, "The replay buffer is not defined"
         index = self._replay_index(rows_elsewhere=False)
         with model_file.new_file(path) as file, ArchiveWriter(file) as archive:
-            model_file.write_replay(archive, self.replay_buffer)
+            buffer_state.write_rows(archive, self.replay_buffer)
             archive.close({"replay": index})
 
     def load_replay_buffer(  # type: ignore[override]

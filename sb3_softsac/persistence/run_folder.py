@@ -27,12 +27,11 @@ import numpy as np
 from stable_baselines3.common.buffers import ReplayBuffer as SB3ReplayBuffer
 
 from sb3_softsac.persistence import atomic_files, buffer_state
-from sb3_softsac.persistence.archive import ArchiveReader, CheckpointError, naming, sha256_of
+from sb3_softsac.persistence.archive import FORMAT, ArchiveReader, CheckpointError, check_format, naming, sha256_of
 
 MANIFEST = re.compile(r"ckpt-(0[0-9]{5}|[1-9][0-9]{5,8})\.json")  # only names that save() gives
 STATE = re.compile(r"step-([0-9]+)-(0[0-9]{5}|[1-9][0-9]{5,8})\.zip")
 SEGMENT = re.compile(r"replay/([0-9]{5,12})-([0-9]{5,12})-[0-9a-f]{16}\.npz")
-FORMAT = 1
 Manifest = dict[str, Any]
 
 
@@ -73,11 +72,7 @@ class RunFolder:
             manifest: Manifest = whole["manifest"]
             if _manifest_text(manifest) != text:
                 raise CheckpointError(f"{path} is damaged: its SHA-256 differs from the one in it.")
-            if manifest["format"] != FORMAT:
-                raise CheckpointError(
-                    f"{path} has format {manifest['format']!r}, but this version of sb3_softsac reads format {FORMAT}: "
-                    "open it with the version that wrote it."
-                )
+            check_format(str(path), manifest)
             entries = [manifest["state"], *manifest["segments"]]
             names = [entry["file"] for entry in entries]
             if not STATE.fullmatch(names[0]) or not all(SEGMENT.fullmatch(name) for name in names[1:]):
@@ -215,15 +210,15 @@ class RunFolder:
         rows_before = None
         if self._rows_then is not None and self._rows_then[0]() is buffer:
             rows_before = self._rows_then[1]
-        before = {} if self.last is None else {_rows(entry["file"]): entry for entry in self.last["segments"]}
-        entries = []
         folder = self.path / "replay"
         there = {f"replay/{name}" for name in os.listdir(folder)} if folder.is_dir() else set()
+        last_entries = [] if self.last is None else self.last["segments"]
+        # The user may have removed some
+        before = {_rows(entry["file"]): entry for entry in last_entries if entry["file"] in there}
+        entries = []
         written = False
         for segment in buffer_state.segments(buffer):
             entry = before.get(segment)
-            if entry is not None and entry["file"] not in there:
-                entry = None  # the user has removed it
             if entry is None or buffer_state.may_have_changed(buffer, segment, rows_before):
                 stream = io.BytesIO()
                 np.savez(stream, **buffer_state.get_rows(buffer, *segment))  # type: ignore[arg-type]

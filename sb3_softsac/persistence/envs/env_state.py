@@ -31,13 +31,7 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
-from stable_baselines3.common.vec_env import (
-    DummyVecEnv,
-    SubprocVecEnv,
-    VecEnv,
-    VecNormalize,
-    VecTransposeImage,
-)
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecNormalize, VecTransposeImage
 
 from sb3_softsac.persistence.codec import NotEncodable, decode, encode, full_name
 from sb3_softsac.persistence.envs.episode_replay import RECORDER, prepare_env, replay_episode
@@ -46,7 +40,7 @@ from sb3_softsac.persistence.envs.object_state import (
     OFFER,
     are_same,
     arguments_of,
-    capture_object,
+    capture_chain,
     chain_of,
     class_name,
     describe_error,
@@ -54,8 +48,7 @@ from sb3_softsac.persistence.envs.object_state import (
     link_shared,
     note_large_data,
     restore_attributes,
-    restore_own,
-    restore_spaces,
+    restore_object,
     settings_of,
     short_name,
 )
@@ -91,7 +84,7 @@ def capture(env: VecEnv) -> dict[str, Any]:
     try:
         chain = chain_of(env)
         base = chain[-1]
-        wrappers = _capture_chain(chain)
+        wrappers = capture_chain(chain)
         envs = [] if "own" in wrappers[-1] else _call(base, "capture")
         state = {"n_envs": int(base.num_envs), "wrappers": wrappers, "envs": envs}
         # Arguments of the next reset
@@ -170,14 +163,6 @@ def is_transposed(state: dict[str, Any] | None) -> bool:
         return any(layer["class"] == VEC_TRANSPOSE_IMAGE for layer in state["wrappers"])  # type: ignore[index]
     except (TypeError, KeyError):  # no state, or a damaged one
         return False
-
-
-def is_normalized(state: dict[str, Any]) -> bool:
-    """
-    :param state: result of :func:`capture`
-    :return: whether the environments were wrapped in ``VecNormalize``
-    """
-    return any(layer["class"] == VEC_NORMALIZE for layer in state.get("wrappers", ()))
 
 
 def ignore_signals(env: VecEnv, signals: Iterable[int]) -> None:
@@ -331,7 +316,7 @@ def _end_workers(reference: "weakref.ref[SubprocVecEnv]") -> None:
 def _capture_env(env: gym.Env) -> dict[str, Any]:
     try:
         chain = chain_of(env)
-        layers = _capture_chain(chain)
+        layers = capture_chain(chain)
         tree: dict[str, Any] = {"layers": layers}
         missing = [reason for layer in layers[:-1] for reason in layer["unreadable"].values()]
         for unreadable in list(layers[-1]["unreadable"].values())[:1]:
@@ -370,11 +355,6 @@ def _restore_env(env: gym.Env, tree: dict[str, Any], mid_episode: bool) -> tuple
 # --- a chain of objects -----------------------------------------------------------------------------------------------
 
 
-def _capture_chain(chain: list[Any]) -> list[dict[str, Any]]:
-    seen: dict[int, tuple[Any, ...]] = {}
-    return [capture_object(chain, i, seen) for i in range(len(chain))]
-
-
 def _restore_layers(
     chain: list[Any], layers: list[dict[str, Any]], mid_episode: bool, replay: dict[str, Any] | None = None
 ) -> tuple[list[str], bool]:
@@ -411,14 +391,14 @@ def _restore_exactly(chain: list[Any], layers: list[dict[str, Any]], replay: dic
         replay_episode(chain, replay)
     for obj, layer in zip(chain, layers, strict=True):
         attributes = {**layer["lasting"], **layer["episode"]}
-        if replay is None or obj is not chain[-1]:
+        if replay is not None and obj is chain[-1]:
+            attributes = {}
+        else:
             extra = vars(obj).keys() - attributes.keys() - set(layer["constant"])
             extra = {name for name in extra if not is_constant(name, vars(obj)[name], chain)}
             if extra and "own" not in layer and STATE.get(type(obj), ALL)[1] is None:
                 raise ValueError(f"{short_name(obj)} has attributes that the state lacks: {', '.join(sorted(extra))}")
-            restore_attributes(obj, attributes, chain)
-        restore_own(obj, layer)
-        restore_spaces(obj, layer)
+        restore_object(obj, layer, attributes, chain)
     link_shared(chain, layers, ("lasting", "episode"))
     _warn_of_settings(chain, layers)
 
@@ -443,9 +423,7 @@ def _restore_lasting(chain: list[Any], layers: list[dict[str, Any]]) -> list[str
     pairs = _pairs(chain, layers)
     for obj, layer in pairs:
         try:
-            restore_attributes(obj, layer["lasting"], chain)
-            restore_own(obj, layer)
-            restore_spaces(obj, layer)
+            restore_object(obj, layer, layer["lasting"], chain)
         except Exception as error:
             reasons.append(describe_error(error))
     if len(pairs) == len(chain) == len(layers) and not reasons:

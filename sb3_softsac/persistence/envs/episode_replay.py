@@ -19,7 +19,7 @@ from sb3_softsac.persistence.envs.known_classes import CONSTANT_TYPES, FUNCTION_
 from sb3_softsac.persistence.envs.object_state import (
     OFFER,
     are_same,
-    capture_object,
+    capture_chain,
     chain_of,
     class_name,
     describe_error,
@@ -153,7 +153,7 @@ def prepare_env(env: gym.Env) -> None:
 
 
 def _is_readable(env: Any) -> bool:
-    return not capture_object([env], 0, {})["unreadable"]
+    return not capture_chain([env])[0]["unreadable"]
 
 
 def replay_episode(chain: list[Any], replay: dict[str, Any]) -> None:

@@ -15,13 +15,7 @@ from collections.abc import Callable
 import gymnasium as gym
 import numpy as np
 from gymnasium.envs.registration import EnvSpec
-from gymnasium.wrappers import (
-    HumanRendering,
-    NormalizeReward,
-    RecordEpisodeStatistics,
-    RecordVideo,
-    RenderCollection,
-)
+from gymnasium.wrappers import HumanRendering, NormalizeReward, RecordEpisodeStatistics, RecordVideo, RenderCollection
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.monitor import Monitor, ResultsWriter
 from stable_baselines3.common.running_mean_std import RunningMeanStd

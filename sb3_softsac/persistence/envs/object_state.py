@@ -86,17 +86,20 @@ def chain_of(env: Any) -> list[Any]:
     return chain
 
 
-def capture_object(chain: list[Any], index: int, seen: dict[int, tuple[Any, ...]]) -> dict[str, Any]:
+def capture_chain(chain: list[Any]) -> list[dict[str, Any]]:
     """
-    Capture one object of a chain.
+    Capture the objects of a chain.
 
     :param chain: all objects from the outermost wrapper to the environment
-    :param index: position of the object
-    :param seen: path of each mutable value so far, by id; one dict for the whole chain
-    :return: JSON tree: ``class``; ``made``, constructor arguments; ``lasting`` and ``episode``, attributes; ``spaces``,
-        random states of the spaces; ``constant``, names of attributes left out; ``unreadable``, reasons by name;
-        ``settings``; ``own``, result of ``get_state()`` if the object has it
+    :return: JSON tree of each: ``class``; ``made``, constructor arguments; ``lasting`` and ``episode``, attributes;
+        ``spaces``, random states of the spaces; ``constant``, names of attributes left out; ``unreadable``, reasons by
+        name; ``settings``; ``own``, result of ``get_state()`` if the object has it
     """
+    seen: dict[int, tuple[Any, ...]] = {}  # path of each mutable value so far, by id
+    return [_capture_object(chain, i, seen) for i in range(len(chain))]
+
+
+def _capture_object(chain: list[Any], index: int, seen: dict[int, tuple[Any, ...]]) -> dict[str, Any]:
     obj = chain[index]
     lasting: dict[str, Any] = {}
     episode: dict[str, Any] = {}
@@ -182,14 +185,20 @@ def link_shared(chain: list[Any], layers: list[dict[str, Any]], parts: Sequence[
             vars(obj)[name] = vars(chain[i])[other]
 
 
-def restore_own(obj: Any, layer: dict[str, Any]) -> None:
+def restore_object(obj: Any, layer: dict[str, Any], attributes: dict[str, Any], chain: list[Any]) -> None:
+    """
+    Restore one object of a chain.
+
+    :param obj: the object
+    :param layer: its part of the result of :func:`capture_chain`
+    :param attributes: attributes to restore
+    :param chain: all objects from the outermost wrapper to the environment
+    """
+    restore_attributes(obj, attributes, chain)
     if "own" in layer:
         if not offers_state(obj):
             raise ValueError(f"{short_name(obj)} has no set_state(state) for the saved result of get_state()")
         obj.set_state(decode(layer["own"]))
-
-
-def restore_spaces(obj: Any, layer: dict[str, Any]) -> None:
     for name, states in layer["spaces"].items():
         space = _spaces(obj).get(name)
         parts = [] if space is None else _subspaces(space)
