@@ -174,10 +174,9 @@ def run(args: argparse.Namespace) -> None:
     """
     if (args.out / "run.json").exists():
         sys.exit(f"{args.out} already holds a run: choose another folder, remove it, or resume the run.")
-    arguments = {
-        **read_hyperparameters(args.config, args.env, args.algo),
-        **{name: yaml.safe_load(value) for name, value in args.option},
-    }
+    arguments = read_hyperparameters(args.config, args.env, args.algo)
+    for name, value in args.option:
+        set_option(arguments, name, yaml.safe_load(value))
     options = {key: relative(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
     del options["do"], options["out"]
     th.set_num_threads(args.threads)
@@ -187,6 +186,18 @@ def run(args: argparse.Namespace) -> None:
     hyperparameters = {key: str(value) for key, value in arguments.items()}
     write_json(args.out / "run.json", run=options, hyperparameters=hyperparameters, resumed=[])
     train(model, options, args.out)
+
+
+def set_option(arguments: dict[str, Any], name: str, value: Any) -> None:
+    """
+    :param arguments: of the constructor, changed in place
+    :param name: of one of them, or of a part of one: ``policy_kwargs.unit_norm``
+    :param value: its value
+    """
+    *parents, last = name.split(".")
+    for parent in parents:
+        arguments = arguments.setdefault(parent, {})
+    arguments[last] = value
 
 
 def resume(args: argparse.Namespace) -> None:
@@ -280,7 +291,7 @@ def main() -> None:
     )
     command.add_argument(
         "--option", type=lambda text: text.split("=", 1), action="append", default=[], metavar="NAME=VALUE",
-        help="argument of the constructor, in place of the configuration's",
+        help="argument of the constructor, or a part of one (policy_kwargs.unit_norm), in place of the configuration's",
     )  # fmt: skip
     command.add_argument("--threads", type=int, default=1, help="threads of PyTorch")
     command.add_argument("--device", default="cpu", help="device of the networks")

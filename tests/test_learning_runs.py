@@ -23,13 +23,14 @@ RUN = [
 pytest.importorskip("rliable")
 sys.path.insert(0, str(SCRIPT.parent))
 
+import learning  # noqa: E402
 import learning_report  # noqa: E402
 import record  # noqa: E402
 
 pytestmark = pytest.mark.processes
 
 
-def learning(*args: str) -> "subprocess.Popen[str]":
+def start(*args: str) -> "subprocess.Popen[str]":
     return subprocess.Popen(
         [sys.executable, str(SCRIPT), *args],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
@@ -53,8 +54,8 @@ def evaluations(folder: Path) -> list[list[str]]:
 
 def test_run_that_is_killed_and_resumed_goes_on_as_if_nothing_had_happened(tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    others = learning(*RUN, "--out", str(whole))
-    process = learning(*RUN, "--out", str(killed))
+    others = start(*RUN, "--out", str(whole))
+    process = start(*RUN, "--out", str(killed))
     deadline = time.monotonic() + 200
     # After the evaluation at step 600, the last checkpoint is that of step 400
     while not (csv := killed / "evaluations.csv").exists() or "\n600," not in csv.read_text():
@@ -63,7 +64,7 @@ def test_run_that_is_killed_and_resumed_goes_on_as_if_nothing_had_happened(tmp_p
     process.send_signal(signal.SIGKILL)
     process.communicate()
     finished(others)
-    output = finished(learning("resume", str(killed)))
+    output = finished(start("resume", str(killed)))
 
     assert "goes on from step 400" in output
     assert evaluations(killed) == evaluations(whole)
@@ -73,7 +74,7 @@ def test_run_that_is_killed_and_resumed_goes_on_as_if_nothing_had_happened(tmp_p
     (resumed,) = json.loads((killed / "run.json").read_text())["resumed"]
     assert resumed["at_step"] == 400 and [row.split(",")[0] for row in resumed["made_again"]] == ["600"]
 
-    text = finished(learning("report", str(tmp_path)))
+    text = finished(start("report", str(tmp_path)))
     assert "1 of 1" in text, "the evaluation that was made again is the same"
     assert (tmp_path / "report.md").read_text() in text
     assert (tmp_path / "curves.png").stat().st_size > 10_000
@@ -94,9 +95,19 @@ def test_report_while_runs_are_going_on(tmp_path: Path, capsys: pytest.CaptureFi
     assert capsys.readouterr().out.count("has no evaluation yet") == 2
 
 
+def test_options_and_parts_of_them() -> None:
+    arguments = learning.read_hyperparameters(ROOT / "hyperparams" / "compact.yml", "Pendulum-v1", "softsac")
+    learning.set_option(arguments, "policy_kwargs.unit_norm", None)
+    learning.set_option(arguments, "tau", 0.1)
+    learning.set_option(arguments, "replay_buffer_kwargs.handle_timeout_termination", False)
+    assert arguments["policy_kwargs"]["unit_norm"] is None and arguments["policy_kwargs"]["n_atoms"] == 101
+    assert arguments["tau"] == 0.1 and arguments["learning_rate"] == "lin_3e-4_3e-5"
+    assert arguments["replay_buffer_kwargs"] == {"handle_timeout_termination": False}
+
+
 def test_a_finished_or_begun_run_is_not_written_over(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text("{}")
-    process = learning(*RUN, "--out", str(tmp_path))
+    process = start(*RUN, "--out", str(tmp_path))
     output, _ = process.communicate(timeout=100)
     assert process.returncode == 1 and "already holds a run" in output
     assert (tmp_path / "run.json").read_text() == "{}"
@@ -105,7 +116,7 @@ def test_a_finished_or_begun_run_is_not_written_over(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("algo", "message"), [("sac", "cannot be resumed"), ("softsac", "has no checkpoint")])
 def test_what_cannot_be_resumed(tmp_path: Path, algo: str, message: str) -> None:
     (tmp_path / "run.json").write_text(json.dumps({"run": {"algo": algo}}))
-    process = learning("resume", str(tmp_path))
+    process = start("resume", str(tmp_path))
     output, _ = process.communicate(timeout=100)
     assert process.returncode == 1 and message in output
 

@@ -309,7 +309,7 @@ def look_inside(folder: Path) -> None:
     from rl_zoo3.exp_manager import ExperimentManager
     from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER
 
-    from sb3_softsac import SoftSAC
+    from sb3_softsac import SoftSAC, presets
     from sb3_softsac._rl_zoo3 import EXCLUDED, excluded_options, hyperparams_folder
 
     # Hyperparameters: ours, the user's, and the zoo's for other algorithms
@@ -320,6 +320,8 @@ def look_inside(folder: Path) -> None:
     assert config("softsac") == ours and ours.is_file()
     assert config("softsac", config="missing.yml") == Path("missing.yml")
     assert config("softsac", config="softsac.yml") == ours
+    for name in presets.PRESETS:
+        assert config("softsac", config=f"{name}.yml") == ours.parent / f"{name}.yml"
     for variant in (ours.parent / "variants").glob("*.yml"):
         assert config("softsac", config=f"variants/{variant.name}") == variant
         assert config("softsac", config=f"hyperparams/variants/{variant.name}") == variant
