@@ -1,0 +1,493 @@
+"""Datasets into replay buffers and out of them."""
+
+import copy
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from gymnasium import spaces
+from hypothesis import given
+from hypothesis import strategies as st
+from resume_script import pendulum
+from stable_baselines3.common.buffers import ReplayBuffer as SB3ReplayBuffer
+from stable_baselines3.common.vec_env import VecNormalize
+
+from sb3_softsac import CheckpointCallback, ReplayBuffer, SoftSAC, checkpoint, datasets
+from sb3_softsac.buffers import map_obs
+
+BOX = spaces.Box(-np.inf, np.inf, (3,), dtype=np.float64)
+ACTIONS = spaces.Box(np.array([-2.0, 0.0], dtype=np.float32), np.array([2.0, 10.0], dtype=np.float32))
+DICT = spaces.Dict({"state": BOX, "kind": spaces.Discrete(5), "image": spaces.Box(0, 255, (3, 36, 40), np.uint8)})
+SPACES: dict[str, spaces.Space[Any]] = {"box": BOX, "dict": DICT, "discrete": spaces.Discrete(4)}
+GAMMA = 0.9
+SMALL: dict[str, Any] = {
+    "policy_kwargs": {"net_arch": [16]}, "buffer_size": 500, "learning_starts": 30, "batch_size": 8, "seed": 0,
+    "device": "cpu",
+}  # fmt: skip
+
+
+def draw_obs(space: spaces.Space[Any], n: int, rng: np.random.Generator) -> Any:
+    if isinstance(space, spaces.Dict):
+        return {key: draw_obs(part, n, rng) for key, part in space.items()}
+    if isinstance(space, spaces.Discrete):
+        return rng.integers(space.n, size=n)
+    assert isinstance(space, spaces.Box)
+    if space.dtype == np.uint8:
+        return rng.integers(256, size=(n, *space.shape), dtype=np.uint8)
+    return rng.normal(size=(n, *space.shape))
+
+
+def draw_episode(n_steps: int, space: spaces.Space[Any], rng: np.random.Generator, end: str = "truncations") -> Any:
+    is_last = np.arange(n_steps) == n_steps - 1
+    return {
+        "observations": draw_obs(space, n_steps + 1, rng),
+        "actions": rng.uniform(ACTIONS.low, ACTIONS.high, size=(n_steps, 2)).astype(np.float32),
+        "rewards": rng.normal(size=n_steps),
+        "terminations": is_last & (end == "terminations"),
+        "truncations": is_last & (end == "truncations"),
+    }
+
+
+def draw_dataset(space: spaces.Space[Any], lengths: list[int], seed: int = 0) -> list[Any]:
+    rng = np.random.default_rng(seed)
+    ends = rng.choice(["terminations", "truncations", "none"], size=len(lengths))
+    return [draw_episode(n_steps, space, rng, end) for n_steps, end in zip(lengths, ends, strict=True)]
+
+
+def make_buffer(space: spaces.Space[Any] = BOX, size: int = 100, n_envs: int = 1, **kwargs: Any) -> ReplayBuffer:
+    buffer = ReplayBuffer(size, space, ACTIONS, device="cpu", n_envs=n_envs, gamma=GAMMA, **kwargs)
+    buffer.seed(0)
+    return buffer
+
+
+def contents(buffer: ReplayBuffer) -> Any:
+    """Everything that the buffer consists of, the random state too."""
+    state = copy.deepcopy(vars(buffer))
+    state["rng"] = buffer.rng.bit_generator.state
+    return {name: value for name, value in state.items() if not name.endswith("_space")}
+
+
+def assert_same(expected: Any, actual: Any) -> None:
+    if isinstance(expected, dict):
+        assert expected.keys() == actual.keys()
+        for key in expected:
+            assert_same(expected[key], actual[key])
+    else:
+        np.testing.assert_array_equal(expected, actual)
+
+
+@dataclass
+class Step:
+    """Oracle: a transition with all that belongs to it, and whether its successor is the next in the list."""
+
+    obs: Any
+    action: np.ndarray
+    reward: float
+    next_obs: Any
+    terminated: bool
+    goes_on: bool
+
+
+def steps_of(dataset: list[Any]) -> list[Step]:
+    steps = []
+    for episode in dataset:
+        n_steps = len(episode["rewards"])
+        for t in range(n_steps):
+            steps.append(
+                Step(
+                    map_obs(lambda array, t=t: array[t], episode["observations"]),
+                    (episode["actions"][t] - ACTIONS.low) / (ACTIONS.high - ACTIONS.low) * 2 - 1,
+                    float(episode["rewards"][t]),
+                    map_obs(lambda array, t=t: array[t + 1], episode["observations"]),
+                    bool(episode["terminations"][t]),
+                    t < n_steps - 1,
+                )
+            )
+    return steps
+
+
+def check_sample(steps: list[Step], place: int, n_steps: int, sample: Any) -> None:
+    """Compare one transition, sampled as a batch of 1, with the oracle."""
+    total, discount, last = 0.0, 1.0, place
+    for last in range(place, place + n_steps):
+        total, discount = total + discount * steps[last].reward, discount * GAMMA
+        if last + 1 == len(steps) or not steps[last].goes_on:
+            break
+    for expected, actual in (
+        (steps[place].obs, sample.observations),
+        (steps[last].next_obs, sample.next_observations),
+    ):
+        map_obs(lambda e, a: np.testing.assert_allclose(np.ravel(e), np.ravel(a), rtol=1e-6), expected, actual)
+    np.testing.assert_allclose(sample.actions[0], steps[place].action, atol=1e-6)
+    np.testing.assert_allclose(sample.rewards.item(), total, rtol=1e-5, atol=1e-6)
+    assert sample.dones.item() == steps[last].terminated
+    if n_steps > 1:
+        assert sample.discounts.item() == pytest.approx(discount)
+
+
+# --- Into a buffer ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:.*were left out")
+@given(st.data())
+def test_every_transition(data: st.DataObject) -> None:
+    """In any number of parts, over what is there already, in rings that close, with n-step returns."""
+    space = SPACES[data.draw(st.sampled_from(["box", "dict", "discrete"]))]
+    n_envs, n_steps = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 3))
+    n_rows = data.draw(st.integers(1, 25))
+    buffer = make_buffer(space, n_rows * n_envs, n_envs, n_steps=n_steps)
+    columns: list[list[Step]] = [[] for _ in range(n_envs)]
+    for part in range(data.draw(st.integers(1, 3))):
+        dataset = draw_dataset(space, data.draw(st.lists(st.integers(0, 12), min_size=1, max_size=5)), part)
+        steps = steps_of(dataset)
+        if not steps:
+            continue
+        n_new = min(len(steps) // n_envs, n_rows)
+        assert buffer.add_dataset(dataset) == n_new * n_envs
+        if n_new == 0:
+            continue
+        kept = steps[len(steps) - n_new * n_envs :]
+        for e, column in enumerate(columns):
+            if column:
+                column[-1].goes_on = False
+            column += kept[e * n_new : (e + 1) * n_new]
+            column[-1].goes_on = False
+            # Some steps of the run in between, in an episode that goes on
+        n_own = data.draw(st.integers(0, 3))
+        rng = np.random.default_rng(part)
+        obs = [draw_obs(space, n_own + 1, rng) for _ in range(n_envs)]
+        for t in range(n_own):
+            obs_of_t = [map_obs(lambda array, t=t: array[t], each) for each in obs]
+            next_obs_of_t = [map_obs(lambda array, t=t: array[t + 1], each) for each in obs]
+            buffer.add(
+                map_obs(lambda *arrays: np.stack(arrays), *obs_of_t),
+                map_obs(lambda *arrays: np.stack(arrays), *next_obs_of_t),
+                np.zeros((n_envs, 2)), np.ones(n_envs), np.zeros(n_envs), [{}] * n_envs,
+            )  # fmt: skip
+            for e, column in enumerate(columns):
+                column.append(Step(obs_of_t[e], np.zeros(2), 1.0, next_obs_of_t[e], False, True))
+    assert buffer.size() == min(len(columns[0]), n_rows)
+    for e, column in enumerate(columns):
+        kept = column[-n_rows:]
+        for age in range(buffer.size()):
+            row = (age + (buffer.pos if buffer.full else 0)) % buffer.buffer_size
+            check_sample(kept, age, n_steps, sample_at(buffer, row, e))
+
+
+def sample_at(buffer: ReplayBuffer, row: int, env_index: int) -> Any:
+    """A batch of one certain transition."""
+    rng, buffer.rng = buffer.rng, SimpleNamespace(integers=lambda *args, **kwargs: np.array([env_index]))  # type: ignore[assignment]
+    try:
+        return buffer._get_samples(np.array([row]))
+    finally:
+        buffer.rng = rng
+
+
+def test_time_limits_bootstrap() -> None:
+    rng = np.random.default_rng(0)
+    for end, done in (("terminations", 1.0), ("truncations", 0.0), ("none", 0.0)):
+        buffer = make_buffer()
+        episode = draw_episode(1, BOX, rng, end)
+        # What both says is a termination, as in Gymnasium
+        episode["truncations"] |= episode["terminations"]
+        assert buffer.add_dataset([episode]) == 1
+        sample = buffer.sample(1)
+        assert sample.dones.item() == done
+        np.testing.assert_allclose(sample.next_observations[0], episode["observations"][1], rtol=1e-6)
+    # A user who asks for it gets time limits as terminations, but not what was cut off
+    for end, done in (("truncations", 1.0), ("none", 0.0)):
+        buffer = make_buffer(handle_timeout_termination=False)
+        buffer.add_dataset([draw_episode(1, BOX, rng, end)])
+        assert buffer.sample(1).dones.item() == done
+
+
+def test_episode_that_ends_in_the_middle() -> None:
+    """Some datasets hold several episodes in one, or go on behind a termination."""
+    episode = draw_episode(6, BOX, np.random.default_rng(0))
+    episode["terminations"][2] = True
+    buffer = make_buffer(n_steps=3)
+    buffer.add_dataset([episode])
+    for row, n_rewards, done in ((0, 3, 1.0), (1, 2, 1.0), (2, 1, 1.0), (3, 3, 0.0), (5, 1, 0.0)):
+        sample = sample_at(buffer, row, 0)
+        assert sample.discounts.item() == pytest.approx(GAMMA**n_rewards)
+        assert sample.dones.item() == done
+
+
+def test_objects_iterators_and_images_with_channels_last() -> None:
+    episodes = draw_dataset(DICT, [4, 3])
+    buffers = [make_buffer(DICT) for _ in range(3)]
+    buffers[0].add_dataset(episodes)
+    buffers[1].add_dataset(SimpleNamespace(**episode) for episode in episodes)
+    for episode in episodes:
+        episode["observations"]["image"] = np.moveaxis(episode["observations"]["image"], 1, -1)
+        episode["observations"]["unused"] = np.zeros(3)
+    buffers[2].add_dataset(episodes)
+    for buffer in buffers[1:]:
+        assert_same(contents(buffers[0]), contents(buffer))
+
+
+def test_other_buffers() -> None:
+    theirs = SB3ReplayBuffer(10, BOX, ACTIONS, device="cpu")
+    theirs.add(np.zeros((1, 3)), np.ones((1, 3)), np.zeros((1, 2)), np.ones(1), np.ones(1), [{}])
+    buffer = make_buffer()
+    assert buffer.add_dataset(theirs) == 1
+    assert buffer.sample(1).rewards.item() == 1.0
+
+
+def test_actions_beyond_the_bounds_are_clipped_with_one_warning() -> None:
+    episodes = draw_dataset(BOX, [5, 5])
+    episodes[0]["actions"][0] = [-3.0, 11.0]
+    episodes[1]["actions"][2, 0] = 2.5
+    buffer = make_buffer()
+    with pytest.warns(UserWarning, match=r"3 action component\(s\) .* by up to 25.0% of its range") as caught:
+        buffer.add_dataset(episodes)
+    assert len(caught) == 1 and caught[0].filename == __file__
+    np.testing.assert_array_equal(buffer.actions[0, 0], [-1.0, 1.0])
+    assert buffer.actions[7, 0, 0] == 1.0
+    assert np.abs(buffer.actions).max() <= 1.0
+
+
+def test_newest_are_kept() -> None:
+    episodes = draw_dataset(BOX, [30, 30])
+    buffer = make_buffer(size=20)
+    with pytest.warns(UserWarning, match=r"40 of 60 transitions, the oldest, were left out.*buffer_size=20"):
+        assert buffer.add_dataset(episodes) == 20
+    np.testing.assert_allclose(buffer.rewards[:, 0], episodes[1]["rewards"][10:], rtol=1e-6)
+    with pytest.warns(UserWarning, match=r"1 of 1 transitions, .* for 2 environment"):
+        assert make_buffer(n_envs=2).add_dataset(draw_dataset(BOX, [1])) == 0
+
+
+def test_next_checkpoint_has_them(tmp_path: Path) -> None:
+    """A run folder writes what has changed only."""
+    model = SoftSAC("MlpPolicy", pendulum(), **SMALL).learn(50)
+    checkpoints = CheckpointCallback(0, tmp_path, on_signal=False)
+    checkpoints.init_callback(model)
+    checkpoints.save()
+    buffer = model.replay_buffer
+    assert isinstance(buffer, ReplayBuffer)
+    buffer.add_dataset(datasets.episodes(buffer))
+    assert buffer.size() == 100
+    checkpoints.save()
+    loaded = SoftSAC.load(tmp_path, pendulum()).replay_buffer
+    assert isinstance(loaded, ReplayBuffer)
+    assert_same(buffer.get_rows(0, 100), loaded.get_rows(0, 100))
+
+
+def with_key(name: str, change: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def changed(episode: Any) -> Any:
+        episode["observations"][name] = change(episode["observations"][name])
+        return episode
+
+    return changed
+
+
+def with_field(name: str, change: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    return lambda episode: {**episode, name: change(episode[name])}
+
+
+def without(name: str) -> Callable[[Any], Any]:
+    return lambda episode: {field: value for field, value in episode.items() if field != name}
+
+
+MISTAKES: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "no rewards": (without("rewards"), "episode 1 has no 'rewards', only 'observations', 'actions', 'term"),
+    "no object": (lambda episode: 3, "episode 1 is of type int, which has no 'observations'"),
+    "rewards": (with_field("rewards", lambda a: a[:, None]), r"rewards of episode 1 has the shape (4, 1), expected"),
+    "text": (with_field("rewards", lambda a: ["x"] * 4), "rewards of episode 1 has the dtype <U1, expected float32"),
+    "ragged": (with_field("actions", lambda a: [[1.0], [1.0, 2.0]]), "actions of episode 1 has the dtype object"),
+    "nan": (with_field("rewards", lambda a: a * np.nan), "rewards of episode 1 has values that are not finite, in"),
+    "actions": (
+        with_field("actions", lambda a: a[:, :1]),
+        "actions of episode 1 has the shape (4, 1), expected (4, 2) (4 rewards)",
+    ),
+    "flags": (with_field("truncations", lambda a: a + 0.5), "truncations of episode 1 has the dtype float64, exp"),
+    "count": (with_field("terminations", lambda a: a[1:]), "terminations of episode 1 has the shape (3,), expected"),
+    "no key": (
+        with_field("observations", without("kind")),
+        "observations of episode 1 has no 'kind', only 'image', 'state'. The observation space has 'image', ",
+    ),
+    "no dict": (with_field("observations", lambda obs: obs["state"]), "observations of episode 1 is of type ndarray"),
+    "length": (
+        with_key("state", lambda a: a[1:]),
+        "observations['state'] of episode 1 has the shape (4, 3), expected (5, 3) (4 rewards)",
+    ),
+    "width": (with_key("state", lambda a: a[:, :2]), "observations['state'] of episode 1 has the shape (5, 2), "),
+    "image": (with_key("image", lambda a: a / 255), "observations['image'] of episode 1 has the dtype float64"),
+    "kind": (with_key("kind", lambda a: a + 4), "observations['kind'] of episode 1 has values from 4 to "),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_are_named_and_nothing_is_written(mistake: str) -> None:
+    make_mistake, message = MISTAKES[mistake]
+    buffer = make_buffer(DICT, n_envs=2)
+    buffer.add_dataset(draw_dataset(DICT, [7]))
+    before = contents(buffer)
+    episodes = draw_dataset(DICT, [5, 4, 6])
+    episodes[1] = make_mistake(episodes[1])
+    with pytest.raises(ValueError, match=re.escape(message)):
+        buffer.add_dataset(episodes)
+    assert_same(before, contents(buffer))
+
+
+@pytest.mark.parametrize(
+    ("dataset", "message"),
+    [
+        (3, "dataset=3 cannot be iterated over: pass a Minari dataset"),
+        (draw_episode(3, BOX, np.random.default_rng(0)), "dataset is a dict with the keys 'observations', 'actions'"),
+        ([], "has no transitions"),
+        (
+            [draw_episode(3, DICT, np.random.default_rng(0))],
+            "observations of episode 0 is a dict with the",
+        ),
+    ],
+    ids=["number", "one episode", "empty", "dict"],
+)
+def test_what_is_no_dataset(dataset: Any, message: str) -> None:
+    buffer = make_buffer()
+    before = contents(buffer)
+    with pytest.raises(ValueError, match=message):
+        buffer.add_dataset(dataset)
+    assert_same(before, contents(buffer))
+
+
+# --- Minari -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def minari_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
+    return tmp_path / "minari"
+
+
+def command(monkeypatch: pytest.MonkeyPatch, *args: Any) -> int:
+    monkeypatch.setattr(sys, "argv", ["checkpoint", *map(str, args)])
+    return checkpoint.main()
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "full"])
+def test_run_to_minari_to_new_run(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The new run's buffer has the transitions of the old one, to the last bit for Pendulum's actions in [-2, 2]."""
+    import minari
+
+    n_envs = 1 if kind == "file" else 2
+    options = {**SMALL, "buffer_size": 90 if kind == "full" else 500}
+    model = SoftSAC("MlpPolicy", VecNormalize(pendulum(n_envs)), **options)
+    checkpoints = CheckpointCallback(50, tmp_path / "run", on_signal=False)
+    model.learn(100, checkpoints)
+    model.learn(30, checkpoints, reset_num_timesteps=True)  # the episodes in progress are cut off
+    model.save(tmp_path / "model")
+    path = tmp_path / ("run" if kind == "folder" else "model.zip")
+    assert command(monkeypatch, "export-dataset", path, "pendulum/softsac-v0") == 0
+    dataset = minari.load_dataset("pendulum/softsac-v0")
+    assert dataset.env_spec is not None and dataset.env_spec.id == "Pendulum-v1"
+    old = SoftSAC.load(path, VecNormalize(pendulum(n_envs)))
+    new = SoftSAC("MlpPolicy", pendulum(1), **options)
+    assert isinstance(old.replay_buffer, ReplayBuffer) and isinstance(new.replay_buffer, ReplayBuffer)
+    assert new.replay_buffer.add_dataset(dataset) == old.replay_buffer.size() * n_envs == dataset.total_steps
+    assert transitions(new.replay_buffer) == transitions(old.replay_buffer)
+    for episode in dataset:
+        ends = episode.terminations | episode.truncations
+        assert ends[-1] and not ends[:-1].any()
+
+
+def transitions(buffer: ReplayBuffer) -> list[bytes]:
+    """All of them, sorted; an episode in progress counts as one that goes on elsewhere."""
+    found = []
+    for row in range(buffer.size()):
+        for e in range(buffer.n_envs):
+            place = np.array([row * buffer.n_envs + e])
+            next_obs = buffer.get_next_obs(place)
+            terminated = buffer.dones[row, e] * (1.0 - buffer.timeouts[row, e])
+            parts = (buffer.observations[row, e], next_obs, buffer.actions[row, e], buffer.rewards[row, e], terminated)  # type: ignore[index]
+            found.append(b"".join(np.asarray(part, dtype=np.float32).tobytes() for part in parts))
+    return sorted(found)
+
+
+def test_new_episodes_of_the_policy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import minari
+
+    env = VecNormalize(pendulum(1))
+    model = SoftSAC("MlpPolicy", env, **SMALL).learn(60)
+    model.save(tmp_path / "model")
+    assert command(monkeypatch, "export-dataset", tmp_path / "model", "pendulum/new-v0", "--episodes", 2) == 0
+    dataset = minari.load_dataset("pendulum/new-v0")
+    assert [len(episode) for episode in dataset] == [200, 200]  # the time limit of the id
+    env.training = False
+    for episode in dataset:
+        assert episode.truncations[-1] and not episode.terminations.any()
+        action, _ = model.predict(env.normalize_obs(episode.observations[:-1]), deterministic=True)
+        np.testing.assert_allclose(episode.actions, action, atol=1e-4)
+        # It is the environment's own step
+        cos, sin, speed = episode.observations[0].astype(np.float64)
+        cost = np.arctan2(sin, cos) ** 2 + 0.1 * speed**2 + 0.001 * float(episode.actions[0, 0]) ** 2
+        assert episode.rewards[0] == pytest.approx(-cost, rel=1e-4)
+    # Another environment
+    args = "export-dataset", tmp_path / "model", "pendulum/ant-v0", "--episodes", 1, "--env", "Ant-v5"
+    assert command(monkeypatch, *args) == 1
+
+
+def test_dict_observations_through_minari() -> None:
+    import minari
+
+    buffer = make_buffer(DICT, size=60, n_envs=2)
+    buffer.add_dataset(draw_dataset(DICT, [9, 8, 7]))
+    datasets.write("dict/all-v0", datasets.episodes(buffer), DICT, ACTIONS)
+    dataset = minari.load_dataset("dict/all-v0")
+    assert dataset.env_spec is None
+    other = make_buffer(DICT, size=60, n_envs=2)
+    assert other.add_dataset(dataset) == 24
+    for name, rows in buffer.get_rows(0, 12).items():
+        if name not in ("dones", "timeouts"):  # those that were cut off are truncated now
+            np.testing.assert_allclose(other.get_rows(0, 12)[name], rows, rtol=1e-6, atol=1e-6)
+
+
+def test_errors_on_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], minari_folder: Path
+) -> None:
+    model = SoftSAC("MlpPolicy", pendulum(), **SMALL).learn(10)
+    model.save(tmp_path / "model")
+    model.save(tmp_path / "light", exclude=["replay_buffer"])
+    model.save_replay_buffer(tmp_path / "buffer")
+    export = "export-dataset"
+    assert command(monkeypatch, export, tmp_path / "model.zip", "some/one-v0") == 0
+    for args, message in (
+        (("model.zip", "some/one-v0"), "There is a dataset in"),
+        (("model.zip", "some/one"), "'some/one' is not a Minari id"),
+        (("light.zip", "some/two-v0"), "light.zip has no replay buffer"),
+        (("buffer.zip", "some/two-v0"), "has no member data"),
+        (("nothing", "some/two-v0"), "No such file"),
+    ):
+        assert command(monkeypatch, export, tmp_path / args[0], args[1]) == 1
+        assert message in capsys.readouterr().err
+    assert not (minari_folder / "some" / "two-v0").exists()
+
+    def broken() -> Any:
+        yield from datasets.episodes(model.replay_buffer)  # type: ignore[arg-type]
+        raise RuntimeError("no more")
+
+    with pytest.raises(RuntimeError, match="no more"):
+        datasets.write("some/two-v0", broken(), model.observation_space, model.action_space)
+    assert not (minari_folder / "some" / "two-v0").exists()
+
+
+def test_datasets_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=r"no Minari dataset 'x/y-v0' in .*minari download x/y-v0"):
+        make_buffer().add_dataset("x/y-v0")
+    monkeypatch.setitem(sys.modules, "minari", None)
+    with pytest.raises(ImportError, match=r"pip install 'sb3-softsac\[minari\]'"):
+        make_buffer().add_dataset("x/y-v0")
+
+
+def test_other_bounds_are_said() -> None:
+    other = spaces.Box(-1.0, 1.0, (2,))
+    episodes = draw_dataset(BOX, [3])
+    datasets.write("other/bounds-v0", [datasets.Episode(**episodes[0])], BOX, other)
+    with pytest.warns(UserWarning, match=r"actions have the bounds .*, the environment's"):
+        make_buffer().add_dataset("other/bounds-v0")
