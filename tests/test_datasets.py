@@ -4,22 +4,26 @@ import copy
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import minari
 import numpy as np
 import pytest
+import resume_script
 from gymnasium import spaces
 from hypothesis import given
 from hypothesis import strategies as st
-from resume_script import pendulum
+from resume_script import differences, pendulum, plain
 from stable_baselines3.common.buffers import ReplayBuffer as SB3ReplayBuffer
 from stable_baselines3.common.vec_env import VecNormalize
 
-from sb3_softsac import CheckpointCallback, ReplayBuffer, SoftSAC, checkpoint, datasets
+from sb3_softsac import CheckpointCallback, CheckpointError, ReplayBuffer, SoftSAC, checkpoint, datasets
 from sb3_softsac.buffers import map_obs
+from sb3_softsac.execution import device_replay
 
 BOX = spaces.Box(-np.inf, np.inf, (3,), dtype=np.float64)
 ACTIONS = spaces.Box(np.array([-2.0, 0.0], dtype=np.float32), np.array([2.0, 10.0], dtype=np.float32))
@@ -374,8 +378,6 @@ def command(monkeypatch: pytest.MonkeyPatch, *args: Any) -> int:
 @pytest.mark.parametrize("kind", ["file", "folder", "full"])
 def test_run_to_minari_to_new_run(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The new run's buffer has the transitions of the old one, to the last bit for Pendulum's actions in [-2, 2]."""
-    import minari
-
     n_envs = 1 if kind == "file" else 2
     options = {**SMALL, "buffer_size": 90 if kind == "full" else 500}
     model = SoftSAC("MlpPolicy", VecNormalize(pendulum(n_envs)), **options)
@@ -411,8 +413,6 @@ def transitions(buffer: ReplayBuffer) -> list[bytes]:
 
 
 def test_new_episodes_of_the_policy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import minari
-
     env = VecNormalize(pendulum(1))
     model = SoftSAC("MlpPolicy", env, **SMALL).learn(60)
     model.save(tmp_path / "model")
@@ -434,8 +434,6 @@ def test_new_episodes_of_the_policy(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_dict_observations_through_minari() -> None:
-    import minari
-
     buffer = make_buffer(DICT, size=60, n_envs=2)
     buffer.add_dataset(draw_dataset(DICT, [9, 8, 7]))
     datasets.write("dict/all-v0", datasets.episodes(buffer), DICT, ACTIONS)
@@ -491,3 +489,221 @@ def test_other_bounds_are_said() -> None:
     datasets.write("other/bounds-v0", [datasets.Episode(**episodes[0])], BOX, other)
     with pytest.warns(UserWarning, match=r"actions have the bounds .*, the environment's"):
         make_buffer().add_dataset("other/bounds-v0")
+
+
+# --- Offline data in minibatches --------------------------------------------------------------------------------------
+
+
+def pendulum_episodes(n: int = 3, seed: int = 5) -> list[Any]:
+    """Episodes of 40 steps with rewards above 0, which Pendulum never gives."""
+    rng = np.random.default_rng(seed)
+    episodes = []
+    for _ in range(n):
+        episode = draw_episode(40, spaces.Box(-1.0, 1.0, (3,)), rng)
+        episode["actions"] = rng.uniform(-2.0, 2.0, size=(40, 1))
+        episode["rewards"] = rng.uniform(1.0, 2.0, size=40)
+        episodes.append(episode)
+    return episodes
+
+
+def write_pendulum(dataset_id: str, **kwargs: Any) -> None:
+    env = pendulum()
+    written = [datasets.Episode(**episode) for episode in pendulum_episodes(**kwargs)]
+    datasets.write(dataset_id, written, env.observation_space, env.action_space)
+
+
+def make_model(env: Any = None, **kwargs: Any) -> SoftSAC:
+    options = {**SMALL, "offline_data": pendulum_episodes(), **kwargs}
+    return SoftSAC("MlpPolicy", pendulum() if env is None else env, **options)
+
+
+@pytest.mark.parametrize(("fraction", "n_offline"), [(0.5, 5), (0.3, 3), (0.25, 2), (1.0, 10), (0.0, 0)])
+def test_fraction_of_each_minibatch(fraction: float, n_offline: int) -> None:
+    model = make_model(offline_fraction=fraction, batch_size=10).learn(40)
+    (minibatches,) = model._draws(7, 10, None)
+    assert minibatches.n == 7 and minibatches.size == 10
+    for i in range(7):
+        part: Any = minibatches.part(i, i + 1)
+        is_offline = part.rewards[:, 0] > 0
+        assert is_offline.sum() == n_offline
+        assert is_offline[-n_offline:].all() if n_offline else not is_offline.any()
+        # What belongs together stays together
+        for j in np.flatnonzero(is_offline.numpy()):
+            (row,) = np.flatnonzero(model.offline_data.rewards[:, 0] == part.rewards[j].item())
+            np.testing.assert_array_equal(model.offline_data.observations[row, 0], part.observations[j])
+            np.testing.assert_array_equal(model.offline_data.next_observations[row, 0], part.next_observations[j])
+            np.testing.assert_array_equal(model.offline_data.actions[row, 0], part.actions[j])
+
+
+def test_all_kinds_of_minibatches() -> None:
+    """Several environments, n-step returns, VecNormalize and scaled rewards."""
+    env = VecNormalize(pendulum(2), norm_reward=False)
+    model = make_model(env, n_steps=3, normalize_rewards="std").learn(60)
+    (minibatches,) = model._draws(2, 8, None)
+    samples: Any = minibatches.samples
+    offline = model.offline_data
+    divisor = model._reward_divisor()
+    assert divisor > 1.5
+    found = 0
+    for i, reward in enumerate(samples.rewards[:, 0].tolist()):
+        if reward > 0:
+            found += 1
+            sums = [offline._returns(np.array([row]), None) for row in range(120)]
+            (row,) = [row for row in range(120) if np.isclose(sums[row][0][0] / divisor, reward, rtol=1e-6)]
+            np.testing.assert_allclose(samples.discounts[i], sums[row][2])
+            expected = env.normalize_obs(offline.observations[row, 0])
+            np.testing.assert_allclose(samples.observations[i], expected, rtol=1e-5)
+    assert found == 8
+
+
+def test_nothing_changes_without_it() -> None:
+    options: list[dict[str, Any]] = [{"offline_data": None}, {"offline_fraction": 0.0}, {}]
+    without, off, mixed = (make_model(**each).learn(60).get_parameters()["policy"] for each in options)
+    assert_same(without, off)
+    assert differences(plain(without), plain(mixed))
+
+
+def test_device_replay_declines() -> None:
+    model = make_model().learn(5)
+    assert isinstance(model.replay_buffer, ReplayBuffer)
+    assert device_replay.obstacle(model.replay_buffer, None) is None
+    assert "offline_data" in str(model._obstacle_to_device_replay(model.replay_buffer))
+    model.offline_fraction = 0.0
+    assert model._obstacle_to_device_replay(model.replay_buffer) is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"offline_fraction": 1.5}, r"offline_fraction=1.5 is not valid: it must be a number in \[0, 1\]"),
+        ({"offline_fraction": "half"}, "offline_fraction='half' is not valid"),
+        ({"offline_fraction": 0.01}, "offline_fraction=0.01 of batch_size=8 is 0 transitions"),
+        ({"offline_fraction": 0.3, "offline_data": None}, "offline_fraction=0.3 has no effect without offline_data"),
+        ({"offline_data": 3}, "dataset=3 cannot be iterated over"),
+        ({"offline_data": "no/data-v0"}, "There is no Minari dataset 'no/data-v0'"),
+        ({"offline_data": [draw_episode(3, BOX, np.random.default_rng(0))]}, "actions of episode 0 has the shape"),
+        ({"offline_data": make_buffer()}, "offline_data has no transitions"),
+    ],
+)
+def test_offline_options(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_model(**options)
+
+
+def as_reference(kind: str, folder: Path) -> Any:
+    """Offline data that a run can find again."""
+    if kind == "minari":
+        write_pendulum("pendulum/offline-v0")
+        return "pendulum/offline-v0"
+    model = SoftSAC("MlpPolicy", pendulum(2), **{**SMALL, "seed": 3}).learn(90)
+    model.save(folder / "source.zip")
+    return folder / "source.zip"
+
+
+CONTINUED: dict[str, tuple[str, dict[str, Any]]] = {
+    "minari": ("plain", {"normalize_rewards": "std"}),
+    "file": ("vec_normalize", {"n_steps": 3, "offline_fraction": 0.25}),
+}
+
+
+@pytest.mark.processes
+def test_runs_with_offline_data_are_continued(tmp_path: Path) -> None:
+    """In another process, which finds the data by itself: the runs that were not interrupted, to the last bit."""
+    with resume_script.new_process() as pool:
+        for kind, (name, options) in CONTINUED.items():
+            folder = tmp_path / kind
+            folder.mkdir()
+            data = as_reference(kind, folder)
+            case = replace(resume_script.CASES[name], kwargs={**options, "offline_data": data}, stops=(20, 78))
+            whole = resume_script.run(case, folder)
+            assert "offline" in whole.state
+            paths = [folder / "20.zip", next(folder.glob("run/step-78-*.zip"))]
+            outcomes = pool.submit(resume_script.resume, name, paths).result()
+            for stop, outcome in zip(case.stops, outcomes, strict=True):
+                assert outcome.complaints == []
+                assert differences(whole.state, outcome.state) == []
+                assert differences(plain(whole.rows[whole.logged[stop] :]), plain(outcome.rows)) == []
+
+
+def test_checkpoints_do_not_hold_it(tmp_path: Path) -> None:
+    write_pendulum("pendulum/large-v0", n=100)
+    sizes = []
+    for data in (None, "pendulum/large-v0"):
+        make_model(offline_data=data).save(tmp_path / "model.zip")
+        sizes.append((tmp_path / "model.zip").stat().st_size)
+    assert sizes[1] - sizes[0] < 1000
+
+
+@pytest.mark.parametrize("kind", ["minari", "file"])
+def test_data_that_is_missing_or_different_at_load(kind: str, tmp_path: Path, minari_folder: Path) -> None:
+    data = as_reference(kind, tmp_path)
+    place = minari_folder / "pendulum" / "offline-v0" if kind == "minari" else data
+    make_model(offline_data=data).learn(40).save(tmp_path / "model")
+    load = partial(SoftSAC.load, tmp_path / "model", device="cpu")
+    assert load(pendulum()).offline_data.size() > 0
+    place.rename(tmp_path / "moved")
+    with pytest.raises(
+        CheckpointError, match=r"offline data .* cannot be read: .*offline_data=.* offline_fraction=0.0"
+    ):
+        load(pendulum())
+    # It can predict, and go on without
+    assert load().offline_data is None
+    model = load(pendulum(), offline_fraction=0.0).learn(5)
+    assert model.offline_data is None
+    model.save(tmp_path / "without")
+    assert SoftSAC.load(tmp_path / "without", pendulum()).learn(5).offline_fraction == 0.0
+    # A copy elsewhere is as good
+    copy_there = minari.MinariDataset(tmp_path / "moved" / "data") if kind == "minari" else tmp_path / "moved"
+    assert load(pendulum(), offline_data=copy_there).learn(5).offline_data.size() > 0
+    if kind == "minari":
+        write_pendulum("pendulum/offline-v0", seed=6)
+    else:
+        SoftSAC("MlpPolicy", pendulum(), **SMALL).learn(20).save(data)
+    with pytest.raises(CheckpointError, match=r"is not what the run has learned from: the SHA-256 .* offline_data="):
+        load(pendulum())
+    with pytest.warns(UserWarning, match="The continuation differs: offline_data"):
+        load(pendulum(), offline_data=data).learn(5)
+
+
+@pytest.mark.parametrize("kind", ["episodes", "buffer", "part"])
+def test_data_without_a_name_is_passed_again(kind: str, tmp_path: Path) -> None:
+    def offline_data() -> Any:
+        if kind == "episodes":
+            return pendulum_episodes()
+        if kind == "part":
+            return minari.load_dataset("pendulum/all-v0").filter_episodes(lambda episode: episode.id > 0)
+        buffer = make_model(offline_data=None).replay_buffer
+        assert isinstance(buffer, ReplayBuffer)
+        buffer.add_dataset(pendulum_episodes())
+        return buffer
+
+    write_pendulum("pendulum/all-v0")
+    make_model(offline_data=offline_data()).learn(40).save(tmp_path / "model")
+    with pytest.raises(CheckpointError, match="is in no file of its own and no Minari dataset"):
+        SoftSAC.load(tmp_path / "model", pendulum())
+    SoftSAC.load(tmp_path / "model", pendulum(), force_reset=False, offline_data=offline_data()).save(
+        tmp_path / "again"
+    )
+    states = []
+    for name in ("model", "again"):  # loading and saving changes nothing
+        model = SoftSAC.load(tmp_path / name, pendulum(), force_reset=False, offline_data=offline_data())
+        states.append(resume_script.snapshot(model.learn(20)))
+    assert differences(*states) == []
+
+
+def test_offline_data_is_a_copy() -> None:
+    source = make_model(offline_data=None).learn(40).replay_buffer
+    assert isinstance(source, ReplayBuffer)
+    model = make_model(offline_data=source)
+    source.rewards[:] = 7.0
+    assert model.offline_data.rewards.max() < 7.0
+    # Also of the offline data of another model
+    other = make_model(offline_data=model.offline_data)
+    assert other.offline_data is not model.offline_data and other.offline_data.rng is not model.offline_data.rng
+    # Copies draw the same
+    twin = copy.deepcopy(model)
+    np.testing.assert_array_equal(model.offline_data.sample(9).rewards, twin.offline_data.sample(9).rewards)
+    model.set_random_seed(3)
+    first = model.offline_data.sample(9).rewards
+    model.set_random_seed(3)
+    np.testing.assert_array_equal(first, model.offline_data.sample(9).rewards)
