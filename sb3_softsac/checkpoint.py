@@ -130,7 +130,11 @@ def export(path: Path, output: Path) -> None:
 
 
 def export_dataset(
-    path: Path, dataset_id: str, n_episodes: int | None = None, env_id: str | None = None, deterministic: bool = True
+    path: Path | str,
+    dataset_id: str,
+    n_episodes: int | None = None,
+    env_id: str | None = None,
+    deterministic: bool = True,
 ) -> None:
     """
     Write a Minari dataset: the transitions of a replay buffer, in episodes, or new episodes of the policy.

@@ -305,7 +305,7 @@ def write(
     :raises ValueError: if there is such a dataset, or if this is not the id of one
     """
     minari = _minari()
-    from minari.data_collector.episode_buffer import EpisodeBuffer
+    from minari.data_collector import EpisodeBuffer
     from minari.dataset.minari_dataset import parse_dataset_id
 
     try:

@@ -2,6 +2,7 @@
 
 import copy
 import re
+import runpy
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -29,6 +30,7 @@ BOX = spaces.Box(-np.inf, np.inf, (3,), dtype=np.float64)
 ACTIONS = spaces.Box(np.array([-2.0, 0.0], dtype=np.float32), np.array([2.0, 10.0], dtype=np.float32))
 DICT = spaces.Dict({"state": BOX, "kind": spaces.Discrete(5), "image": spaces.Box(0, 255, (3, 36, 40), np.uint8)})
 SPACES: dict[str, spaces.Space[Any]] = {"box": BOX, "dict": DICT, "discrete": spaces.Discrete(4)}
+PENDULUM = spaces.Box(-np.array([1, 1, 8], np.float32), np.array([1, 1, 8], np.float32)), spaces.Box(-2.0, 2.0, (1,))
 GAMMA = 0.9
 SMALL: dict[str, Any] = {
     "policy_kwargs": {"net_arch": [16]}, "buffer_size": 500, "learning_starts": 30, "batch_size": 8, "seed": 0,
@@ -491,6 +493,19 @@ def test_other_bounds_are_said() -> None:
         make_buffer().add_dataset("other/bounds-v0")
 
 
+def test_example(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A dataset of this package's own, the environment that it names, half and half."""
+    script = Path(__file__).parents[1] / "examples" / "offline_to_online.py"
+    if not script.is_file():
+        pytest.skip("needs the source tree")
+    datasets.write(
+        "pendulum/example-v0", (datasets.Episode(**e) for e in pendulum_episodes()), *PENDULUM, "Pendulum-v1"
+    )
+    monkeypatch.setattr(sys, "argv", [str(script), "pendulum/example-v0", "--steps", "120"])
+    runpy.run_path(str(script), run_name="__main__")
+    assert re.search(r"Return -[0-9.]+ \+- [0-9.]+ after 120 steps", capsys.readouterr().out)
+
+
 # --- Offline data in minibatches --------------------------------------------------------------------------------------
 
 
@@ -507,9 +522,7 @@ def pendulum_episodes(n: int = 3, seed: int = 5) -> list[Any]:
 
 
 def write_pendulum(dataset_id: str, **kwargs: Any) -> None:
-    env = pendulum()
-    written = [datasets.Episode(**episode) for episode in pendulum_episodes(**kwargs)]
-    datasets.write(dataset_id, written, env.observation_space, env.action_space)
+    datasets.write(dataset_id, [datasets.Episode(**each) for each in pendulum_episodes(**kwargs)], *PENDULUM)
 
 
 def make_model(env: Any = None, **kwargs: Any) -> SoftSAC:
