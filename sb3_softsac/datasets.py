@@ -69,9 +69,10 @@ def load(dataset_id: str) -> Any:
     """
     :param dataset_id: of a dataset on this machine
     :return: ``minari.MinariDataset``
-    :raises ValueError: if there is none
+    :raises ValueError: if there is none, or if this is not the id of one
     """
     minari = _minari()
+    _check_id(dataset_id)
     try:
         return minari.load_dataset(dataset_id)
     except FileNotFoundError:
@@ -89,6 +90,16 @@ def _minari() -> Any:
     except ImportError as error:
         raise ImportError(f"Minari's datasets need packages ({error}): pip install 'sb3-softsac[minari]'") from error
     return minari
+
+
+def _check_id(dataset_id: str) -> None:
+    """Minari looks for a dataset of any name, and makes a folder of any name."""
+    from minari.dataset.minari_dataset import parse_dataset_id
+
+    try:
+        parse_dataset_id(dataset_id)
+    except (TypeError, ValueError):
+        raise ValueError(f"{dataset_id!r} is not a Minari id, which is like 'pendulum/softsac-v0'.") from None
 
 
 def _compare_actions(theirs: Any, ours: spaces.Box) -> None:
@@ -306,12 +317,8 @@ def write(
     """
     minari = _minari()
     from minari.data_collector import EpisodeBuffer
-    from minari.dataset.minari_dataset import parse_dataset_id
 
-    try:
-        parse_dataset_id(dataset_id)
-    except (TypeError, ValueError):
-        raise ValueError(f"{dataset_id!r} is not a Minari id: name it like 'pendulum/softsac-v0'.") from None
+    _check_id(dataset_id)
     folder = minari.storage.datasets_root_dir.get_dataset_path(dataset_id)
     if folder.exists():
         raise ValueError(f"There is a dataset in {folder}: choose another id, or `minari delete {dataset_id}`.")

@@ -157,4 +157,4 @@ def _is_file(data: Any) -> bool:
     if not isinstance(data, str):
         return isinstance(data, Path)
     path = Path(data)
-    return path.is_absolute() or path.exists() or path.with_name(f"{path.name}.zip").exists()
+    return path.is_absolute() or path.suffix == ".zip" or path.exists() or path.with_name(f"{path.name}.zip").exists()

@@ -478,11 +478,16 @@ def test_errors_on_the_command_line(
 
 
 def test_datasets_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match=r"no Minari dataset 'x/y-v0' in .*minari download x/y-v0"):
-        make_buffer().add_dataset("x/y-v0")
+    with pytest.raises(ValueError, match=r"no Minari dataset 'some/thing-v0' in .*minari download some/thing-v0"):
+        make_buffer().add_dataset("some/thing-v0")
+    for name in ("../thing-v0", "thing", "/thing-v0"):
+        with pytest.raises(ValueError, match=f"'{name}' is not a Minari id"):
+            make_buffer().add_dataset(name)
+    with pytest.raises(FileNotFoundError, match=r"nothing\.zip"):
+        make_model(offline_data="nothing.zip")
     monkeypatch.setitem(sys.modules, "minari", None)
     with pytest.raises(ImportError, match=r"pip install 'sb3-softsac\[minari\]'"):
-        make_buffer().add_dataset("x/y-v0")
+        make_buffer().add_dataset("some/thing-v0")
 
 
 def test_other_bounds_are_said() -> None:
