@@ -69,6 +69,21 @@ class Drawn(NamedTuple):
     discounts: np.ndarray | None  # gamma^k with n-step returns, (B,)
 
 
+class Stream(NamedTuple):
+    """
+    N transitions in the order of time. The next observation of one is the observation of the one after it, except at M
+    ends: where an episode has ended, terminated or not, and at the last transition.
+    """
+
+    observations: Obs  # (N, ...), or a dict of them
+    actions: np.ndarray  # scaled, (N, A)
+    rewards: np.ndarray  # (N,)
+    dones: np.ndarray  # terminated or truncated, (N,)
+    timeouts: np.ndarray  # truncated, (N,)
+    ends: np.ndarray  # indices of transitions, ascending, (M,)
+    end_observations: Obs  # their next observations, (M, ...), or a dict of them
+
+
 class ReplayBuffer(SB3ReplayBuffer):
     """
     Default replay buffer of SoftSAC, for array and Dict observations, any number of environments and n-step returns.
@@ -152,6 +167,14 @@ class ReplayBuffer(SB3ReplayBuffer):
         return NextObservations(self, None)
 
     @property
+    def ends(self) -> np.ndarray:
+        """
+        :return: where the next observation is not that of the next row, since the episode has ended or the environments
+            were reset; (rows, E)
+        """
+        return self._side_slot != 0
+
+    @property
     def nbytes(self) -> int:
         """
         :return: size of all arrays in bytes, including rows that are not written yet
@@ -199,7 +222,7 @@ class ReplayBuffer(SB3ReplayBuffer):
         if self.handle_timeout_termination:
             self.timeouts[pos] = timeout
         map_obs(lambda storage, new: storage.__setitem__(..., new), self._newest_next_obs, next_obs)
-        self._keep_on_side(pos, np.flatnonzero(done))
+        self._keep_newest_on_side(pos, np.flatnonzero(done))
 
         self.n_added += 1
         self.pos += 1
@@ -325,6 +348,79 @@ class ReplayBuffer(SB3ReplayBuffer):
             infos = [{"TimeLimit.truncated": bool(timeout)} for timeout in other.timeouts[at]]
             self.add(obs, next_obs, other.actions[at], other.rewards[at], other.dones[at], infos)
         return n_new * self.n_envs
+
+    def add_dataset(self, dataset: Any) -> int:
+        """
+        Add the transitions of a dataset. If a part of it does not fit, nothing is added.
+
+        Several environments get a part each, as in :meth:`copy_transitions`. If there is no room for all, the oldest
+        transitions are left out, with a warning.
+
+        :param dataset: ``minari.MinariDataset``, or the id of one; another replay buffer; or episodes of T steps, which
+            are objects or dicts with ``observations`` (T + 1, ...) or a dict of them, ``actions`` (T, ...) in the
+            environment's units, ``rewards``, ``terminations`` and ``truncations``, (T,) each
+        :return: transitions added
+        :raises ValueError: naming the episode and the field that does not fit, what it is and what it should be
+        """
+        from sb3_softsac import datasets  # it imports this module
+
+        if isinstance(dataset, SB3ReplayBuffer):
+            return self.copy_transitions(dataset)
+        return self.add_stream(datasets.read(dataset, self))
+
+    def add_stream(self, stream: Stream) -> int:
+        """
+        Add transitions all at once. The episodes in progress end here; several environments get a part each.
+
+        :param stream: the transitions
+        :return: transitions added: the newest, if there is no room for all or their number does not divide
+        """
+        n_all, n_envs = len(stream.rewards), self.n_envs
+        n_rows = min(n_all // n_envs, self.buffer_size)
+        first = n_all - n_rows * n_envs
+        if first >= n_envs or n_rows == 0:
+            warnings.warn(
+                f"{first} of {n_all} transitions, the oldest, were left out: the replay buffer has "
+                f"buffer_size={self.buffer_size * n_envs} for {n_envs} environment(s).",
+                stacklevel=3,
+            )
+        if n_rows == 0:
+            return 0
+        if self.size() > 0:
+            newest = (self.pos - 1) % self.buffer_size
+            self._keep_newest_on_side(newest, np.flatnonzero(self._side_slot[newest] == 0))
+        rows = (self.pos + np.arange(n_rows)) % self.buffer_size
+        self._release_slots(rows)
+
+        def deal(storage: np.ndarray, new: np.ndarray) -> None:
+            storage[rows] = new[first:].reshape(n_envs, n_rows, *storage.shape[2:]).swapaxes(0, 1)
+
+        map_obs(deal, self.observations, stream.observations)
+        deal(self.actions, stream.actions)
+        deal(self.rewards, stream.rewards)
+        deal(self.dones, stream.dones)
+        deal(self.timeouts, stream.timeouts if self.handle_timeout_termination else np.zeros_like(stream.timeouts))
+        # A part may end within an episode
+        part_ends = first + n_rows * np.arange(1, n_envs + 1) - 1
+        ends = np.union1d(stream.ends[stream.ends >= first], part_ends)
+        is_own = np.isin(ends, stream.ends)
+        of_own = np.searchsorted(stream.ends, ends[is_own])
+
+        def next_obs_of_ends(obs: np.ndarray, end_obs: np.ndarray) -> np.ndarray:
+            next_obs = obs[np.minimum(ends + 1, n_all - 1)]
+            next_obs[is_own] = end_obs[of_own]
+            return next_obs
+
+        next_obs = map_obs(next_obs_of_ends, stream.observations, stream.end_observations)
+        env_indices, steps = np.divmod(ends - first, n_rows)
+        self._keep_on_side(rows[steps] * n_envs + env_indices, next_obs)
+        is_part_end = np.isin(ends, part_ends)
+        map_obs(lambda storage, new: storage.__setitem__(..., new[is_part_end]), self._newest_next_obs, next_obs)
+
+        self.n_added += n_rows
+        self.full = self.full or self.pos + n_rows >= self.buffer_size
+        self.pos = (self.pos + n_rows) % self.buffer_size
+        return n_rows * n_envs
 
     def sample(  # type: ignore[override]
         self, batch_size: int, env: VecNormalize | None = None
@@ -454,24 +550,26 @@ class ReplayBuffer(SB3ReplayBuffer):
                 np.logical_or(broken, differs.reshape(self.n_envs, -1).any(axis=1), out=broken)
 
         map_obs(compare, self._newest_next_obs, obs)
-        self._keep_on_side(previous, np.flatnonzero(broken & (self._side_slot[previous] == 0)))
+        self._keep_newest_on_side(previous, np.flatnonzero(broken & (self._side_slot[previous] == 0)))
 
-    def _keep_on_side(self, row: int, envs: np.ndarray) -> None:
-        if len(envs) == 0:
-            return
-        while len(self._free_slots) < len(envs):
+    def _keep_newest_on_side(self, row: int, envs: np.ndarray) -> None:
+        if len(envs) > 0:
+            next_obs = map_obs(lambda newest_next: newest_next[envs], self._newest_next_obs)
+            self._keep_on_side(row * self.n_envs + envs, next_obs)
+
+    def _keep_on_side(self, places: np.ndarray, next_obs: Obs) -> None:
+        """Next observations of places that have none on the side yet."""
+        while len(self._free_slots) < len(places):
             self._grow_side()
-        slots = np.array([self._free_slots.pop() for _ in envs])
-        map_obs(
-            lambda side, newest_next: side.__setitem__(slots, newest_next[envs]), self._side_obs, self._newest_next_obs
-        )
-        self._side_slot[row, envs] = slots + 1
+        slots = np.array([self._free_slots.pop() for _ in places])
+        map_obs(lambda side, new: side.__setitem__(slots, new), self._side_obs, next_obs)
+        self._side_slot.reshape(-1)[places] = slots + 1
 
-    def _release_slots(self, row: int) -> None:
-        slots = self._side_slot[row]
+    def _release_slots(self, rows: int | np.ndarray) -> None:
+        slots = self._side_slot[rows]
         if slots.any():
             self._free_slots += (slots[slots > 0] - 1).tolist()
-            self._side_slot[row] = 0
+            self._side_slot[rows] = 0
 
     def _grow_side(self) -> None:
         side = self._side_obs

@@ -1,5 +1,6 @@
 """
-``python -m sb3_softsac.checkpoint ls|verify|export PATH``: inspect model files and folders of checkpoints.
+``python -m sb3_softsac.checkpoint ls|verify|export|export-dataset PATH``: inspect model files and folders of
+checkpoints, and make other files of them.
 
 It runs no code from a file, and unpickles nothing.
 """
@@ -11,11 +12,17 @@ import warnings
 from pathlib import Path
 from typing import TextIO
 
+import gymnasium as gym
+from stable_baselines3.common.utils import check_for_correct_spaces
+
+from sb3_softsac import datasets
 from sb3_softsac.persistence import atomic_files
-from sb3_softsac.persistence.archive import INDEX, ArchiveReader, ArchiveWriter, CheckpointError
+from sb3_softsac.persistence.archive import INDEX, ArchiveReader, ArchiveWriter, CheckpointError, naming
+from sb3_softsac.persistence.codec import decode
 from sb3_softsac.persistence.envs import env_state
 from sb3_softsac.persistence.model_file import ModelFile, open_model_file
 from sb3_softsac.persistence.run_folder import RunFolder
+from sb3_softsac.softsac import SoftSAC
 
 
 def _print(line: object, file: TextIO | None = None) -> None:
@@ -122,6 +129,49 @@ def export(path: Path, output: Path) -> None:
     _print(f"Wrote {output} ({output.stat().st_size:,} bytes)")
 
 
+def export_dataset(
+    path: Path | str,
+    dataset_id: str,
+    n_episodes: int | None = None,
+    env_id: str | None = None,
+    deterministic: bool = True,
+) -> None:
+    """
+    Write a Minari dataset: the transitions of a replay buffer, in episodes, or new episodes of the policy.
+
+    Actions are in the environment's units. Observations are as in the replay buffer: before ``VecNormalize``, images
+    with channels first. An episode that was not over is truncated.
+
+    :param path: model file or folder of checkpoints
+    :param dataset_id: of the new dataset, for instance ``"pendulum/softsac-v0"``
+    :param n_episodes: new episodes to play; None: those of the replay buffer
+    :param env_id: id of the environment; None: that of the run
+    :param deterministic: new episodes are played with the most likely actions
+    :raises CheckpointError: if ``path`` is damaged or has no replay buffer
+    :raises ValueError: if there is such a dataset already, or the environment is not known
+    """
+    with open_model_file(path) as file:
+        env_id = env_id or env_state.env_id(file.index.get("env"))
+        if n_episodes is None:
+            with naming(f"the spaces in {file.name}"):
+                data = file.archive.json("data")
+                spaces = decode(data["observation_space"]), decode(data["action_space"])
+            episodes = datasets.episodes(file.read_buffer(*spaces))
+    if n_episodes is not None:
+        if env_id is None:
+            raise ValueError(f"{path} does not say which environment its run was in: pass its id, --env ID.")
+        model = SoftSAC.load(path, device="cpu")
+        env = SoftSAC._wrap_env(gym.make(env_id))
+        spaces = model.observation_space, model.action_space
+        check_for_correct_spaces(env, *spaces)
+        statistics = None if model._unread is None else model._unread.statistics
+        normalize = None if statistics is None else env_state.vec_normalize(statistics, spaces[0])
+        episodes = datasets.play(model, env, n_episodes, normalize, deterministic)
+    known = env_id if env_id in gym.registry else None
+    dataset = datasets.write(dataset_id, episodes, *spaces, env_id=known)
+    _print(f"Wrote {dataset_id}: {dataset.total_steps:,} transitions in {dataset.total_episodes:,} episodes")
+
+
 def main() -> int:
     """
     :return: exit status
@@ -132,11 +182,19 @@ def main() -> int:
         ("ls", "list its contents"),
         ("verify", "verify every byte"),
         ("export", "write a small model file from it, without the replay buffer"),
+        ("export-dataset", "write a Minari dataset of its replay buffer, or of new episodes"),
     ):
         command = commands.add_parser(name, help=text, description=text)
         command.add_argument("path", type=Path, metavar="PATH", help="model file, or folder of checkpoints")
         if name == "export":
             command.add_argument("-o", "--output", type=Path, default=Path("policy.zip"), help="default: policy.zip")
+        elif name == "export-dataset":
+            command.add_argument("dataset_id", metavar="MINARI_ID", help="of the new dataset: pendulum/softsac-v0")
+            command.add_argument(
+                "--episodes", type=int, metavar="N", help="play N new episodes with the policy instead"
+            )
+            command.add_argument("--env", metavar="ID", help="id of the environment; default: that of the run")
+            command.add_argument("--stochastic", action="store_true", help="with random instead of most likely actions")
     args = parser.parse_args()
     try:
         with warnings.catch_warnings(record=True) as caught:
@@ -145,11 +203,13 @@ def main() -> int:
                 ls(args.path)
             elif args.command == "export":
                 export(args.path, args.output)
+            elif args.command == "export-dataset":
+                export_dataset(args.path, args.dataset_id, args.episodes, args.env, not args.stochastic)
             elif not verify(args.path):
                 return 1
         for warning in caught:
             _print(f"warning: {warning.message}", file=sys.stderr)
-    except (CheckpointError, OSError) as error:
+    except (ImportError, OSError, ValueError) as error:
         _print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

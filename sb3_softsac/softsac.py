@@ -27,7 +27,7 @@ from stable_baselines3.common.utils import (
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 from torch import nn
 
-from sb3_softsac import schedules
+from sb3_softsac import offline, schedules
 from sb3_softsac.buffers import ReplayBuffer, samples_itself
 from sb3_softsac.distributions import log_action_scale
 from sb3_softsac.ent_coef import EntCoef, make_ent_coef
@@ -104,6 +104,11 @@ class SoftSAC(ResumableAlgorithm):
     :param normalize_rewards: divide sampled rewards by the running standard deviation of discounted returns:
         ``"std"``; ``"bounded"``: or by more, so that no return is beyond ``v_max`` of categorical critics
     :param max_noise_repeat: hold the noise of an action for n <= ``max_noise_repeat`` steps, P(n) ~ n^-2 (FlashSAC)
+    :param offline_data: take a part of each minibatch from this data, which never leaves memory (RLPD,
+        https://arxiv.org/abs/2302.02948): a Minari dataset or its id, the path of a model file (its replay buffer), or
+        what else ``ReplayBuffer.add_dataset`` takes. Files of the run refer to it, and do not hold it. The attribute is
+        a replay buffer
+    :param offline_fraction: part of each minibatch that is offline data, in [0, 1]
     :param compile: ``"auto"``: compile the updates if ``learn()`` will do at least ``MIN_COMPILED_UPDATES`` in all;
         True; False. On the CPU, plain actors then explore in C++, too. The result is the same up to rounding. Where it
         cannot be done, a warning says why; ``verbose=1`` says why updates are left to torch's compiler instead of C++
@@ -131,7 +136,10 @@ class SoftSAC(ResumableAlgorithm):
 
     OF_PROCESS = (*ResumableAlgorithm.OF_PROCESS, "_runner", "_device_replay")
     # The networks are in the policy, and what remains of the entropy coefficient is among the parameters
-    NOT_IN_FILES = (*ResumableAlgorithm.NOT_IN_FILES, "actor", "critic", "critic_target", "actor_target", "_ent_coef")
+    NOT_IN_FILES = (
+        *ResumableAlgorithm.NOT_IN_FILES,
+        *("actor", "critic", "critic_target", "actor_target", "_ent_coef", "offline_data"),
+    )
 
     _runner: Runner | None = None
     _device_replay: DeviceReplay | None = None
@@ -139,6 +147,7 @@ class SoftSAC(ResumableAlgorithm):
     _threads: int | None = None  # stays with the run, too
     _reward_scale: RewardScale | None = None
     _held_noise: HeldNoise | None = None
+    _offline_source: offline.Source | None = None
 
     def __init__(
         self,
@@ -184,6 +193,8 @@ class SoftSAC(ResumableAlgorithm):
         use_critic_target: bool = True,
         normalize_rewards: str | None = None,
         max_noise_repeat: int = 1,
+        offline_data: Any = None,
+        offline_fraction: float = 0.5,
         compile: bool | str = "auto",
         matmul_precision: str | None = None,
         buffer_on_device: bool | str = "auto",
@@ -236,6 +247,8 @@ class SoftSAC(ResumableAlgorithm):
         self.use_critic_target = use_critic_target
         self.normalize_rewards = normalize_rewards
         self.max_noise_repeat = max_noise_repeat
+        self.offline_data = offline_data
+        self.offline_fraction = offline_fraction
         self.compile = compile
         self.matmul_precision = matmul_precision
         self.buffer_on_device = buffer_on_device
@@ -313,6 +326,8 @@ class SoftSAC(ResumableAlgorithm):
                 n_envs=self.n_envs,
                 **{**own, **self.replay_buffer_kwargs},
             )
+        if self.env is not None:
+            offline.set_up(self)
 
     def _create_aliases(self) -> None:
         self.actor = self.policy.actor
@@ -362,6 +377,8 @@ class SoftSAC(ResumableAlgorithm):
         super().set_random_seed(seed)
         if seed is not None and isinstance(self.replay_buffer, ReplayBuffer):
             self.replay_buffer.seed(seed)
+        if seed is not None and self._offline_source is not None:
+            offline.seed(self._offline_source, seed)
 
     def _setup_learn(self, total_timesteps: int, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
         check_networks(self)  # first, since these may raise
@@ -386,7 +403,7 @@ class SoftSAC(ResumableAlgorithm):
         if buffer is None or not wanted or self.device.type not in device_replay.DEVICES:
             self._device_replay = None
             return
-        obstacle = device_replay.obstacle(buffer, self._vec_normalize_env)
+        obstacle = self._obstacle_to_device_replay(buffer)
         if obstacle is not None and wanted is True:
             raise ValueError(f"buffer_on_device=True is not possible: {obstacle}. Leave it out, or set it to False.")
         if self._present_device_replay() is not None or obstacle is not None:
@@ -405,10 +422,14 @@ class SoftSAC(ResumableAlgorithm):
         """The buffer's copy, unless the buffer has been exchanged or is sampled otherwise since it was made."""
         replay, buffer = self._device_replay, self.replay_buffer
         if replay is not None and (
-            replay.buffer is not buffer or device_replay.obstacle(buffer, self._vec_normalize_env) is not None
+            replay.buffer is not buffer or self._obstacle_to_device_replay(replay.buffer) is not None
         ):
             self._device_replay = None
         return self._device_replay
+
+    def _obstacle_to_device_replay(self, buffer: SB3ReplayBuffer) -> str | None:
+        mixes = offline.share(self, self.batch_size) > 0
+        return device_replay.obstacle(buffer, self._vec_normalize_env, mixes)
 
     def _n_updates_ahead(self, total_timesteps: int) -> int:
         """Updates until then; episodes are taken to be as long as their time limit, or else 1,000 steps."""
@@ -528,9 +549,14 @@ class SoftSAC(ResumableAlgorithm):
         # Not if a user's class or function does it: it is asked as SB3 asks it
         at_once = max(1, ROWS_AT_ONCE // batch_size) if samples_itself(self.replay_buffer) else 1
         divisor = self._reward_divisor()
+        offline.set_up(self)  # of a model without an environment, or if it was exchanged
+        n_offline = offline.share(self, batch_size)
         for first in range(0, number, at_once):
             n = min(at_once, number - first)
-            samples = source.sample(n * batch_size, env=self._vec_normalize_env)
+            samples: Any = source.sample(n * (batch_size - n_offline), env=self._vec_normalize_env)
+            if n_offline > 0:
+                others = self.offline_data.sample(n * n_offline, env=self._vec_normalize_env)
+                samples = offline.mixed(samples, others, n)
             yield Minibatches(samples if divisor == 1.0 else with_scaled_rewards(samples, 1.0 / divisor), n)
 
     def _update_options(self) -> UpdateOptions:

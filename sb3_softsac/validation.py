@@ -150,6 +150,17 @@ def check_options(model: Any) -> None:
             f"max_noise_repeat={model.max_noise_repeat} has no effect with use_sde=True, whose noise changes every "
             "sde_sample_freq steps: leave one of them out."
         )
+    fraction = model.offline_fraction
+    require(is_number(fraction, 0.0, 1.0), "offline_fraction", "a number in [0, 1]")
+    if model.offline_data is None and model._offline_source is None and fraction not in (0.0, 0.5):
+        raise ValueError(f"offline_fraction={fraction} has no effect without offline_data: pass both, or none.")
+    if model.offline_data is not None and 0.0 < fraction < 1.0:
+        n_offline = round(fraction * model.batch_size)
+        if n_offline in (0, model.batch_size):
+            raise ValueError(
+                f"offline_fraction={fraction} of batch_size={model.batch_size} is {n_offline} transitions, rounded: "
+                "take a fraction that leaves some of both, or a larger batch_size."
+            )
     parse_target_entropy(model.target_entropy, 1)
 
 

@@ -6,6 +6,7 @@ a warning. A mix is made of its seed alone, so that a failure can be repeated by
 """
 
 import argparse
+import copy
 import json
 import random
 import shutil
@@ -54,6 +55,7 @@ from torch import nn
 from twins import NormExtractor
 
 from sb3_softsac import CheckpointCallback, SaveBestTrainingReturnCallback, SoftSAC
+from sb3_softsac.buffers import map_obs
 
 UNREADABLE = "unreadable"
 """A kind of environment whose state cannot be saved: its runs may differ, but have to say so."""
@@ -238,6 +240,10 @@ def draw(seed: int) -> Mix:
     is_plain &= options["use_critic_target"] and not networks.keys() & NEWER_NETWORKS
     options["compile"] = is_plain and rng.random() < 0.5
 
+    # Drawn apart, so that mixes of older numbers stay what they were otherwise
+    offline = random.Random(f"offline data {seed}")
+    if offline.random() < 0.2:
+        options["offline_fraction"] = offline.choice([0.25, 0.5, 1.0])
     if any(name.startswith("normalize") and name != "normalize observations" for name in env["vec_wrappers"]):
         options.pop("normalize_rewards", None)
 
@@ -381,7 +387,34 @@ def make_model(mix: Mix) -> SoftSAC:
         cls, sigma = kwargs["action_noise"]
         mean = np.zeros(env.action_space.shape or ())
         kwargs["action_noise"] = cls(mean, sigma + mean)
+    kwargs |= offline_data(mix, env)
     return SoftSAC(cast(Any, mix.policy), env, device="cpu", **kwargs)
+
+
+def offline_data(mix: Mix, env: VecEnv) -> dict[str, Any]:
+    """
+    :return: random episodes, if the mix wants some; they are in no file, so a continued run is given them again
+    """
+    if "offline_fraction" not in mix.kwargs:
+        return {}
+    spaces = copy.deepcopy([env.observation_space, env.action_space])
+    for number, space in enumerate(spaces):
+        space.seed(number)
+
+    def draw(space: Any, n: int) -> Any:
+        return map_obs(lambda *parts: np.stack(parts), *(space.sample() for _ in range(n)))
+
+    episodes = [
+        {
+            "observations": draw(spaces[0], n_steps + 1),
+            "actions": draw(spaces[1], n_steps),
+            "rewards": np.linspace(-1.0, 1.0, n_steps),
+            "terminations": np.arange(n_steps) == (n_steps - 1 if n_steps % 2 else -1),
+            "truncations": np.arange(n_steps) == n_steps - 1,
+        }
+        for n_steps in (6, 11, 1, 8)
+    ]
+    return {"offline_data": episodes}
 
 
 def learn(mix: Mix, model: SoftSAC, folder: Path, saves: SaveAt | None = None) -> tuple[dict[str, Any], list[Any]]:
@@ -441,7 +474,9 @@ def resume_one(seed: int, path: Path) -> tuple[dict[str, Any], list[Any], list[s
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         # A features extractor of the tests' own has no name that a file could be trusted with
-        model = SoftSAC.load(path, mix.make_env(), device="cpu", force_reset=False, allow_pickle=True)
+        env = mix.make_env()
+        again = offline_data(mix, env)
+        model = SoftSAC.load(path, env, device="cpu", force_reset=False, allow_pickle=True, **again)
         state, rows = learn(mix, model, path.parent / "resumed")
     ours = [str(w.message) for w in caught if issubclass(w.category, UserWarning)]
     return state, rows, [text for text in ours if "continu" in text or "not saved" in text or "lost" in text]

@@ -356,6 +356,8 @@ def snapshot(model: SoftSAC, evaluation: EvalCallback | None = None) -> dict[str
     for name in ("_reward_scale", "_held_noise"):  # old runs have none
         if getattr(model, name) is not None:
             state[name] = encode(getattr(model, name))
+    if model._offline_source is not None:
+        state["offline"] = encode(model._offline_source)
     if evaluation is not None:
         state["evaluations"] = [
             evaluation.evaluations_timesteps, evaluation.evaluations_results, evaluation.evaluations_length,

@@ -67,6 +67,7 @@ def short_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.filterwarnings("ignore::tqdm.std.TqdmExperimentalWarning")
 def test_examples(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
     exec(compile(examples(page), str(page), "exec"), {"__name__": "__main__"})
 
 

@@ -143,10 +143,11 @@ class DeviceReplay:
         return tensor.pin_memory() if self.device.type == "cuda" else tensor
 
 
-def obstacle(buffer: SB3ReplayBuffer, env: VecNormalize | None) -> str | None:
+def obstacle(buffer: SB3ReplayBuffer, env: VecNormalize | None, mixes: bool = False) -> str | None:
     """
     :param buffer: a model's replay buffer
     :param env: normalises its samples; None: nothing does
+    :param mixes: minibatches have transitions of other data, too
     :return: why there can be no copy on a device; None if there can
     """
     if type(buffer) is not ReplayBuffer:  # a subclass may sample differently, or change rows that were copied
@@ -155,6 +156,8 @@ def obstacle(buffer: SB3ReplayBuffer, env: VecNormalize | None) -> str | None:
         return "sample() of the replay buffer has been replaced"
     if env is not None and env.norm_obs:
         return "VecNormalize(norm_obs=True) normalises observations when they are sampled"
+    if mixes:
+        return "offline_data is a part of each minibatch, and has no copy there"
     return None
 
 

@@ -25,12 +25,14 @@ import cloudpickle
 import numpy as np
 import stable_baselines3
 import torch as th
+from gymnasium import spaces
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.buffers import ReplayBuffer as SB3ReplayBuffer
 from stable_baselines3.common.save_util import load_from_pkl, recursive_getattr
 from stable_baselines3.common.utils import get_system_info
 from torch import nn
 
+from sb3_softsac.buffers import ReplayBuffer
 from sb3_softsac.persistence import atomic_files, buffer_state
 from sb3_softsac.persistence.archive import DAMAGE, ArchiveReader, ArchiveWriter, CheckpointError, naming
 from sb3_softsac.persistence.codec import KIND, NotEncodable, decode, encode
@@ -245,6 +247,22 @@ class ModelFile:
         """
         replay = self.index.get("replay")
         return None if replay is None or (replay["segments"] is None and self.run is None) else replay
+
+    def read_buffer(self, observation_space: spaces.Space[Any], action_space: spaces.Space[Any]) -> ReplayBuffer:
+        """
+        :param observation_space: of the model
+        :param action_space: of the model
+        :return: the replay buffer of the file, with as many rows and environments
+        :raises CheckpointError: if there is none, or if it is of another class
+        """
+        if self.replay is None:
+            raise CheckpointError(f"{self.name} has no replay buffer.")
+        with naming(f"the replay buffer in {self.name}"):
+            layout = self.replay["description"]
+            n_rows, n_envs = int(layout["buffer_size"]), int(layout["n_envs"])
+            buffer = ReplayBuffer(n_rows * n_envs, observation_space, action_space, "cpu", n_envs)
+        self.restore_replay(buffer)
+        return buffer
 
     def restore_replay(self, buffer: SB3ReplayBuffer) -> None:
         """

@@ -165,6 +165,18 @@ def is_transposed(state: dict[str, Any] | None) -> bool:
         return False
 
 
+def env_id(state: dict[str, Any] | None) -> str | None:
+    """
+    :param state: result of :func:`capture`
+    :return: Gymnasium's id of the environments; None if it is not known
+    """
+    try:
+        found = state["envs"][0]["layers"][-1]["made"]["id"]  # type: ignore[index]
+    except (TypeError, KeyError, IndexError):  # no state, no id, or a damaged one
+        return None
+    return found if isinstance(found, str) else None
+
+
 def ignore_signals(env: VecEnv, signals: Iterable[int]) -> None:
     """
     Let the workers of a ``SubprocVecEnv`` ignore signals while the main process lives. A scheduler sends them to all
