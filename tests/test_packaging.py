@@ -6,6 +6,7 @@ from which this project itself is left out, however it is installed there.
 """
 
 import os
+import re
 import subprocess
 import sys
 import venv
@@ -172,6 +173,13 @@ def test_version_is_the_same_everywhere() -> None:
     version = sb3_softsac.__version__
     assert f"version = {{{version}}}" in (ROOT / "README.md").read_text()
     assert f"\n## [{version}] - " in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_oldest_versions_are_the_lower_bounds() -> None:
+    required = (ROOT / "setup.cfg").read_text().partition("install_requires =")[2].partition("\n\n")[0]
+    bounds = re.findall(r"^ +([\w-]+)(?:\[\w+\])?>=([\d.]+)", required, re.MULTILINE)
+    oldest = (ROOT / "constraints-oldest.txt").read_text()
+    assert bounds == re.findall(r"^([\w-]+)==([\d.]+)$", oldest, re.MULTILINE)
 
 
 def test_startup_module_is_the_one_of_this_tree() -> None:
