@@ -14,9 +14,10 @@ STEPS ?= -1
 LOGS ?= logs
 
 BIN := $(VENV)/bin
+FAST := not slow and not compiler and not damage and not learning and not processes
 PYTEST = $(BIN)/python -m pytest -q -n $(N_PROCESSES) --dist worksteal
 PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt $(PIP_FLAGS)
-METADATA := setup.cfg pyproject.toml setup.py constraints.txt $(wildcard startup/*)
+METADATA := setup.cfg pyproject.toml setup.py constraints.txt constraints-oldest.txt $(wildcard startup/*)
 CHECKED := sb3_softsac tests benchmarks examples startup docs setup.py
 
 # Stamps instead of the installed files themselves: they are there only if the whole step has succeeded
@@ -24,11 +25,12 @@ VENV_READY := $(VENV)/.stamp-venv
 INSTALLED := $(VENV)/.stamp-installed
 INSTALLED_DEV := $(VENV)/.stamp-installed-dev
 INSTALLED_DOCS := $(VENV)/.stamp-installed-docs
+INSTALLED_OLDEST := $(VENV)-oldest/.stamp-installed
 
 .DEFAULT_GOAL := help
 # Two installations into one environment at a time would break it
 .NOTPARALLEL:
-.PHONY: help train docs test test-fast test-slow lint type format check-format commit-checks clean
+.PHONY: help train docs test test-fast test-slow test-oldest lint type format check-format commit-checks clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -51,6 +53,13 @@ $(INSTALLED_DOCS): $(VENV_READY) $(METADATA)
 	$(PIP_INSTALL) -e '.[docs]'
 	@touch $@
 
+# constraints.txt, but for the packages that are in constraints-oldest.txt
+$(INSTALLED_OLDEST): $(METADATA)
+	$(PYTHON) -m venv --clear $(VENV)-oldest
+	awk -F == 'NR == FNR {oldest[$$1]; print; next} !($$1 in oldest)' constraints-oldest.txt constraints.txt > $(VENV)-oldest/constraints.txt
+	$(VENV)-oldest/bin/python -m pip install --disable-pip-version-check -c $(VENV)-oldest/constraints.txt $(PIP_FLAGS) -e '.[plots,tests]'
+	@touch $@
+
 train: $(INSTALLED)  ## train on Pendulum-v1 (or ENV_ID=...), evaluate over 20,000 steps, draw the learning curve
 	$(BIN)/python -m rl_zoo3.train --algo softsac --env $(ENV_ID) --seed $(SEED) -n $(STEPS) -f $(LOGS) --eval-freq 1000 --eval-episodes 10
 	@run=$$(ls -dt $(LOGS)/softsac/$(ENV_ID)_* | head -n 1) && \
@@ -63,7 +72,10 @@ test: $(INSTALLED_DEV)  ## run the tests, except the slow ones
 	$(PYTEST) -m "not slow" $(PYTEST_FLAGS)
 
 test-fast: $(INSTALLED_DEV)  ## run the tests that are quick: most of what a change can break
-	$(PYTEST) -m "not slow and not compiler and not damage and not learning and not processes" $(PYTEST_FLAGS)
+	$(PYTEST) -m "$(FAST)" $(PYTEST_FLAGS)
+
+test-oldest: $(INSTALLED_OLDEST)  ## run these with the oldest versions of the dependencies
+	$(PYTEST:$(BIN)/%=$(VENV)-oldest/bin/%) -m "$(FAST)" $(PYTEST_FLAGS)
 
 test-slow: $(INSTALLED_DEV)  ## run the slow tests
 	$(PYTEST) -m slow $(PYTEST_FLAGS)
@@ -87,5 +99,5 @@ check-format: $(INSTALLED_DEV)
 commit-checks: check-format lint type test  ## all of the checks above, before a commit
 
 clean:  ## remove what this file and the tools have made, logs excepted
-	rm -rf $(VENV) build dist docs/_build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-oldest build dist docs/_build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find $(CHECKED) -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -6,6 +6,7 @@ from which this project itself is left out, however it is installed there.
 """
 
 import os
+import re
 import subprocess
 import sys
 import venv
@@ -19,6 +20,10 @@ import sb3_softsac
 
 ROOT = Path(__file__).resolve().parents[1]
 STARTUP_FILES = {"_sb3_softsac_startup.py", "sb3_softsac.pth", "sb3_softsac.start"}
+SDIST_FILES = {
+    *("CHANGELOG.md", "LICENSE", "MANIFEST.in", "PKG-INFO", "README.md", "pyproject.toml", "setup.cfg", "setup.py"),
+}
+PACKAGE_FOLDERS = {"sb3_softsac", "hyperparams", "sb3_softsac.egg-info"}
 PIP_INSTALL = ["install", "--no-deps", "--no-build-isolation", "--no-index", "--quiet"]
 
 pytestmark = [
@@ -116,7 +121,7 @@ def check_wheel(source: Path, tmp_path: Path) -> None:
     wheel = build_wheel(source, tmp_path / "wheels")
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
-    assert wheel.name.endswith("-py3-none-any.whl")
+    assert wheel.name == f"sb3_softsac-{sb3_softsac.__version__}-py3-none-any.whl"
     assert not [name for name in names if name.startswith(("trained_agents", "benchmarks", "docs", "tests"))]
     suffixes = (".py", ".typed", ".cpp", ".h")
     files = (path for path in (source / "sb3_softsac").rglob("*") if path.suffix in suffixes)
@@ -154,10 +159,27 @@ def test_sdist(source: Path, tmp_path: Path) -> None:
     (archive,) = (tmp_path / "sdist").glob("*.tar.gz")
     run(sys.executable, "-m", "tarfile", "--extract", archive, tmp_path / "unpacked", cwd=tmp_path)
     (unpacked,) = (tmp_path / "unpacked").iterdir()
+    files = (path.relative_to(unpacked) for path in unpacked.rglob("*") if path.is_file())
+    beside_packages = {path.as_posix() for path in files if path.parts[0] not in PACKAGE_FOLDERS}
+    assert beside_packages == SDIST_FILES | {f"startup/{name}" for name in STARTUP_FILES}
     check_wheel(unpacked, tmp_path)
     with zipfile.ZipFile(next((tmp_path / "wheels").glob("*.whl"))) as from_sdist:
         with zipfile.ZipFile(build_wheel(source, tmp_path / "from_tree")) as from_tree:
             assert sorted(from_sdist.namelist()) == sorted(from_tree.namelist())
+
+
+def test_version_is_the_same_everywhere() -> None:
+    """The metadata takes it from the package (setup.cfg)."""
+    version = sb3_softsac.__version__
+    assert f"version = {{{version}}}" in (ROOT / "README.md").read_text()
+    assert f"\n## [{version}] - " in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_oldest_versions_are_the_lower_bounds() -> None:
+    required = (ROOT / "setup.cfg").read_text().partition("install_requires =")[2].partition("\n\n")[0]
+    bounds = re.findall(r"^ +([\w-]+)(?:\[\w+\])?>=([\d.]+)", required, re.MULTILINE)
+    oldest = (ROOT / "constraints-oldest.txt").read_text()
+    assert bounds == re.findall(r"^([\w-]+)==([\d.]+)$", oldest, re.MULTILINE)
 
 
 def test_startup_module_is_the_one_of_this_tree() -> None:
