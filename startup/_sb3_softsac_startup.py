@@ -20,7 +20,8 @@ PATCHED = frozenset(f"rl_zoo3.{name}" for name in ("utils", "hyperparams_opt", "
 # Modules of the zoo whose source is changed before they run: what matters there is local to a function,
 # or run as ``__main__``, where no module is left to patch
 EDITED = frozenset(
-    f"rl_zoo3.{name}" for name in ("benchmark", "callbacks", "enjoy", "load_from_hub", "push_to_hub", "record_video")
+    f"rl_zoo3.{name}"
+    for name in ("benchmark", "callbacks", "enjoy", "load_from_hub", "push_to_hub", "record_video", "train")
 )
 
 
