@@ -169,7 +169,7 @@ def test_equal_to_others(env: RayVecEnv) -> None:
 )
 def test_equal_with_other_observations(cluster: Cluster, kind: str, n_envs: int, envs_per_actor: int) -> None:
     fns = probes(n_envs, kind)
-    in_processes = SubprocVecEnv(fns) if kind in ("dict", "discrete") else None
+    in_processes = SubprocVecEnv(fns) if kind == "dict" else None
     env, in_this = RayVecEnv(fns, envs_per_actor), DummyVecEnv(fns)
     assert (env.observation_space, env.action_space) == (in_this.observation_space, in_this.action_space)
     returned = rollout(env)
@@ -352,7 +352,10 @@ def test_death_of_a_node(cluster: Cluster) -> None:
     assert len([w for w in caught if "has died" in str(w.message)]) == 2
     assert model.num_timesteps == 40
     assert model.replay_buffer is not None
-    assert model.replay_buffer.timeouts[10].all() and not model.replay_buffer.dones[10].any()
+    # A node takes its actors with it within some steps, each of them once
+    ends = (model.replay_buffer.timeouts[:20] == 1) & (model.replay_buffer.rewards[:20] == 0)
+    assert list(ends.sum(axis=0)) == [1, 1]
+    assert not model.replay_buffer.dones[:20][ends].any()
     assert env.env_method("node") == [nodes[1].node_id] * 2
     cluster.remove_node(nodes[1], allow_graceful=False)
     with pytest.raises(RuntimeError, match=f"actor of environment 0 on node .*{nodes[1].node_id}"):
