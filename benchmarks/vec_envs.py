@@ -110,6 +110,7 @@ def main() -> None:
     command.add_argument("--envs", type=int, default=8, help="number of environments")
     command.add_argument("--rounds", type=int, default=10, help="turns of each")
     command.add_argument("--seconds", type=float, default=2.0, help="of a turn, if steps are done one after the other")
+    command.add_argument("--milliseconds", type=float, nargs="+", default=MILLISECONDS, help="of a simulator's step")
     commands.add_parser("report", help="table")
     args = parser.parse_args()
     if args.command == "run":
@@ -120,7 +121,7 @@ def main() -> None:
         results = [
             measure(envs, milliseconds, kind, args.rounds, args.seconds)
             for kind in SIMULATORS
-            for milliseconds in MILLISECONDS
+            for milliseconds in args.milliseconds
         ]
         for env in envs.values():
             env.close()
