@@ -358,7 +358,7 @@ def test_death_of_a_node(cluster: Cluster) -> None:
     assert model.replay_buffer.dones[:20][ends].all()
     assert env.env_method("node") == [nodes[1].node_id] * 2
     cluster.remove_node(nodes[1], allow_graceful=False)
-    with pytest.raises(RuntimeError, match=f"actor of environment 0 on node .*{nodes[1].node_id}"):
+    with pytest.raises(RuntimeError, match=f"actor of environment [01] on node .*{nodes[1].node_id}"):
         model.learn(20)
     env.close()
 
