@@ -24,6 +24,7 @@ html_show_sourcelink = False
 
 myst_heading_anchors = 3
 
+autodoc_mock_imports = ["ray"]  # an extra
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"

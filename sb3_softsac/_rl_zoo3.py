@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from stable_baselines3.common.vec_env import VecEnv
 
 ALGO = "softsac"
+RAY = "ray"  # of --vec-env
 EXCLUDED = "excluded_options"
 FRAME_STACK = "stable_baselines3.common.vec_env.VecFrameStack"
 CHECKPOINTS = "checkpoints"  # folder within that of a run
@@ -206,9 +207,17 @@ def _replace_method(manager: Any, name: str, method: Callable[..., Any]) -> None
 
 
 def _init(original: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
-    original(self, *args, **kwargs)
+    call = inspect.signature(original).bind(self, *args, **kwargs)
+    arguments = call.arguments
+    is_ray = arguments.get("vec_env_type") == RAY
+    if is_ray:
+        arguments["vec_env_type"] = "dummy"
+    original(*call.args, **call.kwargs)
+    if is_ray:
+        from sb3_softsac.ray import RayVecEnv  # only here: Ray is an extra
+
+        self.vec_env_class = RayVecEnv
     if self.algo == ALGO:
-        arguments = inspect.signature(original).bind(self, *args, **kwargs).arguments
         self.config = own_config(arguments.get("config"))
         given = arguments.get("hyperparams") or {}
         self._asks_for_n_timesteps = arguments.get("n_timesteps", 0) > 0 or "n_timesteps" in given
@@ -355,6 +364,8 @@ class _Editor(ast.NodeTransformer):
     - ``off_policy_algos`` in enjoy, record_video, push_to_hub (and a nameless one in benchmark): for an algorithm that
       is not in it, the whole replay buffer is allocated when a model is only watched.
     - the classes that ``callbacks.ParallelTrainCallback`` supports.
+
+    ``train`` gets another choice for ``--vec-env``, of which :func:`_init` makes a ``RayVecEnv``.
     """
 
     IMPORTS = {  # noqa: RUF012
@@ -381,7 +392,9 @@ class _Editor(ast.NodeTransformer):
             return
         elements = node.elts
         names = [ast.unparse(element) for element in elements]
-        if "'sac'" in names:
+        if names == ["'dummy'", "'subproc'"]:
+            elements.append(ast.Constant(RAY))
+        elif "'sac'" in names:
             elements.append(ast.Constant(ALGO))
         elif "SAC" in names:
             elements.append(ast.parse(f"__import__({__name__!r}, fromlist=['SoftSAC']).SoftSAC", mode="eval").body)

@@ -20,7 +20,8 @@ PATCHED = frozenset(f"rl_zoo3.{name}" for name in ("utils", "hyperparams_opt", "
 # Modules of the zoo whose source is edited before they are executed: they run as ``__main__``, or what has to change is
 # local to a function, so that they cannot be patched afterwards
 EDITED = frozenset(
-    f"rl_zoo3.{name}" for name in ("benchmark", "callbacks", "enjoy", "load_from_hub", "push_to_hub", "record_video")
+    f"rl_zoo3.{name}"
+    for name in ("benchmark", "callbacks", "enjoy", "load_from_hub", "push_to_hub", "record_video", "train")
 )
 
 

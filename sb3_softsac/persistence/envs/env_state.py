@@ -246,6 +246,8 @@ def _call(base: Any, operation: str, *args: Any, indices: Sequence[int] | None =
     if isinstance(base, DummyVecEnv):
         return [run(base.envs[i], *args) for i in indices]
     try:
+        if hasattr(base, "run_on_envs"):  # RayVecEnv
+            return base.run_on_envs(_on_env, operation, *args, indices=indices)
         if not isinstance(base, SubprocVecEnv):
             raise ValueError(f"{class_name(base)} is a VecEnv that cannot be captured; {OFFER}")
         # All must live: otherwise, unread answers would be taken for those of the next command
@@ -271,9 +273,14 @@ def _is_alive(process: Any, remote: Any) -> bool:
 
 
 def _in_worker(operation: str, *args: Any) -> Any:
+    return _on_env(None, operation, *args)
+
+
+def _on_env(env: gym.Env | None, operation: str, *args: Any) -> Any:
+    """:param env: an environment of this process; None: that of SB3's worker function"""
     run, when_failed = OPERATIONS[operation]
     try:
-        result = run(_env_of_worker(), *args)
+        result = run(_env_of_worker() if env is None else env, *args)
         # The caller handles the random states of the main process
         if operation == "capture":
             states = get_random_states()
