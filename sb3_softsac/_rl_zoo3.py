@@ -92,6 +92,8 @@ def excluded_options(hyperparams: dict[str, Any]) -> list[str]:
     excluded = list(NOT_WITH_SDE) if hyperparams.get("use_sde") else []
     if not str(hyperparams.get("ent_coef", "auto")).startswith("auto"):
         excluded += NOT_WITH_FIXED_ENT_COEF
+    if hyperparams.get("normalize"):
+        excluded.append("n_atoms")  # needs scaled rewards, which VecNormalize scales already
     return excluded
 
 
@@ -323,7 +325,7 @@ def _save_trained_model(original: Callable[..., None], self: Any, model: Any) ->
 def _objective(original: Callable[..., float], self: Any, trial: "Trial") -> float:
     # The zoo does not tell the sampler what the trial's other hyperparameters are
     if self.algo == ALGO:
-        trial.set_user_attr(EXCLUDED, excluded_options(self._hyperparams))
+        trial.set_user_attr(EXCLUDED, excluded_options({**self._hyperparams, "normalize": self.normalize}))
     return original(self, trial)
 
 

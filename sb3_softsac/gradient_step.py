@@ -8,7 +8,6 @@ and noise give equal new networks, however the update is run (:mod:`sb3_softsac.
 
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch as th
@@ -138,17 +137,17 @@ def update(
     """
     coefficient = ent_coef.value()  # before its own step, as in SB3
     critic, actor = optimizers.critic, optimizers.actor
-    statistics = Statistics(policy, policy.critic)
+    statistics = Statistics(policy.critic)
     gradients, metrics = parts.critic(policy, critic, batch, noise.next_actions, coefficient, options)
     finite = finite & th.isfinite(metrics["critic_loss"] + metrics["critic_grad_norm"])
     finite = parts.apply(critic, gradients, learning_rates.critic, finite)
     statistics.keep_if(finite)
-    _project(policy, policy.critic.q_networks, finite)
+    policy.project_to_unit_norm(policy.critic, finite)
     metrics["ent_coef"] = coefficient.squeeze()
 
     for actor_noise in noise.actions[: due.actor_updates]:
         coefficient = ent_coef.value()
-        statistics = Statistics(policy, policy.actor)
+        statistics = Statistics(policy.actor)
         gradients, ent_coef_gradients, actor_metrics = parts.actor(
             policy, ent_coef, optimizers, batch, actor_noise, coefficient, options
         )
@@ -159,11 +158,10 @@ def update(
         finite = finite & th.isfinite(metrics["actor_loss"] + metrics["actor_grad_norm"])
         finite = parts.apply(actor, gradients, learning_rates.actor, finite)
         statistics.keep_if(finite)
-        _project(policy, policy.actor.own_networks(), finite)
+        policy.project_to_unit_norm(policy.actor, finite)
 
     if due.targets:
-        pairs = policy.targets() if options.use_critic_target else policy.targets()[1:]
-        parts.targets(pairs, options.tau, finite)
+        parts.targets(policy, options.tau, finite)
     return finite, metrics
 
 
@@ -172,12 +170,11 @@ class Statistics:
     Running statistics of batch norms, as they are now: the pass that moves them comes before it is known whether all
     is finite.
 
-    :param policy: whose network it is
     :param network: actor or critic
     """
 
-    def __init__(self, policy: SoftSACPolicy, network: nn.Module):
-        self.present = networks.statistics(network) if policy.architecture.has_batch_norm else []
+    def __init__(self, network: nn.Module):
+        self.present = networks.statistics(network)
         self.before = [tensor.clone() for tensor in self.present]
 
     def keep_if(self, finite: th.Tensor) -> None:
@@ -186,11 +183,6 @@ class Statistics:
         """
         for tensor, old in zip(self.present, self.before, strict=True):
             tensor.copy_(th.where(finite, tensor, old))
-
-
-def _project(policy: SoftSACPolicy, own_networks: list[nn.Module], finite: th.Tensor) -> None:
-    if policy.unit_norm is not None:
-        networks.project_to_unit_norm(own_networks, policy.unit_norm, finite)
 
 
 def critic_gradients(
@@ -241,15 +233,15 @@ def _critic_outputs(
     if options.joint_batch is None:
         with th.no_grad():
             next_outputs = _outputs(target, batch.next_observations, next_actions)
-        with _by_batch(policy, critic):
+        with networks.batch_statistics(critic):
             return _outputs(critic, batch.observations, batch.actions), next_outputs
     # Both halves share their statistics (CrossQ)
     n_rows = len(batch.actions)
     observations, actions = _joined(batch), th.cat([batch.actions, next_actions])
-    with _by_batch(policy, critic):
+    with networks.batch_statistics(critic):
         outputs = joint_outputs = _outputs(critic, observations, actions)
     if options.use_critic_target:
-        with th.no_grad(), _by_batch(policy, target):
+        with th.no_grad(), networks.batch_statistics(target):
             joint_outputs = _outputs(target, observations, actions)
     return tuple(each[:n_rows] for each in outputs), tuple(each[n_rows:].detach() for each in joint_outputs)
 
@@ -259,11 +251,6 @@ def _outputs(critic: Critic, observations: TorchObs, actions: th.Tensor) -> Outp
         values: Outputs = critic(observations, actions)
         return values
     return critic.outputs(observations, actions)
-
-
-def _by_batch(policy: SoftSACPolicy, network: nn.Module) -> AbstractContextManager[None]:
-    """Normalise by the statistics of the batch: each network in its own loss, and targets in a joint batch."""
-    return networks.batch_statistics(network) if policy.architecture.has_batch_norm else nullcontext()
 
 
 def _joined(batch: ReplayBatch) -> TorchObs:
@@ -300,15 +287,11 @@ def actor_gradients(
     return gradients, ent_coef_gradients, metrics
 
 
-Pairs = list[tuple[nn.Module, nn.Module]]
-"""Networks, each with its target."""
-
-
-def update_targets(pairs: Pairs, tau: float, finite: th.Tensor) -> None:
+def update_targets(policy: SoftSACPolicy, tau: float, finite: th.Tensor) -> None:
     """Polyak averaging of parameters; batch-norm statistics are copied (SB3 issue 996)."""
     if finite:
         with th.no_grad():
-            for network, target in pairs:
+            for network, target in policy.targets():
                 _average(list(target.parameters()), list(network.parameters()), tau)
                 for statistic, new in zip(running_statistics(target), running_statistics(network), strict=True):
                     statistic.copy_(new)
@@ -323,10 +306,10 @@ def _average(kept: list[th.Tensor], new: list[th.Tensor], tau: float) -> None:
         parameter.lerp_(value, tau)
 
 
-def pure_update_targets(pairs: Pairs, tau: float, finite: th.Tensor) -> None:
+def pure_update_targets(policy: SoftSACPolicy, tau: float, finite: th.Tensor) -> None:
     """:func:`update_targets` without a device sync."""
     with th.no_grad():
-        for network, target in pairs:
+        for network, target in policy.targets():
             averaged = zip(target.parameters(), network.parameters(), strict=True)
             copied = zip(running_statistics(target), running_statistics(network), strict=True)
             for kept, new in averaged:
@@ -340,7 +323,7 @@ class Parts(NamedTuple):
 
     critic: Callable[..., tuple[Gradients, Metrics]]
     actor: Callable[..., tuple[Gradients, Gradients, Metrics]]
-    targets: Callable[[Pairs, float, th.Tensor], None]
+    targets: Callable[[SoftSACPolicy, float, th.Tensor], None]
     apply: Apply
 
 
@@ -354,7 +337,7 @@ def _sample(policy: SoftSACPolicy, batch: ReplayBatch, noise: th.Tensor, options
     """The policy's own actions, with densities in the units of the entropy."""
     actor, is_joint = policy.actor, options.joint_batch == "all"
     obs, n_rows = (_joined(batch), len(batch.actions)) if is_joint else (batch.observations, None)
-    with _by_batch(policy, actor):
+    with networks.batch_statistics(actor):
         pi = actor.sample(obs, noise) if n_rows is None else actor.sample(obs, noise, n_rows)
     return pi._replace(log_prob=pi.log_prob - options.log_action_scale)
 

@@ -6,6 +6,7 @@ https://arxiv.org/abs/1707.06887). A head knows the value, the Bellman target an
 import math
 from typing import Any
 
+import numpy as np
 import torch as th
 from torch import nn
 from torch.nn import functional as F
@@ -63,11 +64,13 @@ class CategoricalHead(nn.Module):
     atoms: th.Tensor
     v_min: float
     v_max: float
+    bound: float
 
     def __init__(self, n_atoms: int, v_min: float, v_max: float):
         super().__init__()
         self.n_outputs = n_atoms
         self.v_min, self.v_max = v_min, v_max
+        self.bound = min(-v_min, v_max)  # values of either sign fit if they are not larger
         self.register_buffer("atoms", th.linspace(v_min, v_max, n_atoms), persistent=False)
 
     def values(self, outputs: Outputs) -> Outputs:
@@ -129,7 +132,7 @@ def make_head(n_atoms: int | None, v_min: float, v_max: float) -> Head:
     """
     if n_atoms is None:
         return ScalarHead()
-    if isinstance(n_atoms, bool) or not isinstance(n_atoms, int) or n_atoms < 2:
+    if isinstance(n_atoms, bool) or not isinstance(n_atoms, int | np.integer) or n_atoms < 2:
         raise ValueError(f"n_atoms={n_atoms!r} is not valid: it must be an integer >= 2, or None.")
 
     def is_finite(value: Any) -> bool:
@@ -137,7 +140,7 @@ def make_head(n_atoms: int | None, v_min: float, v_max: float) -> Head:
 
     if not (is_finite(v_min) and is_finite(v_max) and v_min < v_max):
         raise ValueError(f"v_min={v_min!r} and v_max={v_max!r} are not valid: they must be finite, v_min < v_max.")
-    return CategoricalHead(n_atoms, float(v_min), float(v_max))
+    return CategoricalHead(int(n_atoms), float(v_min), float(v_max))
 
 
 SCALAR = ScalarHead()

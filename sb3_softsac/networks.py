@@ -91,12 +91,20 @@ class BatchNorm(nn.BatchNorm1d):
         return F.batch_norm(x, mean, var, self.weight, self.bias, self.uses_batch_statistics, momentum, self.eps)
 
 
+def batch_norms(network: nn.Module) -> list[BatchNorm]:
+    """
+    :param network: any network
+    :return: its :class:`BatchNorm` layers
+    """
+    return [module for module in network.modules() if isinstance(module, BatchNorm)]
+
+
 @contextmanager
 def batch_statistics(network: nn.Module) -> Iterator[None]:
     """
     :param network: within the context, its :class:`BatchNorm` layers normalise by the mean and variance of the batch
     """
-    norms = [module for module in network.modules() if isinstance(module, BatchNorm)]
+    norms = batch_norms(network)
     try:
         for norm in norms:
             norm.uses_batch_statistics = True
@@ -168,8 +176,8 @@ def make_layers(
 def _hidden_layer(
     n_inputs: int, width: int, activation_fn: type[nn.Module], architecture: Architecture
 ) -> list[nn.Module]:
-    # A normalisation subtracts the mean, and with it a bias
-    layers: list[nn.Module] = [nn.Linear(n_inputs, width, bias=architecture.normalization is None)]
+    # Batch norm subtracts the mean of each output, and with it a bias
+    layers: list[nn.Module] = [nn.Linear(n_inputs, width, bias=architecture.normalization != "batch")]
     if architecture.dropout_rate > 0.0:
         layers.append(nn.Dropout(architecture.dropout_rate))
     if architecture.normalization == "batch":
@@ -188,7 +196,7 @@ def statistics(network: nn.Module) -> list[th.Tensor]:
     :param network: any network
     :return: running means and variances of its :class:`BatchNorm` layers
     """
-    norms = [module for module in network.modules() if isinstance(module, BatchNorm)]
+    norms = batch_norms(network)
     return [part for norm in norms for part in (norm.running_mean, norm.running_var) if part is not None]
 
 

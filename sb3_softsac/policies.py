@@ -430,16 +430,24 @@ class SoftSACPolicy(sb3_policies.SACPolicy):
         if self.weight_init is not None:
             init_weights(self.actor, self.weight_init)
             init_weights(self.critic, self.weight_init)
-        if self.unit_norm is not None:
-            networks.project_to_unit_norm(self.actor.own_networks(), self.unit_norm)
-            networks.project_to_unit_norm(self.critic.q_networks, self.unit_norm)
+        self.project_to_unit_norm(self.actor)
+        self.project_to_unit_norm(self.critic)
         if self.weight_init is not None or self.unit_norm is not None:
             self.critic_target.load_state_dict(self.critic.state_dict())
-        for module in nn.ModuleList(self.critic_target.q_networks).modules():
-            module.training = isinstance(module, nn.Dropout)  # DroQ: targets drop out, too
         self.actor_target = None
         if self.use_actor_target:
             self.make_actor_target()
+
+    def project_to_unit_norm(self, network: Actor | Critic, finite: th.Tensor | None = None) -> None:
+        """
+        See ``networks.project_to_unit_norm``.
+
+        :param network: actor or critic; its features extractor is left as it is
+        :param finite: do nothing unless it is true; scalar of booleans
+        """
+        if self.unit_norm is not None:
+            own = network.own_networks() if isinstance(network, Actor) else network.q_networks
+            networks.project_to_unit_norm(own, self.unit_norm, finite)
 
     def make_actor_target(self) -> None:
         """Add the slowly moving copy of the actor. SB3's critics' targets live in the policy: so does this."""
@@ -485,6 +493,10 @@ class SoftSACPolicy(sb3_policies.SACPolicy):
         """As in SB3, which takes 0.1 ms for what is done three times in each step of training."""
         _set_training_mode(self.actor, mode)
         _set_training_mode(self.critic, mode)
+        if self.architecture.dropout_rate > 0.0:
+            for module in self.critic_target.modules():
+                if isinstance(module, nn.Dropout):
+                    module.training = mode  # DroQ: targets drop out, too
         self.training = mode
 
     def targets(self) -> list[tuple[nn.Module, nn.Module]]:

@@ -1,6 +1,7 @@
 """The scale of rewards: what brings returns into the support of categorical critics, whatever units a task has."""
 
 import numpy as np
+from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.running_mean_std import RunningMeanStd
 
 EPSILON = 1e-8
@@ -23,12 +24,19 @@ class RewardScale:
         :param dones: which episodes have ended, terminated or truncated, (E,)
         :param gamma: discount factor
         """
-        if len(self.returns) != len(rewards):
-            self.returns = np.zeros(len(rewards))
-        self.returns = gamma * self.returns + rewards
-        self.statistics.update(self.returns)
-        self.max_return = max(self.max_return, float(np.abs(self.returns).max()))
-        self.returns[dones] = 0.0
+        self._add(self._next_returns(rewards, dones, gamma))
+
+    def update_from(self, buffer: ReplayBuffer, gamma: float) -> None:
+        """
+        Take in what a replay buffer holds already.
+
+        :param buffer: replay buffer, SB3's or ours
+        :param gamma: discount factor
+        """
+        rows = (np.arange(buffer.size()) + (buffer.pos if buffer.full else 0)) % buffer.buffer_size
+        returns = [self._next_returns(buffer.rewards[row], buffer.dones[row], gamma) for row in rows.tolist()]
+        if returns:
+            self._add(np.concatenate(returns))
 
     def end_episodes(self) -> None:
         """All environments are reset."""
@@ -37,7 +45,20 @@ class RewardScale:
     def divisor(self, bound: float | None = None) -> float:
         """
         :param bound: no return until now becomes larger than this; None: whatever they become
-        :return: what rewards are divided by
+        :return: what rewards are divided by; 1 until there is one that is not zero
         """
+        if self.max_return == 0.0:
+            return 1.0
         std = float(np.sqrt(self.statistics.var + EPSILON))
         return std if bound is None else max(std, self.max_return / bound)
+
+    def _next_returns(self, rewards: np.ndarray, dones: np.ndarray, gamma: float) -> np.ndarray:
+        if len(self.returns) != len(rewards):
+            self.returns = np.zeros(len(rewards))
+        returns: np.ndarray = gamma * self.returns + rewards
+        self.returns = np.where(dones, 0.0, returns)
+        return returns
+
+    def _add(self, returns: np.ndarray) -> None:
+        self.statistics.update(returns)
+        self.max_return = max(self.max_return, float(np.abs(returns).max()))

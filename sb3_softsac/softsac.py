@@ -37,7 +37,7 @@ from sb3_softsac.execution.metrics import NotFinite
 from sb3_softsac.execution.runner import Runner, matmul_precision
 from sb3_softsac.execution.way import Minibatches
 from sb3_softsac.gradient_step import UpdateOptions
-from sb3_softsac.heads import CategoricalHead
+from sb3_softsac.heads import CategoricalHead, head_of
 from sb3_softsac.held_noise import HeldNoise
 from sb3_softsac.persistence.resumable import ResumableAlgorithm
 from sb3_softsac.policies import COUNTERPARTS, Actor, CnnPolicy, Critic, MlpPolicy, MultiInputPolicy, SoftSACPolicy
@@ -102,7 +102,7 @@ class SoftSAC(ResumableAlgorithm):
         norm, see ``SoftSACPolicy``
     :param use_critic_target: False: next values are those of the critics themselves (CrossQ)
     :param normalize_rewards: divide sampled rewards by the running standard deviation of discounted returns:
-        ``"std"``; ``"bounded"``: or by more, so that no return is beyond ``v_max`` of categorical critics
+        ``"std"``; ``"bounded"``: or by more, so that no return is beyond the support of categorical critics
     :param max_noise_repeat: hold the noise of an action for n <= ``max_noise_repeat`` steps, P(n) ~ n^-2 (FlashSAC)
     :param offline_data: take a part of each minibatch from this data, which never leaves memory (RLPD,
         https://arxiv.org/abs/2302.02948): a Minari dataset or its id, the path of a model file (its replay buffer), or
@@ -275,8 +275,6 @@ class SoftSAC(ResumableAlgorithm):
         self._create_aliases()
 
         check_networks(self)
-        if self.normalize_rewards is not None and self._reward_scale is None:
-            self._reward_scale = RewardScale()
         if self.max_noise_repeat > 1 and self._held_noise is None:
             self._held_noise = HeldNoise(self.max_noise_repeat)
 
@@ -381,8 +379,10 @@ class SoftSAC(ResumableAlgorithm):
             offline.seed(self._offline_source, seed)
 
     def _setup_learn(self, total_timesteps: int, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
-        check_networks(self)  # first, since these may raise
+        check_options(self)  # first, since these may raise
+        check_networks(self)
         self._set_device_replay()
+        self._set_reward_scale()
         total_timesteps, callback = super()._setup_learn(total_timesteps, *args, **kwargs)
         if self.device.type == "cpu":
             self._set_threads()
@@ -531,16 +531,22 @@ class SoftSAC(ResumableAlgorithm):
         if self._reward_scale is not None:
             self._reward_scale.end_episodes()
 
+    def _set_reward_scale(self) -> None:
+        """Begin with what is in the replay buffer, if rewards have not been scaled until now."""
+        if self.normalize_rewards is not None and self._reward_scale is None:
+            self._reward_scale = RewardScale()
+            if self.replay_buffer is not None:
+                self._reward_scale.update_from(self.replay_buffer, self.gamma)
+
     def _reward_divisor(self) -> float:
         """What sampled rewards are divided by."""
         if self.normalize_rewards is None:
             return 1.0
-        if self._reward_scale is None:  # wanted since load()
-            self._reward_scale = RewardScale()
-        head = self.critic.head
-        if self.normalize_rewards == "bounded" and isinstance(head, CategoricalHead):
-            return self._reward_scale.divisor(head.v_max)
-        return self._reward_scale.divisor()
+        self._set_reward_scale()
+        assert self._reward_scale is not None
+        head = head_of(self.critic)
+        is_bounded = self.normalize_rewards == "bounded" and isinstance(head, CategoricalHead)
+        return self._reward_scale.divisor(head.bound if is_bounded else None)
 
     def _draws(self, number: int, batch_size: int, replay: DeviceReplay | None) -> Iterator[Minibatches]:
         """Minibatches of B; several at once if the buffer is our own: drawing takes half the time, and C++ one call."""

@@ -11,7 +11,7 @@ from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, CombinedExtractor, NatureCNN
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecTransposeImage, unwrap_vec_normalize
 
-from sb3_softsac import schedules
+from sb3_softsac import networks, schedules
 from sb3_softsac.heads import ScalarHead, head_of
 
 MIN_IMAGE_SIZE = 36  # of NatureCNN's three layers: ((36 - 8) / 4 + 1 - 4) / 2 + 1 = 3, the last one's kernel
@@ -192,7 +192,10 @@ def check_networks(model: Any) -> None:
     :param model: ``SoftSAC`` with its networks
     :raises ValueError: for options that have no meaning beside the networks or the environment
     """
-    has_batch_norm = model.policy.architecture.has_batch_norm
+    from sb3_softsac.policies import Actor, Critic  # which imports this module
+
+    has_batch_norm = bool(networks.batch_norms(model.policy))
+    head = head_of(model.critic)
     if model.joint_batch is not None and not has_batch_norm:
         raise ValueError(
             f"joint_batch={model.joint_batch!r} has no effect on networks without batch norm: leave it out, or set "
@@ -200,10 +203,26 @@ def check_networks(model: Any) -> None:
         )
     if has_batch_norm and model.batch_size < 2:
         raise ValueError(f"batch_size={model.batch_size} is too small for batch norm, which needs 2 at least.")
-    if model.normalize_rewards == "bounded" and isinstance(head_of(model.critic), ScalarHead):
+    if model.normalize_rewards == "bounded" and isinstance(head, ScalarHead):
         raise ValueError(
             "normalize_rewards='bounded' needs the support of categorical critics: set policy_kwargs=dict(n_atoms=101),"
             " or use 'std'."
+        )
+    if model.normalize_rewards == "bounded" and head.bound <= 0.0:
+        raise ValueError(
+            f"normalize_rewards='bounded' needs a support around 0, not v_min={head.v_min}, v_max={head.v_max}: change "
+            "these, or use 'std'."
+        )
+    if not isinstance(head, ScalarHead) and type(model.critic).forward is not Critic.forward:
+        raise ValueError(
+            f"{type(model.critic).__name__}.forward() would be left out of the loss of critics with n_atoms: override "
+            "outputs(), which gives their logits, instead."
+        )
+    overrides = model._predict_is_overridden() or type(model.actor).forward is not Actor.forward
+    if model.max_noise_repeat > 1 and overrides:
+        raise ValueError(
+            f"max_noise_repeat={model.max_noise_repeat} has no effect on a policy that draws actions by a predict() or "
+            "forward() of its own: leave it out."
         )
     if model.normalize_rewards is not None and getattr(model._vec_normalize_env, "norm_reward", False):
         raise ValueError(

@@ -11,8 +11,9 @@ from stable_baselines3.common.vec_env import VecNormalize
 from torch import nn
 from twins import SMALL
 
-from sb3_softsac import SoftSAC, networks
+from sb3_softsac import MlpPolicy, SoftSAC, networks
 from sb3_softsac.networks import Architecture, BatchNorm, batch_statistics, make_layers
+from sb3_softsac.policies import Actor, Critic
 
 BATCH = Architecture(normalization="batch", normalize_input=True)
 
@@ -69,7 +70,7 @@ def test_layers() -> None:
     hidden = ["Linear", "BatchNormb", "ReLU"]
     assert kinds(make_layers(3, 2, [8, 4], nn.ReLU, BATCH)) == ["BatchNormb", *hidden, *hidden, "Linearb"]
     layer = Architecture(normalization="layer", dropout_rate=0.1)
-    assert kinds(make_layers(3, -1, [8], nn.Tanh, layer)) == ["Linear", "Dropout", "LayerNormb", "Tanh"]
+    assert kinds(make_layers(3, -1, [8], nn.Tanh, layer)) == ["Linearb", "Dropout", "LayerNormb", "Tanh"]
     assert kinds(make_layers(3, 2, [8], nn.ReLU, Architecture())) == ["Linearb", "ReLU", "Linearb"]
     assert type(make_layers(3, 2, [8], nn.ReLU, Architecture())[0]) is nn.Linear
     residual = make_layers(3, 2, [8, 8], nn.ReLU, BATCH._replace(residual_expansion=4))
@@ -152,11 +153,74 @@ def test_prediction_is_a_function_of_the_observation() -> None:
     assert th.equal(model.critic(obs, actions)[0], model.critic(obs, actions)[0])
 
 
+def test_layer_norm_sees_the_size_of_observations() -> None:
+    network = make_layers(3, 1, [16], nn.ReLU, Architecture(normalization="layer"))
+    x = th.randn(5, 3)
+    assert (network(x) - network(1000.0 * x)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("use_critic_target", [True, False])
+@pytest.mark.parametrize("options", [{}, {"networks": BATCH._asdict(), "joint_batch": "critic"}])
+def test_targets_are_used_or_not(use_critic_target: bool, options: dict[str, Any]) -> None:
+    losses = []
+    for value in (0.0, 100.0):
+        model = make(use_critic_target=use_critic_target, **options).learn(25)
+        with th.no_grad():
+            for critic in model.critic_target.q_networks:
+                critic[-1].bias.fill_(value)
+        th.manual_seed(0)
+        model.train(1, 8)
+        losses.append(model.logger.name_to_value["train/critic_loss"])
+    assert (losses[0] == losses[1]) != use_critic_target
+    # They follow all the same, so that a run can be continued with them
+    weights = [network.q_networks[0][-1].weight for network in (model.critic, model.critic_target)]
+    th.testing.assert_close(*weights, atol=1e-2, rtol=0)
+
+
+class OwnForward(Critic):
+    def forward(self, obs: Any, actions: th.Tensor) -> tuple[th.Tensor, ...]:
+        return super().forward(obs, actions)
+
+
+class OwnActor(Actor):
+    def forward(self, obs: Any, deterministic: bool = False) -> th.Tensor:
+        return super().forward(obs, deterministic)
+
+
+class OwnPolicy(MlpPolicy):
+    """With batch norm in the critics only."""
+
+    def make_critic(self, features_extractor: Any = None) -> Critic:
+        kwargs = self._update_features_extractor(self.critic_kwargs, features_extractor)
+        return OwnForward(**kwargs, architecture=BATCH, **self.support_kwargs)
+
+    def make_actor(self, features_extractor: Any = None) -> Actor:
+        return OwnActor(**self._update_features_extractor(self.actor_kwargs, features_extractor))
+
+
+def test_batch_norm_in_a_critic_of_the_users() -> None:
+    model = make(OwnPolicy, joint_batch="critic").learn(30)  # type: ignore[arg-type]
+    assert not networks.batch_norms(model.actor)
+    assert all(norm.running_mean.abs().max() > 0.0 for norm in networks.batch_norms(model.critic))
+    with pytest.raises(ValueError, match=r"OwnForward.forward\(\) would be left out .* with n_atoms: override outputs"):
+        make(OwnPolicy, networks={"n_atoms": 11})  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="max_noise_repeat=4 has no effect on a policy that draws actions by"):
+        make(OwnPolicy, max_noise_repeat=4)  # type: ignore[arg-type]
+
+
+def test_options_that_are_set_later_are_checked() -> None:
+    model = make()
+    model.normalize_rewards = "bound"
+    with pytest.raises(ValueError, match="normalize_rewards='bound' is not valid"):
+        model.learn(10)
+
+
 def test_dropout_in_updates_only() -> None:
     """DroQ: also in the targets, in the actor's loss; the actor has none."""
     model = make(networks={"dropout_rate": 0.5, "normalization": "layer"}).learn(25)
     dropouts = [m for m in model.critic_target.modules() if isinstance(m, nn.Dropout)]
-    assert len(dropouts) == 4 and all(m.training for m in dropouts)
+    model.policy.eval()
+    assert len(dropouts) == 4 and not any(m.training for m in dropouts)
     model.policy.set_training_mode(True)
     obs, actions = th.randn(5, 3), th.zeros(5, 1)
     for network in (model.critic, model.critic_target):
@@ -184,6 +248,9 @@ def test_unit_norms_after_each_step(policy: str, unit_norm: str, options: dict[s
     rest = {name: value for name, value in options.items() if name != "share"}
     model = make(policy, env if isinstance(env, str) else env(), {**BATCH._asdict(), **kwargs}, **rest)
     before = {name: p.detach().clone() for name, p in model.policy.named_parameters()}
+    targets = model.critic_target.q_networks
+    for ours, theirs in zip(model.critic.q_networks, targets, strict=True):
+        assert all(map(th.equal, ours.parameters(), theirs.parameters()))
     for _ in range(2):
         for network in (model.actor, model.critic, model.critic_target):
             trained = network.own_networks() if network is model.actor else network.q_networks

@@ -312,7 +312,7 @@ def test_targets_copy_statistics(norm: type[nn.Module], how: str) -> None:
         for network, _ in policy.targets():
             for i, buffer in enumerate(network.features_extractor.norm.buffers()):
                 buffer.fill_(i + 2)
-        UPDATES_OF_TARGETS[how](policy.targets(), 0.1, th.tensor(finite))
+        UPDATES_OF_TARGETS[how](policy, 0.1, th.tensor(finite))
         for network, target in policy.targets():
             copies = dict(target.features_extractor.norm.named_buffers())
             for name, buffer in network.features_extractor.norm.named_buffers():

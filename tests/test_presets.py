@@ -40,6 +40,20 @@ def test_sizes_are_the_published_ones() -> None:
     assert size("flashsac") == (residual(n_obs + n_actions, 256, n_atoms), residual(n_obs, 128, 2 * n_actions))
 
 
+def test_hyperparameters_are_the_published_ones() -> None:
+    """XQC's and FlashSAC's tables."""
+    xqc, flashsac = sb3_softsac.preset("xqc"), sb3_softsac.preset("flashsac")
+    assert (xqc["batch_size"], xqc["gradient_steps"], xqc["policy_delay"]) == (256, 2, 3)
+    assert (flashsac["batch_size"], flashsac.get("gradient_steps", 1), flashsac["policy_delay"]) == (512, 1, 2)
+    assert (xqc["learning_rate"], flashsac["learning_rate"]) == ("lin_3e-4_3e-5", "cos_3e-4_1.5e-4")
+    assert (xqc.get("tau", 0.005), flashsac["tau"]) == (0.005, 0.01)
+    assert (xqc["learning_starts"], flashsac["learning_starts"]) == (5000, 10000)
+    assert (xqc.get("max_noise_repeat", 1), flashsac["max_noise_repeat"]) == (1, 16)
+    assert (xqc["joint_batch"], flashsac["joint_batch"]) == ("critic", "all")
+    assert (xqc["target_entropy"], flashsac["target_entropy"]) == ("auto_0.5", "std_0.15")
+    assert {xqc["ent_coef"], flashsac["ent_coef"]} == {"auto_0.01"}
+
+
 def test_a_preset_can_be_changed() -> None:
     sb3_softsac.preset("compact")["policy_kwargs"]["net_arch"] = [8]
     assert sb3_softsac.preset("compact")["policy_kwargs"]["net_arch"] != [8]

@@ -31,6 +31,7 @@ from sb3_softsac import ray as of_package
 from sb3_softsac.ray import RayVecEnv
 
 pytestmark = [
+    pytest.mark.slow,  # half a minute to start a cluster, which waits for free cores
     pytest.mark.processes,
     # Ray's own files and sockets, and its warnings to its developers
     pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning", "ignore::FutureWarning"),

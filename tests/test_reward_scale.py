@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch as th
 from stable_baselines3 import HerReplayBuffer
 from stable_baselines3.common.buffers import ReplayBuffer as SB3ReplayBuffer
 from stable_baselines3.common.env_util import make_vec_env
@@ -12,6 +13,7 @@ from stable_baselines3.common.envs import BitFlippingEnv
 from twins import SMALL
 
 from sb3_softsac import SoftSAC
+from sb3_softsac.execution.device_replay import StoredBatch, with_scaled_rewards
 from sb3_softsac.reward_scale import RewardScale
 
 GAMMA = 0.9
@@ -115,5 +117,47 @@ def test_it_is_saved(with_env: bool, tmp_path: Path) -> None:
 def test_it_can_begin_at_load(tmp_path: Path) -> None:
     model = SoftSAC("MlpPolicy", "Pendulum-v1", **SMALL).learn(30)
     model.save(tmp_path / "model")
-    loaded = SoftSAC.load(tmp_path / "model", model.env, normalize_rewards="std").learn(10)
-    assert loaded._reward_scale is not None and loaded._reward_scale.statistics.count == pytest.approx(10, abs=1e-3)
+    other = SoftSAC("MlpPolicy", "Pendulum-v1", normalize_rewards="std", **SMALL).learn(30)
+    loaded = SoftSAC.load(tmp_path / "model", model.env, normalize_rewards="std")
+    assert loaded._reward_divisor() == pytest.approx(other._reward_divisor(), rel=1e-5)
+    loaded.learn(10)
+    assert loaded._reward_scale is not None and loaded._reward_scale.statistics.count == pytest.approx(40, abs=1e-3)
+
+
+def test_nothing_is_scaled_before_the_first_reward() -> None:
+    """Relabelled rewards of hindsight replay would become thousands."""
+    scale = RewardScale()
+    for _ in range(100):
+        scale.update(np.zeros(2), np.zeros(2, dtype=bool), GAMMA)
+    assert scale.divisor() == scale.divisor(5.0) == 1.0
+    scale.update(np.array([0.0, 2.0]), np.zeros(2, dtype=bool), GAMMA)
+    assert scale.divisor(5.0) == pytest.approx(0.4)
+
+
+def test_dones_may_be_integers() -> None:
+    """SubprocVecEnv passes on what an environment returns."""
+    scale = RewardScale()
+    for dones in (np.array([0, 0]), np.array([0, 1])):
+        scale.update(np.array([1.0, 1.0]), dones, GAMMA)
+    np.testing.assert_allclose(scale.returns, [1.0 + GAMMA, 0.0])
+
+
+def test_bound_is_that_of_the_support() -> None:
+    networks = {"n_atoms": 21, "v_min": -8.0, "v_max": 20.0, "net_arch": [8]}
+    options = {**SMALL, "policy_kwargs": networks, "normalize_rewards": "bounded"}
+    model = SoftSAC("MlpPolicy", "Pendulum-v1", **options).learn(60)
+    assert model._reward_scale is not None
+    std, largest = model._reward_scale.divisor(), model._reward_scale.max_return
+    assert model._reward_divisor() == max(std, largest / 8.0)
+    model._reward_scale.max_return = 100.0 * largest
+    assert model._reward_divisor() == pytest.approx(100.0 * largest / 8.0)
+    networks |= {"v_max": -1.0}
+    with pytest.raises(ValueError, match="normalize_rewards='bounded' needs a support around 0"):
+        SoftSAC("MlpPolicy", "Pendulum-v1", **options)
+
+
+def test_rewards_of_a_batch_that_is_not_gathered_yet() -> None:
+    batch = StoredBatch(th.zeros(3, 2, dtype=th.int64), th.arange(9.0).reshape(3, 3))
+    scaled = with_scaled_rewards(batch, 0.5)
+    assert scaled.numbers.tolist() == [[0.0, 1.0, 2.0], [1.5, 4.0, 5.0], [3.0, 7.0, 8.0]]
+    assert batch.numbers[1, 0] == 3.0 and scaled.places is batch.places

@@ -360,8 +360,9 @@ def look_inside(folder: Path) -> None:
 
     # Options without a meaning beside the others are not sampled
     trial = study.ask()
-    trial.set_user_attr(EXCLUDED, excluded_options({"use_sde": True, "ent_coef": 0.1}))
+    trial.set_user_attr(EXCLUDED, excluded_options({"use_sde": True, "ent_coef": 0.1, "normalize": True}))
     sampled = HYPERPARAMS_SAMPLER["softsac"](trial, 1, 1, {"using_her_replay_buffer": False})
+    assert "n_atoms" not in sampled["policy_kwargs"] and "normalize_rewards" not in sampled
     assert "ent_coef_loss" not in sampled and "log_std_bounding" not in sampled["policy_kwargs"]
     SoftSAC("MlpPolicy", make("Pendulum-v1"), use_sde=True, ent_coef=0.1, **sampled)
 

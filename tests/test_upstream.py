@@ -667,10 +667,10 @@ def test_without_foreach_lerp(monkeypatch: pytest.MonkeyPatch) -> None:
     for parameter in policy.critic.parameters():
         parameter.data.normal_()
     other = copy.deepcopy(policy)
-    gradient_step.update_targets(policy.targets(), 0.3, th.tensor(True))
+    gradient_step.update_targets(policy, 0.3, th.tensor(True))
     monkeypatch.delattr(th, "_foreach_lerp_")
     with pytest.warns(UserWarning, match="torch._foreach_lerp_, a private name .*slower"):
-        gradient_step.update_targets(other.targets(), 0.3, th.tensor(True))
+        gradient_step.update_targets(other, 0.3, th.tensor(True))
     for expected, found in zip(policy.critic_target.parameters(), other.critic_target.parameters(), strict=True):
         assert th.equal(found, expected)
 

@@ -70,6 +70,7 @@ CASES: dict[str, dict[str, Any]] = {
         "use_actor_target": True,
         "policy_kwargs": {**TAME, "normalize_input": True, "normalization": "batch"},
     },
+    "no_target": {"use_critic_target": False},
     "droq": {"policy_kwargs": {**TAME, "normalization": "layer", "dropout_rate": 0.1}},
     "rmsprop_delay": {"policy_delay": 2, "policy_kwargs": {**SGD, "optimizer_class": th.optim.RMSprop}},
     "shared_extractor": {"policy_kwargs": {**TAME, "share_features_extractor": True}},

@@ -13,11 +13,15 @@ from stable_baselines3.common.torch_layers import FlattenExtractor
 from torch import nn
 
 from sb3_softsac.execution.cpp import matmul
+from sb3_softsac.heads import ScalarHead
 from sb3_softsac.policies import Actor, Critic, Preprocessing, SoftSACPolicy
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # If a user replaces one of these, torch runs the replacement
-OWN_METHODS = ("forward", "extract_features", "get_action_dist_params", "sample", "targets")
+OWN_METHODS = (
+    *("forward", "extract_features", "get_action_dist_params", "sample", "targets"),
+    *("outputs", "values", "target", "loss"),  # of critics and their heads
+)
 # Of actors and critics, besides their modules
 ATTRIBUTES = ("use_sde", "separate_log_std_net", "preprocessing", "q_networks")
 
@@ -164,6 +168,7 @@ def plain_layers(policy: SoftSACPolicy) -> Layers:
 def _plain_critics(network: nn.Module) -> list[list[nn.Linear]]:
     require(type(network) is Critic, f"the critic's class is {type(network).__name__}")
     assert isinstance(network, Critic)
+    require(type(network.head) is ScalarHead, f"the critics have a {type(network.head).__name__} (n_atoms)")
     _require_vectors(network, "critic")
     return [_linear_layers(_chain(module, "critic"), "critic") for module in network.q_networks]
 
