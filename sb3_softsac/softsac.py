@@ -545,8 +545,9 @@ class SoftSAC(ResumableAlgorithm):
         self._set_reward_scale()
         assert self._reward_scale is not None
         head = head_of(self.critic)
-        is_bounded = self.normalize_rewards == "bounded" and isinstance(head, CategoricalHead)
-        return self._reward_scale.divisor(head.bound if is_bounded else None)
+        if self.normalize_rewards == "bounded" and isinstance(head, CategoricalHead):
+            return self._reward_scale.divisor(head.bound)
+        return self._reward_scale.divisor()
 
     def _draws(self, number: int, batch_size: int, replay: DeviceReplay | None) -> Iterator[Minibatches]:
         """Minibatches of B; several at once if the buffer is our own: drawing takes half the time, and C++ one call."""

@@ -12,7 +12,7 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, Combine
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecTransposeImage, unwrap_vec_normalize
 
 from sb3_softsac import networks, schedules
-from sb3_softsac.heads import ScalarHead, head_of
+from sb3_softsac.heads import CategoricalHead, ScalarHead, head_of
 
 MIN_IMAGE_SIZE = 36  # of NatureCNN's three layers: ((36 - 8) / 4 + 1 - 4) / 2 + 1 = 3, the last one's kernel
 
@@ -208,7 +208,7 @@ def check_networks(model: Any) -> None:
             "normalize_rewards='bounded' needs the support of categorical critics: set policy_kwargs=dict(n_atoms=101),"
             " or use 'std'."
         )
-    if model.normalize_rewards == "bounded" and head.bound <= 0.0:
+    if model.normalize_rewards == "bounded" and isinstance(head, CategoricalHead) and head.bound <= 0.0:
         raise ValueError(
             f"normalize_rewards='bounded' needs a support around 0, not v_min={head.v_min}, v_max={head.v_max}: change "
             "these, or use 'std'."
