@@ -295,7 +295,7 @@ def test_hub(trained: Path, tmp_path: Path) -> None:
     assert "model-index" in card and "SoftSAC" in card
     assert "'qf_learning_rate', 'lin_1e-3'" in card
     mean = json.loads((hub / "somebody/softsac-Pendulum-v1/results.json").read_text())["mean_reward"]
-    assert f"Return of 10 episodes with sampled actions: {mean:.2f} +/-" in card
+    assert f"Return of 10 episodes with deterministic actions: {mean:.2f} +/-" in card
     assert "learning_curve.png" in card and (hub / "somebody/softsac-Pendulum-v1/learning_curve.png").is_file()
     assert "sb3-softsac" in card and "\nTRUST_REMOTE_CODE=True python -m rl_zoo3.load_from_hub --algo softsac" in card
     # Models without VecNormalize have no vec_normalize.pkl: broken likewise with huggingface_hub >= 1.0
