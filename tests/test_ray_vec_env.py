@@ -334,36 +334,6 @@ def test_death_of_an_actor(cluster: Cluster) -> None:
     env.close()
 
 
-def test_death_of_a_node(cluster: Cluster) -> None:
-    """Two environments learn on a machine that dies, go on elsewhere, and die with that one as well."""
-    nodes = [cluster.add_node(num_cpus=1, resources={"room": 1})]
-    options = {"num_cpus": 0.5, "resources": {"room": 0.5}}
-    env = VecNormalize(RayVecEnv(probes(2), actor_options=options, max_restarts=1))
-    assert env.env_method("node") == [nodes[0].node_id] * 2
-    model = SoftSAC("MlpPolicy", env, learning_starts=10, batch_size=8, policy_kwargs={"net_arch": [8]}, device="cpu")
-
-    def kill_at_20(locals_: dict[str, Any], globals_: dict[str, Any]) -> bool:
-        if model.num_timesteps == 20:
-            nodes.append(cluster.add_node(num_cpus=1, resources={"room": 1}))
-            cluster.remove_node(nodes[0], allow_graceful=False)
-        return True
-
-    with pytest.warns(UserWarning, match=f"on node .*{nodes[0].node_id}.* has died") as caught:
-        model.learn(40, callback=kill_at_20)
-    assert len([w for w in caught if "has died" in str(w.message)]) == 2
-    assert model.num_timesteps == 40
-    assert model.replay_buffer is not None
-    # A node takes its actors with it within some steps, each of them once
-    ends = (model.replay_buffer.timeouts[:20] == 1) & (model.replay_buffer.rewards[:20] == 0)
-    assert list(ends.sum(axis=0)) == [1, 1]
-    assert model.replay_buffer.dones[:20][ends].all()
-    assert env.env_method("node") == [nodes[1].node_id] * 2
-    cluster.remove_node(nodes[1], allow_graceful=False)
-    with pytest.raises(RuntimeError, match=f"actor of environment [01] on node .*{nodes[1].node_id}"):
-        model.learn(20)
-    env.close()
-
-
 # --- State ------------------------------------------------------------------------------------------------------------
 
 RESUMED = Case(
@@ -407,3 +377,38 @@ def test_zoo(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     assert manager.vec_env_class is RayVecEnv
     other = ExperimentManager(argparse.Namespace(), "softsac", "Pendulum-v1", "logs", vec_env_type="subproc")
     assert other.vec_env_class is SubprocVecEnv
+
+
+# --- Last, since Ray goes on for a while to place actors on dead nodes -------------------------------------------------
+
+
+def test_death_of_a_node(cluster: Cluster) -> None:
+    """Two environments learn on a machine that dies, go on elsewhere, and die with that one as well."""
+    nodes = [cluster.add_node(num_cpus=1, resources={"room": 1})]
+    options = {"num_cpus": 0.5, "resources": {"room": 0.5}}
+    env = VecNormalize(RayVecEnv(probes(2), actor_options=options, max_restarts=1))
+    assert env.env_method("node") == [nodes[0].node_id] * 2
+    model = SoftSAC("MlpPolicy", env, learning_starts=10, batch_size=8, policy_kwargs={"net_arch": [8]}, device="cpu")
+
+    def kill_at_20(locals_: dict[str, Any], globals_: dict[str, Any]) -> bool:
+        if model.num_timesteps == 20:
+            nodes.append(cluster.add_node(num_cpus=1, resources={"room": 1}))
+            cluster.remove_node(nodes[0], allow_graceful=False)
+            time.sleep(3.0)  # its actors outlive it for a moment
+        return True
+
+    with pytest.warns(UserWarning, match=f"on node .*{nodes[0].node_id}.* has died") as caught:
+        model.learn(40, callback=kill_at_20)
+    assert len([w for w in caught if "has died" in str(w.message)]) == 2
+    assert model.num_timesteps == 40
+    assert model.replay_buffer is not None
+    # A node takes its actors with it within some steps, each of them once
+    ends = (model.replay_buffer.timeouts[:20] == 1) & (model.replay_buffer.rewards[:20] == 0)
+    assert list(ends.sum(axis=0)) == [1, 1]
+    assert model.replay_buffer.dones[:20][ends].all()
+    assert env.env_method("node") == [nodes[1].node_id] * 2
+    cluster.remove_node(nodes[1], allow_graceful=False)
+    time.sleep(3.0)
+    with pytest.raises(RuntimeError, match=f"actor of environment [01] on node .*{nodes[1].node_id}"):
+        model.learn(20)
+    env.close()
