@@ -379,7 +379,7 @@ def test_zoo(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     assert other.vec_env_class is SubprocVecEnv
 
 
-# --- Last, since Ray goes on for a while to place actors on dead nodes -------------------------------------------------
+# --- Last, since Ray goes on for a while to place actors on dead nodes ------------------------------------------------
 
 
 def test_death_of_a_node(cluster: Cluster) -> None:
