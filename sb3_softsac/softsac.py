@@ -104,7 +104,7 @@ class SoftSAC(ResumableAlgorithm):
     :param normalize_rewards: divide sampled rewards by the running standard deviation of discounted returns:
         ``"std"``; ``"bounded"``: or by more, so that no return is beyond the support of categorical critics
     :param max_noise_repeat: hold the noise of an action for n <= ``max_noise_repeat`` steps, P(n) ~ n^-2 (FlashSAC)
-    :param offline_data: take a part of each minibatch from this data, which never leaves memory (RLPD,
+    :param offline_data: take a part of each minibatch from this data, which new transitions do not replace (RLPD,
         https://arxiv.org/abs/2302.02948): a Minari dataset or its id, the path of a model file (its replay buffer), or
         what else ``ReplayBuffer.add_dataset`` takes. Files of the run refer to it, and do not hold it. The attribute is
         a replay buffer
@@ -275,9 +275,6 @@ class SoftSAC(ResumableAlgorithm):
         self._create_aliases()
 
         check_networks(self)
-        if self.max_noise_repeat > 1 and self._held_noise is None:
-            self._held_noise = HeldNoise(self.max_noise_repeat)
-
         self.target_entropy = parse_target_entropy(self.target_entropy, int(np.prod(self.action_space.shape)))
         first_learning_rate = self._schedule(self.ent_coef_learning_rate)(1.0)
         self._ent_coef: EntCoef = make_ent_coef(self.ent_coef, first_learning_rate, self.device)
