@@ -246,7 +246,7 @@ def train(model: BaseAlgorithm, options: dict[str, Any], folder: Path) -> None:
     left = options["steps"] - model.num_timesteps
     model.learn(left, callback=callbacks, reset_num_timesteps=model.num_timesteps == 0)
     final_evaluation(model, options, folder)
-    model.save(folder / "model.zip", exclude=["replay_buffer"])
+    model.save(folder / "model.zip", exclude=[] if options.get("keep_buffer") else ["replay_buffer"])
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     print(f"Finished: {folder}", flush=True)
 
@@ -299,6 +299,7 @@ def main() -> None:
     command.add_argument("--eval-episodes", type=int, default=10, help="episodes of each evaluation")
     command.add_argument("--final-episodes", type=int, default=200, help="episodes of the evaluation after training")
     command.add_argument("--checkpoint-freq", type=int, default=25_000, help="environment steps between checkpoints")
+    command.add_argument("--keep-buffer", action="store_true", help="save the replay buffer in model.zip")
     command.set_defaults(do=run)
 
     command = commands.add_parser("resume", help="continue runs that were killed, one after the other")
