@@ -15,8 +15,9 @@ Tensor product(const Tensor& left, const Tensor& right, const std::optional<Tens
   float* c = out.mutable_data_ptr<float>();
   // Inductor may have chosen other strides than the graph had
   const Tensor bias_row = bias ? bias->contiguous() : Tensor(), made = relu_of ? relu_of->contiguous() : Tensor();
-  const Epilogue epilogue{bias ? bias_row.const_data_ptr<float>() : nullptr,
-                          relu_of ? made.const_data_ptr<float>() : nullptr, relu};
+  const Epilogue epilogue{.bias = bias ? bias_row.const_data_ptr<float>() : nullptr,
+                          .relu_of = relu_of ? made.const_data_ptr<float>() : nullptr,
+                          .relu = relu};
   const int64_t grain = std::max<int64_t>(1, MIN_WORK / std::max<int64_t>(1, a.columns * b.columns));
   at::parallel_for(0, a.rows, grain,
                    [&](int64_t begin, int64_t end) { rows_of_product(a, b, epilogue, begin, end, c); });

@@ -36,9 +36,11 @@ struct Matrix {
   const float* at(int64_t row, int64_t column) const { return data + row * row_stride + column * column_stride; }
 };
 
-// What is done to sums when they are complete: a layer's bias and relu, or the gradient of the relu that made a matrix
+// What is done to sums when they are complete: they are scaled, and get a layer's bias and relu, or the gradient of the
+// relu that made a matrix
 struct Epilogue {
-  const float* bias = nullptr;     // of the panel's first column, or null
+  const float* scale = nullptr;    // of the panel's first column, or null
+  const float* bias = nullptr;     // the same
   const float* relu_of = nullptr;  // an element of it for each one of the output, or null
   bool relu = false;
   bool adds = false;  // the product to what is there; this is done first
@@ -90,8 +92,9 @@ void tile(const float* a, int64_t a_row, int64_t a_column, const float* panel, i
   const Vec zero(0.0f);
   for (int v = 0; v < VECTORS; v++) {
     const Vec bias = epilogue.bias ? Vec::loadu(epilogue.bias + v * LANES, n[v]) : zero;
+    const Vec scale = epilogue.scale ? Vec::loadu(epilogue.scale + v * LANES, n[v]) : Vec(1.0f);
     for (int r = 0; r < R; r++) {
-      Vec sum = sums[r][v] + bias;
+      Vec sum = at::vec::fmadd(sums[r][v], scale, bias);
       if (epilogue.relu) sum = at::vec::clamp_min(sum, zero);
       if (epilogue.relu_of) {
         const Vec made = Vec::loadu(epilogue.relu_of + r * c_row + v * LANES, n[v]);
@@ -142,7 +145,8 @@ void rows_of_product(const Matrix& a, const Matrix& b, const Epilogue& whole, in
       if (j + WIDTH < b.columns) prefetch(b, k, depth, j + WIDTH, std::min(WIDTH, b.columns - j - WIDTH));
       Epilogue epilogue;
       if (k + depth == a.columns) {
-        epilogue = {whole.bias ? whole.bias + j : nullptr, whole.relu_of ? whole.relu_of + j : nullptr, whole.relu};
+        epilogue = {whole.scale ? whole.scale + j : nullptr, whole.bias ? whole.bias + j : nullptr,
+                    whole.relu_of ? whole.relu_of + j : nullptr, whole.relu};
       }
       epilogue.adds = whole.adds || k > 0;
       const auto run = width > LANES ? tiles<TALLEST, 2> : tiles<TALLEST, 1>;

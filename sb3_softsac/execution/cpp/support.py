@@ -1,10 +1,11 @@
 """
-What our C++ supports: the networks of plain SAC. Checks that say why a network is not supported, and the detection of
-later changes.
+What our C++ supports: the networks of plain SAC, also with batch norm, residual blocks and categorical critics. Checks
+that say why a network is not supported, and the detection of later changes.
 """
 
 import itertools
 from collections.abc import Iterable, Iterator
+from enum import IntEnum
 from operator import attrgetter, is_
 from typing import Any, NamedTuple
 
@@ -13,9 +14,11 @@ from stable_baselines3.common.torch_layers import FlattenExtractor
 from torch import nn
 
 from sb3_softsac.execution.cpp import matmul
-from sb3_softsac.heads import ScalarHead
+from sb3_softsac.heads import CategoricalHead, ScalarHead
+from sb3_softsac.networks import BatchNorm, ResidualBlock
 from sb3_softsac.policies import Actor, Critic, Preprocessing, SoftSACPolicy
 
+CONTENTS = ("_modules", "_parameters", "_buffers")
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # If a user replaces one of these, torch runs the replacement
 OWN_METHODS = (
@@ -43,12 +46,43 @@ def require(condition: bool, otherwise: str) -> None:
         raise NotPlain(otherwise)
 
 
-class Layers(NamedTuple):
-    """The linear layers of plain networks, from inputs to outputs."""
+Module = nn.Linear | BatchNorm | nn.RMSNorm
 
-    actor: list[nn.Linear]  # with mu and log_std at the end
-    critics: list[list[nn.Linear]]
-    targets: list[list[nn.Linear]]
+
+class Kind(IntEnum):
+    """What is behind a linear layer, and its batch norm if it has one. So ``update.cpp`` names it."""
+
+    LINEAR = 0
+    RELU = 1
+    ENDS_BLOCK = 2  # relu, and then the residual block's inputs are added
+
+
+class Stack(NamedTuple):
+    """The layers of a network, from inputs to outputs."""
+
+    modules: list[Module]  # linear layers, and norms before the first or behind a hidden one
+    kinds: list[Kind]  # of the hidden linear layers
+
+    def linear_layers(self) -> list[nn.Linear]:
+        """
+        :return: them alone
+        """
+        return [module for module in self.modules if isinstance(module, nn.Linear)]
+
+
+class Layers(NamedTuple):
+    """The layers of plain networks."""
+
+    actor: Stack  # with mu and log_std at the end
+    critics: list[Stack]
+    targets: list[Stack]
+
+    def batch_norms(self) -> list[BatchNorm]:
+        """
+        :return: those of all networks
+        """
+        stacks = [self.actor, *self.critics, *self.targets]
+        return [module for stack in stacks for module in stack.modules if isinstance(module, BatchNorm)]
 
 
 class Attributes:
@@ -75,7 +109,9 @@ class Watch:
         self._modules = list(dict.fromkeys(module for root in roots for module in root.modules()))
         self._attributes = [vars(module) for module in self._modules]
         self._n_attributes = list(map(len, self._attributes))
-        parts = (attributes[name] for attributes in self._attributes for name in ("_modules", "_parameters"))
+        parts = (
+            attributes[name] for attributes in self._attributes for name in ("_modules", "_parameters", "_buffers")
+        )
         networks = [Attributes(root, ATTRIBUTES) for root in roots]
         preprocessings = [vars(root)["preprocessing"] for root in roots if "preprocessing" in vars(root)]
         inputs = [Attributes(each, ("is_box", "scale")) for each in preprocessings if type(each) is Preprocessing]
@@ -114,7 +150,11 @@ def moved_names() -> list[str]:
     """
     :return: private names of torch that :class:`Watch` reads and that no longer exist
     """
-    names = [f"torch.nn.Module.{name}" for name in ("_modules", "_parameters", *HOOKS) if name not in vars(nn.Module())]
+    names = [
+        f"torch.nn.Module.{name}"
+        for name in ("_modules", "_parameters", "_buffers", *HOOKS)
+        if name not in vars(nn.Module())
+    ]
     names += [
         f"torch.nn.modules.module._global{name}" for name in HOOKS if not hasattr(nn.modules.module, f"_global{name}")
     ]
@@ -128,10 +168,10 @@ def usual_arithmetic() -> bool:
     return matmul.exact_products_are_wanted() and not th.is_autocast_enabled("cpu")
 
 
-def plain_actor(actor: nn.Module) -> list[nn.Linear]:
+def plain_actor(actor: nn.Module) -> Stack:
     """
     :param actor: any actor
-    :return: its linear layers, with mu and log_std at the end
+    :return: its layers, with mu and log_std at the end
     :raises NotPlain: if it is not supported
     """
     require(type(actor) is Actor, f"the actor's class is {type(actor).__name__}")
@@ -140,51 +180,67 @@ def plain_actor(actor: nn.Module) -> list[nn.Linear]:
     require(not actor.separate_log_std_net, "the actor has a separate network for log_std (separate_log_std_net)")
     _require_vectors(actor, "actor")
     assert isinstance(actor.log_std, nn.Module)
-    layers = _linear_layers([*_chain(actor.latent_pi, "actor"), actor.mu, actor.log_std], "actor", n_last=2)
+    stack = _stack(_chain(actor.latent_pi, "actor"), [actor.mu, actor.log_std], "actor")
+    *_, mu, log_std = stack.modules
+    trunk = stack._replace(modules=stack.modules[:-1])
     require(
-        layers[-2].weight.shape == layers[-1].weight.shape and _follow_each_other(layers[:-1]),
-        "the sizes of the actor's layers do not fit",
+        mu.weight.shape == log_std.weight.shape and _fit_together(trunk), "the sizes of the actor's layers do not fit"
     )
-    return layers
+    return stack
 
 
 def plain_layers(policy: SoftSACPolicy) -> Layers:
     """
     :param policy: any policy
-    :return: its linear layers
+    :return: its layers
     :raises NotPlain: if it is not supported
     """
-    require(policy.unit_norm is None, "weights are scaled to unit norm (unit_norm)")
     require(policy.actor_target is None, "there is a target actor (use_actor_target)")
-    require(
-        type(policy).targets is SoftSACPolicy.targets, f"the policy's class {type(policy).__name__} overrides targets()"
-    )
+    for name in ("targets", "project_to_unit_norm"):
+        is_own = getattr(type(policy), name) is not getattr(SoftSACPolicy, name)
+        require(not is_own, f"the policy's class {type(policy).__name__} overrides {name}()")
     layers = Layers(plain_actor(policy.actor), _plain_critics(policy.critic), _plain_critics(policy.critic_target))
     require(_fit(layers), "the sizes of the layers of actor, critics and target critics do not fit")
     require(_are_in_order(layers, policy), "the critics are not in the order of their parameters")
     return layers
 
 
-def _plain_critics(network: nn.Module) -> list[list[nn.Linear]]:
+def _plain_critics(network: nn.Module) -> list[Stack]:
     require(type(network) is Critic, f"the critic's class is {type(network).__name__}")
     assert isinstance(network, Critic)
-    require(type(network.head) is ScalarHead, f"the critics have a {type(network.head).__name__} (n_atoms)")
+    head = type(network.head)
+    require(head in (ScalarHead, CategoricalHead), f"the critics have a {head.__name__}")
     _require_vectors(network, "critic")
-    return [_linear_layers(_chain(module, "critic"), "critic") for module in network.q_networks]
+    chains = [_chain(module, "critic") for module in network.q_networks]
+    stacks = [_stack(chain[:-1], chain[-1:], "critic") for chain in chains]
+    are_read = all(stack.modules[-1].weight.shape[0] == network.head.n_outputs for stack in stacks)
+    require(are_read, "the sizes of the layers of actor, critics and target critics do not fit")
+    return stacks
 
 
-def parameters_of(layers: Iterable[nn.Linear]) -> list[th.Tensor]:
+def parameters_of(module: Module) -> list[th.Tensor]:
     """
-    :param layers: layers
-    :return: weight and bias of each
+    :param module: linear layer or norm
+    :return: its weight, and its bias if there is one
     """
-    return [parameter for layer in layers for parameter in (layer.weight, layer.bias)]
+    return [p for p in (module.weight, getattr(module, "bias", None)) if p is not None]
+
+
+def statistics_of(module: Module) -> list[th.Tensor]:
+    """
+    :param module: linear layer or norm
+    :return: running mean and variance of batch norm
+    """
+    if not isinstance(module, BatchNorm):
+        return []
+    assert module.running_mean is not None and module.running_var is not None
+    return [module.running_mean, module.running_var]
 
 
 def _are_in_order(layers: Layers, policy: SoftSACPolicy) -> bool:
     """Targets are averaged in the order of parameters, which may differ from that of SB3's list ``q_networks``."""
-    for chains, network in ((layers.critics, policy.critic), (layers.targets, policy.critic_target)):
-        ours = [parameter for chain in chains for parameter in parameters_of(chain)]
+    for stacks, network in ((layers.critics, policy.critic), (layers.targets, policy.critic_target)):
+        ours = [parameter for stack in stacks for module in stack.modules for parameter in parameters_of(module)]
         if list(map(id, ours)) != list(map(id, network.parameters())):
             return False
     return True
@@ -193,22 +249,29 @@ def _are_in_order(layers: Layers, policy: SoftSACPolicy) -> bool:
 def _fit(layers: Layers) -> bool:
     """Whether sizes are those that C++ relies on: a user may have replaced a network by one of another size."""
 
-    def sizes(chain: list[nn.Linear]) -> list[tuple[int, ...]]:
-        return [tuple(layer.weight.shape) for layer in chain]
+    def sizes(stack: Stack) -> Any:
+        return [parameter.shape for module in stack.modules for parameter in parameters_of(module)], stack.kinds
 
-    n_actions, n_observations = layers.actor[-1].weight.shape[0], layers.actor[0].weight.shape[1]
+    actor = layers.actor.linear_layers()
+    n_actions, n_observations = actor[-1].weight.shape[0], actor[0].weight.shape[1]
     first, *others = [*layers.critics, *layers.targets]
     return (
         len(layers.critics) == len(layers.targets)
         and all(sizes(other) == sizes(first) for other in others)
-        and _follow_each_other(first)
-        and first[0].weight.shape[1] == n_observations + n_actions
-        and first[-1].weight.shape[0] == 1
+        and _fit_together(first)
+        and first.linear_layers()[0].weight.shape[1] == n_observations + n_actions
     )
 
 
-def _follow_each_other(layers: list[nn.Linear]) -> bool:
-    return all(b.weight.shape[1] == a.weight.shape[0] for a, b in itertools.pairwise(layers))
+def _fit_together(stack: Stack) -> bool:
+    """Whether each layer reads as many numbers as the one before makes, and blocks make as many as they read."""
+    inputs = [module.weight.shape[-1] for module in stack.modules]
+    outputs = [module.weight.shape[0] for module in stack.modules]
+    linear = stack.linear_layers()
+    blocks = [i for i, kind in enumerate(stack.kinds) if kind is Kind.ENDS_BLOCK]
+    return outputs[:-1] == inputs[1:] and all(
+        linear[i].weight.shape[0] == linear[i - 1].weight.shape[1] for i in blocks
+    )
 
 
 def _require_vectors(network: Actor | Critic, name: str) -> None:
@@ -233,16 +296,56 @@ def _chain(module: nn.Module, name: str) -> list[nn.Module]:
     return list(module)
 
 
-def _linear_layers(modules: list[nn.Module], name: str, n_last: int = 1) -> list[nn.Linear]:
-    """Linear layers with ReLU between them, of which the ``n_last`` last ones have none."""
-    hidden, last = modules[:-n_last], modules[-n_last:]
-    require(len(hidden) > 0, f"the {name} has no hidden layers")
-    for module, expected in [*zip(hidden, itertools.cycle((nn.Linear, nn.ReLU))), *((m, nn.Linear) for m in last)]:
-        _require_type(module, expected, name)
-    require(len(hidden) % 2 == 0, f"the {name} has a hidden layer without ReLU")
-    layers = [module for module in modules if isinstance(module, nn.Linear)]
-    require(all(layer.bias is not None for layer in layers), f"the {name} has a layer without bias")
-    are_plain = all(t.dtype == th.float32 and t.is_contiguous() and t.numel() for t in parameters_of(layers))
+def _stack(hidden: list[nn.Module], last: list[nn.Module], name: str) -> Stack:
+    """Hidden layers with ReLU, or residual blocks of two between a linear layer and an RMS norm; and linear layers."""
+    rest, stack = list(hidden), Stack([], [])
+    if rest and type(rest[0]) is BatchNorm:
+        stack.modules.append(rest.pop(0))  # type: ignore[arg-type]
+    require(len(rest) > 0, f"the {name} has no hidden layers")
+    if any(type(module) is ResidualBlock for module in rest):
+        _require_type(linear := rest.pop(0), nn.Linear, name)
+        stack.modules.append(linear)  # type: ignore[arg-type]
+        stack.kinds.append(Kind.LINEAR)
+        while len(rest) > 1:
+            _require_type(block := rest.pop(0), ResidualBlock, name)
+            n_before = len(stack.kinds)
+            _append_hidden(stack, _chain(block.layers, name), name)  # type: ignore[arg-type]
+            require(len(stack.kinds) == n_before + 2, f"the {name} has a residual block that is not of two layers")
+            stack.kinds[-1] = Kind.ENDS_BLOCK
+        _require_type(norm := rest.pop(0), nn.RMSNorm, name)
+        assert isinstance(norm, nn.RMSNorm)
+        require(norm.eps == 1e-6 and norm.elementwise_affine, f"the {name}'s RMS norm is not a usual one")
+        stack.modules.append(norm)
+    _append_hidden(stack, rest, name)
+    for linear in last:
+        _require_type(linear, nn.Linear, name)
+        require(linear.bias is not None, f"the {name} has a layer without bias")
+        stack.modules.append(linear)  # type: ignore[arg-type]
+    _require_usual_tensors(stack, name)
+    return stack
+
+
+def _append_hidden(stack: Stack, modules: list[nn.Module], name: str) -> None:
+    """Linear layers, each with batch norm or a bias, and with ReLU."""
+    rest = list(modules)
+    while rest:
+        _require_type(linear := rest.pop(0), nn.Linear, name)
+        norm = rest.pop(0) if rest and type(rest[0]) is BatchNorm else None
+        require(bool(rest), f"the {name} has a hidden layer without ReLU")
+        _require_type(rest.pop(0), nn.ReLU, name)
+        has_bias = linear.bias is not None
+        require(has_bias or norm is not None, f"the {name} has a layer without bias")
+        require(not has_bias or norm is None, f"the {name} has a layer with bias and batch norm")
+        stack.modules.extend([linear] if norm is None else [linear, norm])  # type: ignore[list-item]
+        stack.kinds.append(Kind.RELU)
+
+
+def _require_usual_tensors(stack: Stack, name: str) -> None:
+    for module in stack.modules:
+        if isinstance(module, BatchNorm):
+            is_usual = module.affine and module.running_mean is not None and module.running_var is not None
+            require(is_usual, f"the {name} has batch norm without parameters or running statistics")
+    tensors = [(t, module) for module in stack.modules for t in (*parameters_of(module), *statistics_of(module))]
+    are_plain = all(t.dtype == th.float32 and t.is_contiguous() and t.numel() for t, _ in tensors)
     require(are_plain, f"parameters of the {name} are not contiguous float32")
-    require(all(len(layer.bias) == len(layer.weight) for layer in layers), f"the {name}'s biases do not fit")
-    return layers
+    require(all(len(t) == len(module.weight) for t, module in tensors), f"the {name}'s biases do not fit")

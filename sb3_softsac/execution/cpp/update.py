@@ -1,13 +1,14 @@
 """
-Updates of plain SAC on the CPU, and the actions between them, by our own C++ (``update.cpp``): faster than what
-Inductor makes of them, and built in seconds. ``support`` says what is plain; the rest is left to torch.
+Updates on the CPU, and the actions between them, by our own C++ (``update.cpp``): faster than what Inductor makes of
+them, and built in seconds. ``support`` says for which networks; the rest is left to torch.
 """
 
 import functools
+import itertools
 import math
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch as th
 from torch.optim import Adam, AdamW
@@ -17,12 +18,16 @@ from sb3_softsac.ent_coef import LearnedEntCoef
 from sb3_softsac.execution.cpp import build, matmul
 from sb3_softsac.execution.cpp.support import (
     Attributes,
+    Kind,
+    Module,
     NotPlain,
+    Stack,
     Watch,
     parameters_of,
     plain_actor,
     plain_layers,
     require,
+    statistics_of,
     usual_arithmetic,
 )
 from sb3_softsac.execution.device_replay import gathered
@@ -30,6 +35,8 @@ from sb3_softsac.execution.learner import Learner
 from sb3_softsac.execution.report import Report, reason_of
 from sb3_softsac.execution.way import Declined, Done, Outcome, Updates
 from sb3_softsac.gradient_step import SATURATED, UpdateOptions
+from sb3_softsac.heads import CategoricalHead
+from sb3_softsac.networks import BatchNorm
 from sb3_softsac.optimizers import Optimizers, Trained
 from sb3_softsac.policies import Actor, SoftSACPolicy
 from sb3_softsac.type_aliases import ReplayBatch, TorchObs
@@ -39,6 +46,8 @@ MAX_WORK = 1 << 31  # of one call: transitions times weights, for each of which 
 MISFIT = (
     "the types or sizes of a minibatch do not fit, or a parameter or an optimizer's state is not float32 on the CPU"
 )
+
+JOINT_BATCHES = (None, "critic", "all")  # by the numbers that they have in update.cpp
 
 # If the user replaces one of these, torch runs the replacement
 OWN_LOSSES = (losses.target_q_values, losses.critic_loss, losses.actor_loss, losses.ent_coef_loss)
@@ -64,6 +73,13 @@ def error_of_build() -> Exception | None:
     except Exception as error:  # compilers and linkers have many ways to fail
         return error
     return None
+
+
+class Columns(NamedTuple):
+    """Metrics, and where they are in a row of what C++ returns."""
+
+    names: tuple[str, ...]
+    where: th.Tensor
 
 
 class Classes:
@@ -113,6 +129,7 @@ class CppActor:
         self._looked_at: th.nn.Module | None = None
         self._watch = Watch([])
         self._actor: Any = None
+        self._norms: list[BatchNorm] = []
 
     def __call__(self, observations: TorchObs) -> th.Tensor | None:
         """
@@ -126,15 +143,19 @@ class CppActor:
         is_vector = isinstance(observations, th.Tensor)
         if self._actor is None or not is_vector or self._watch.sees_hooks() or not usual_arithmetic():
             return None
+        eps = self._norms[0].eps if self._norms else 0.0
+        if any(norm.eps != eps for norm in self._norms):
+            return None
         # By position, since names take a tenth of its time: low, high, whether it is tanh
-        return self._actor.sample(observations, *actor.log_std_bounds, float(actor.log_std_bounding == "tanh"))
+        return self._actor.sample(observations, *actor.log_std_bounds, float(actor.log_std_bounding == "tanh"), eps)
 
     def _look_at(self, actor: th.nn.Module) -> None:
         self._looked_at, self._watch, self._actor = actor, Watch([actor]), None
         with suppress(NotPlain):
             _require_usual_methods(self._watch)
-            layers = plain_actor(actor)
-            self._actor = self._classes.get().Actor(parameters_of(layers))
+            stack = plain_actor(actor)
+            self._norms = [module for module in stack.modules if isinstance(module, BatchNorm)]
+            self._actor = self._classes.get().Actor(list(map(_tensors_of, stack.modules)), stack.kinds)
 
 
 class CppUpdate:
@@ -151,7 +172,8 @@ class CppUpdate:
         self._update: Any = None
         self._reason: str | None = None  # why there is none
         self._option_names: list[str] = []
-        self._metric_names: tuple[tuple[str, ...], ...] = ()  # of an update without the actor's, and with it
+        self._metrics: tuple[Columns, ...] = ()  # of an update without the actor's, and with it
+        self._norms: list[BatchNorm] = []
         self._n_weights = 1  # that are trained
         self._adam: dict[str, float] = {}  # options of the optimisers
         self._numbers: list[float] = []
@@ -164,8 +186,8 @@ class CppUpdate:
         if (reason := self.reason_against()) is not None:
             # Without states this update is eager, and the next one may be for C++
             raise Declined(reason) if self.learner.has_state() else Declined
-        if not updates.options.use_critic_target:
-            raise Declined("there are no targets of the critics (use_critic_target)")
+        if len({(norm.eps, norm.momentum) for norm in self._norms}) > 1:
+            raise Declined("batch norms differ in eps or momentum")
         minibatches, first = updates.minibatches, updates.first
         last = min(minibatches.n, first + self.n_at_once(minibatches.size))
         dues = updates.dues[first:last]
@@ -176,9 +198,9 @@ class CppUpdate:
             values = self._update.run(tensors, actor_updates, targets, self._options(updates), bool(updates.finite))
         if values is None:
             raise Declined(MISFIT)
-        names = [self._metric_names[due.actor_updates > 0] for due in dues]
-        outcomes = [Outcome(some, row[: len(some)]) for some, row in zip(names, values.unbind(), strict=True)]
-        return Done(values[-1, names[0].index("finite")].bool(), outcomes)
+        columns = [self._metrics[due.actor_updates > 0] for due in dues]
+        outcomes = [Outcome(some.names, row[some.where]) for some, row in zip(columns, values.unbind(), strict=True)]
+        return Done(outcomes[-1].values[columns[-1].names.index("finite")].bool(), outcomes)
 
     def reason_against(self) -> str | None:
         """
@@ -219,30 +241,59 @@ class CppUpdate:
         for name, trained in optimizers._asdict().items():
             if trained.optimizer is not None:
                 _require_adam(name, trained)
-        actor = _with_states("actor", optimizers.actor, parameters_of(layers.actor))
-        critics = [_with_states("critic", optimizers.critic, parameters_of(critic)) for critic in layers.critics]
+        actor = _with_states("actor", optimizers.actor, layers.actor)
+        critics = [_with_states("critic", optimizers.critic, critic) for critic in layers.critics]
         ent_coef = self.learner.ent_coef.tensors()
         require(all(tensor.dtype == th.float32 for tensor in ent_coef), "the entropy coefficient is not float32")
         if isinstance(self.learner.ent_coef, LearnedEntCoef):
-            ent_coef = _with_states("ent_coef", optimizers.ent_coef, ent_coef)
-        targets = list(map(parameters_of, layers.targets))
-        update = self._classes.get().Update(actor, critics, targets, ent_coef)
-        of_critics, of_actor, of_ent_coef = map(tuple, update.metric_names())
-        if isinstance(self.learner.ent_coef, LearnedEntCoef):
-            of_actor += of_ent_coef
-        self._metric_names = of_critics, of_critics + of_actor
+            ent_coef = _states("ent_coef", optimizers.ent_coef, ent_coef)
+        targets = [list(map(_tensors_of, stack.modules)) for stack in layers.targets]
+        critic_kinds = [*layers.critics[0].kinds, Kind.LINEAR]
+        update = self._classes.get().Update(actor, layers.actor.kinds, critics, targets, critic_kinds, ent_coef)
+        self._norms = layers.batch_norms()
+        self._metrics = self._columns(*update.metric_names())
         self._option_names, self._numbers_key = update.option_names(), None
         self._adam = {name: number for part in optimizers._fields for name, number in _adam(part, optimizers).items()}
         self._n_weights = sum(p.numel() for part in optimizers for p in part.parameters)
         return update
 
+    def _columns(self, *groups: list[str]) -> "tuple[Columns, Columns]":
+        """Where the metrics are that ``gradient_step.update`` returns, too."""
+        of_critics, of_actor, of_ent_coef, of_categorical = groups
+        if isinstance(self.learner.policy.critic.head, CategoricalHead):
+            of_critics = of_critics + of_categorical
+        if isinstance(self.learner.ent_coef, LearnedEntCoef):
+            of_actor = of_actor + of_ent_coef
+        place = {name: i for i, name in enumerate(itertools.chain.from_iterable(groups))}
+
+        def columns(names: list[str]) -> Columns:
+            return Columns(tuple(names), th.tensor([place[name] for name in names]))
+
+        return columns(of_critics), columns(of_critics + of_actor)
+
     def _options(self, updates: Updates) -> list[float]:
         """What an update is told besides tensors, in the order in which ``update.cpp`` names it."""
-        actor, rates = self.learner.policy.actor, self.learner.rates
-        key = updates.options, actor.log_std_bounds, actor.log_std_bounding, *rates
+        policy, rates = self.learner.policy, self.learner.rates
+        actor, head, norm = policy.actor, policy.critic.head, self._norms[0] if self._norms else None
+        support = (head.v_min, head.v_max) if isinstance(head, CategoricalHead) else (0.0, 0.0)
+        eps, momentum = (0.0, 0.0) if norm is None else (norm.eps, norm.momentum or 0.0)
+        key = (
+            *(updates.options, actor.log_std_bounds, actor.log_std_bounding),
+            *(policy.unit_norm, support, eps, momentum, *rates),
+        )
         if key != self._numbers_key:
             names = [f"{name}_learning_rate" for name in self.learner.learning_rates._fields]
-            others = {**_log_std_bounds(actor), **dict(zip(names, rates, strict=True)), **self._adam}
+            others = {
+                **_log_std_bounds(actor),
+                **dict(zip(names, rates, strict=True)),
+                **self._adam,
+                "v_min": support[0],
+                "v_max": support[1],
+                "batch_norm_eps": eps,
+                "batch_norm_momentum": momentum,
+                "projects_weights": policy.unit_norm is not None,
+                "projects_norms": policy.unit_norm == "all",
+            }
             self._numbers, self._numbers_key = self._named(updates.options, others), key
         return self._numbers
 
@@ -255,6 +306,8 @@ class CppUpdate:
             "max_grad_norm": math.inf if options.max_grad_norm is None else options.max_grad_norm,
             "ent_coef_loss_is_exp": options.ent_coef_loss == "exp",
             "saturated": SATURATED,
+            "joint_batch": JOINT_BATCHES.index(options.joint_batch),
+            "has_critic_target": options.use_critic_target,
             **others,
         }
         if len(numbers) != len(self._option_names):
@@ -286,14 +339,22 @@ def _log_std_bounds(actor: Actor) -> dict[str, float]:
     return {"log_std_low": low, "log_std_high": high, "log_std_is_tanh": float(actor.log_std_bounding == "tanh")}
 
 
-def _with_states(name: str, trained: Trained, parameters: list[th.Tensor]) -> list[th.Tensor]:
-    """Each parameter with Adam's exp_avg, exp_avg_sq and step."""
+def _with_states(name: str, trained: Trained, stack: Stack) -> list[list[th.Tensor]]:
+    """The tensors of each module: each parameter with Adam's exp_avg, exp_avg_sq and step, and statistics."""
+    return [[*_states(name, trained, parameters_of(module)), *statistics_of(module)] for module in stack.modules]
+
+
+def _states(name: str, trained: Trained, parameters: list[th.Tensor]) -> list[th.Tensor]:
     group = trained.groups[0]
     rows = zip(group.parameters, group.exp_avgs, group.exp_avg_sqs, group.steps, strict=True)
     states = {id(row[0]): row for row in rows}
     are_trained = all(id(parameter) in states for parameter in parameters)
     require(are_trained, f"the {name} optimizer does not train all parameters: some are frozen, or not its own")
     return [tensor for parameter in parameters for tensor in states[id(parameter)]]
+
+
+def _tensors_of(module: Module) -> list[th.Tensor]:
+    return [*parameters_of(module), *statistics_of(module)]
 
 
 def _tensors(batch: ReplayBatch) -> list[th.Tensor] | None:
