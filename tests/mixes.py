@@ -237,10 +237,13 @@ def draw(seed: int) -> Mix:
     is_plain = kind in ("task", "own") and env["name"] not in ("odd discrete", "odd binary")
     is_plain &= not (options["use_sde"] or options["use_actor_target"] or networks.get("separate_log_std_net"))
     is_plain &= networks.get("optimizer_class") is th.optim.Adam and "features_extractor_class" not in networks
-    is_plain &= options["use_critic_target"] and not networks.keys() & NEWER_NETWORKS
-    options["compile"] = is_plain and rng.random() < 0.5
+    is_newer = not options["use_critic_target"] or bool(networks.keys() & NEWER_NETWORKS)
+    options["compile"] = is_plain and not is_newer and rng.random() < 0.5
 
     # Drawn apart, so that mixes of older numbers stay what they were otherwise
+    newer = random.Random(f"compiled newer networks {seed}")
+    if is_plain and is_newer and networks.get("normalization") != "layer" and not networks.get("dropout_rate"):
+        options["compile"] = newer.random() < 0.7
     offline = random.Random(f"offline data {seed}")
     if offline.random() < 0.2:
         options["offline_fraction"] = offline.choice([0.25, 0.5, 1.0])

@@ -187,6 +187,11 @@ CASES: dict[str, Case] = {
             "learning_rate": "lin_1e-3_1e-4", "policy_kwargs": XQC,
         },
     ),
+    # Compiled from the second update on: that of step 64
+    "compiled_flashsac": Case(
+        lambda: pendulum(2), stops=(20, 64, 80, 96),
+        kwargs={"compile": True, "joint_batch": "all", "normalize_rewards": "std", "policy_kwargs": XQC},
+    ),
     "droq": Case(kwargs={"normalize_rewards": "std", "policy_kwargs": DROQ}),
     "sb3_buffer": Case(stops=(60, 97, 100), kwargs={"replay_buffer_class": SB3ReplayBuffer, "buffer_size": 100}),
     "sb3_memory": Case(

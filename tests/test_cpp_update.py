@@ -25,8 +25,10 @@ from stable_baselines3.common.utils import obs_as_tensor
 from torch import nn
 from twins import (
     CASES,
+    FLASHSAC,
     SMALL,
     TAME,
+    XQC,
     assert_identical,
     assert_same,
     assert_same_metrics,
@@ -44,6 +46,8 @@ from sb3_softsac.execution.cpp import update as cpp_update
 from sb3_softsac.execution.cpp.update import Classes, CppActor, error_of_build
 from sb3_softsac.execution.report import Report
 from sb3_softsac.execution.way import Minibatches
+from sb3_softsac.heads import CategoricalHead
+from sb3_softsac.networks import batch_norms
 
 pytestmark = pytest.mark.skipif(not build.suits_processor(), reason="the code is for processors with AVX2 or AVX-512")
 
@@ -96,7 +100,7 @@ def test_nobody_waits_for_compilers_at_import() -> None:
 
 PLAIN = (
     *("defaults", "fixed_ent_coef", "delays", "compensation", "n_steps", "schedule", "max_grad_norm"),
-    *("adamw", "weight_decay", "tanh"),
+    *("adamw", "weight_decay", "tanh", "no_target", "xqc", "flashsac"),
 )
 STRONG_DECAY = {"net_arch": [16], "optimizer_kwargs": {"eps": 1e-3, "weight_decay": 10.0}}
 OTHERS: dict[str, dict[str, Any]] = {
@@ -112,7 +116,19 @@ OTHERS: dict[str, dict[str, Any]] = {
     "betas": {"policy_kwargs": {"net_arch": [16], "optimizer_kwargs": {"eps": 1e-2, "betas": (0.5, 0.9)}}},
     "exp_in_env_units": {"ent_coef_loss": "exp", "entropy_space": "env", "ent_coef": "auto_0.3", "env": Odd},
     "odd_spaces": {"env": Odd, "policy_delay": 3, "policy_delay_compensation": True},
-}
+    "batch_norm": {"policy_kwargs": {**TAME, "normalization": "batch", "batch_norm_momentum": 0.5}},
+    "batch_norm_of_inputs": {"env": Odd, "policy_kwargs": {**TAME, "normalize_input": True, "batch_norm_eps": 0.1}},
+    "categorical": {"policy_kwargs": {**TAME, "n_atoms": 2, "v_min": -1.0, "v_max": 3.0, "n_critics": 3}},
+    "unit_norm": {"policy_kwargs": {**TAME, "unit_norm": "weights"}},
+    "joint": {"env": Odd, "joint_batch": "critic", "policy_kwargs": {**XQC, "n_critics": 3}, "n_steps": 3},
+    "joint_without_target": {"joint_batch": "critic", "use_critic_target": False, "policy_kwargs": XQC},
+    "blocks": {"policy_kwargs": {**TAME, "residual_expansion": 2, "net_arch": {"pi": [5], "qf": [20, 20, 20]}}},
+    "normalized_blocks": {"env": Odd, "policy_kwargs": {**FLASHSAC, "n_atoms": None}, "max_grad_norm": 0.1},
+    "wide_blocks": {"joint_batch": "all", "policy_kwargs": {**FLASHSAC, "net_arch": [300]}},
+    "repeated_actor": {
+        "joint_batch": "critic", "policy_delay": 2, "policy_delay_compensation": True, "policy_kwargs": FLASHSAC,
+    },
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("n_threads", [1, 2, 3, 4])
@@ -166,6 +182,41 @@ def test_any_sizes(
         model.train(gradient_steps=2, batch_size=batch_size)
     assert is_native(plain)
     assert_same(state(eager), state(plain), atol=1e-4)
+
+
+@given(data=st.data(), seed=st.integers(0, 100))
+@settings(max_examples=25)
+def test_any_newer_networks(data: st.DataObject, seed: int) -> None:
+    def draw(*values: Any) -> Any:
+        return data.draw(st.sampled_from(values))
+
+    expansion = draw(None, 1, 3)
+    # The RMS norm behind a block of width 1 leaves the sign only, which rounding may change
+    width = st.integers(1 if expansion is None else 4, 40)
+    widths = [data.draw(st.lists(width, min_size=1, max_size=3)) for _ in range(2)]
+    kwargs = {
+        "net_arch": dict(zip(("pi", "qf"), [w if expansion is None else w[:1] * len(w) for w in widths], strict=True)),
+        "residual_expansion": expansion,
+        "normalization": draw(None, "batch"),
+        "normalize_input": draw(False, True),
+        "unit_norm": draw(None, "weights"),
+        "n_atoms": draw(None, 2, 17),
+        "n_critics": draw(1, 2, 3),
+        "optimizer_kwargs": {"eps": 1e-3},
+    }
+    joint = draw(None, "critic", "all") if kwargs["normalization"] or kwargs["normalize_input"] else None
+    if expansion is not None or joint:
+        kwargs["unit_norm"] = draw(None, "weights", "all")
+    batch_size = draw(2, 7, 64)
+    options = {"joint_batch": joint, "use_critic_target": draw(True, True, False)}
+    eager, plain = twins("defaults", policy_kwargs=kwargs, batch_size=batch_size, env=Odd, **options)
+    for model in (eager, plain):
+        th.manual_seed(seed)
+        th.set_num_threads(draw(1, 2, 3) if model is plain else 1)
+        model.train(gradient_steps=2, batch_size=batch_size)
+    assert is_native(plain)
+    assert_same(state(eager), state(plain), atol=1e-4)
+    assert_same_actions(eager, plain, True)
 
 
 @pytest.mark.parametrize("n_threads", [1, 2])
@@ -711,6 +762,49 @@ def test_changes_in_a_run_take_effect(change: Callable[[SoftSAC], None]) -> None
     assert reason_against(plain) == CHANGES[change]
 
 
+def exchange_statistics(model: SoftSAC) -> None:
+    norm = model.actor.latent_pi[0]
+    norm.running_mean = norm.running_mean + 1.0
+
+
+def remember_longer(model: SoftSAC) -> None:
+    for norm in [*batch_norms(model.policy)]:
+        norm.momentum, norm.eps = 0.3, 0.2
+
+
+def remember_differently(model: SoftSAC) -> None:
+    model.critic.q_networks[0][0].momentum = 0.3
+
+
+def free_weights(model: SoftSAC) -> None:
+    model.policy.unit_norm = None
+
+
+def replace_head(model: SoftSAC) -> None:
+    model.critic.head = CategoricalHead(21, -2.0, 1.0)
+
+
+@pytest.mark.filterwarnings("ignore:The update cannot be compiled")
+@pytest.mark.parametrize(
+    ("change", "stays_native"),
+    [
+        (exchange_statistics, True),
+        (remember_longer, True),
+        (remember_differently, False),
+        (free_weights, True),
+        (replace_head, True),
+    ],
+)
+def test_changes_of_newer_networks_take_effect(change: Callable[[SoftSAC], None], stays_native: bool) -> None:
+    eager, plain = started(**CASES["flashsac"])
+    for model in (eager, plain):
+        change(model)
+        train(model, 3, seed=1)
+    assert_same(state(eager), state(plain), atol=3e-5)
+    assert_same_actions(eager, plain, True)
+    assert bool(plain._runner.compiler.compiled) != stays_native
+
+
 def test_hook_that_is_removed() -> None:
     eager, plain = started()
     hooks = []
@@ -743,8 +837,9 @@ def test_it_goes_on_where_sb3_has_been(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("at", [1, 3])
 @pytest.mark.parametrize("name", ["rewards", "observations", "next_observations", "actions"])
-def test_nan_stops_the_run_with_all_as_it_was(monkeypatch: pytest.MonkeyPatch, name: str, at: int) -> None:
-    eager, plain = started(tau=0.5)
+@pytest.mark.parametrize("case", ["defaults", "flashsac"])
+def test_nan_stops_the_run_with_all_as_it_was(monkeypatch: pytest.MonkeyPatch, name: str, at: int, case: str) -> None:
+    eager, plain = started(**CASES[case], tau=0.5)
     with monkeypatch.context() as patch:
         poison(patch, at, name)
         for model in (eager, plain):
@@ -919,6 +1014,14 @@ NOT_PLAIN: dict[str, tuple[dict[str, Any], str]] = {
         "float32 is to be computed less precisely (matmul_precision or autocast)",
     ),
     "targets": ({"policy": Still}, "the policy's class Still overrides targets()"),
+    "layer_norm": (
+        {"policy_kwargs": {**TAME, "normalization": "layer"}},
+        "the actor has LayerNorm where C++ knows ReLU only",
+    ),
+    "dropout": (
+        {"policy_kwargs": {**TAME, "dropout_rate": 0.1}},
+        "the critic has Dropout where C++ knows ReLU only",
+    ),
 }
 
 
