@@ -9,7 +9,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import copy
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
 from rl_zoo3.utils import ALGOS
+from sqlalchemy.exc import IntegrityError, ProgrammingError
 
 from sb3_softsac.callbacks import CheckpointCallback
 from sb3_softsac.persistence.run_folder import RunFolder
@@ -66,9 +67,12 @@ class JournalStorage(optuna.storages.JournalStorage, Heartbeat):
 
     def _get_stale_trial_ids(self, study_id: int) -> list[int]:
         oldest = self._heartbeat("now") - GRACE_SECONDS
-        running = [trial._trial_id for trial in self.get_all_trials(study_id, states=(TrialState.RUNNING,))]
-        paths = {trial_id: self._heartbeats / str(trial_id) for trial_id in running}
-        return [trial_id for trial_id, path in paths.items() if path.exists() and path.stat().st_mtime < oldest]
+        stale = []
+        for trial in self.get_all_trials(study_id, deepcopy=False, states=(TrialState.RUNNING,)):
+            with suppress(FileNotFoundError):  # it has ended meanwhile, or is about to begin
+                if (self._heartbeats / str(trial._trial_id)).stat().st_mtime < oldest:
+                    stale.append(trial._trial_id)
+        return stale
 
     def set_trial_state_values(self, trial_id: int, state: TrialState, values: Any = None) -> bool:
         is_set: bool = super().set_trial_state_values(trial_id, state, values)
@@ -87,7 +91,8 @@ class TrialSoftSAC(SoftSAC):
     """What the zoo makes for a trial. ``learn()`` goes on from the trial's last checkpoint, if it has one."""
 
     def learn(self, total_timesteps: int, callback: Any = None, **kwargs: Any) -> "TrialSoftSAC":  # type: ignore[override]
-        folder = next(each.save_path for each in callback if isinstance(each, CheckpointCallback))
+        # The last one is ours: hyperparameters may have brought others
+        folder = [each.save_path for each in callback if isinstance(each, CheckpointCallback)][-1]
         if not RunFolder(folder).numbers():
             return super().learn(total_timesteps, callback, **kwargs)
         model = SoftSAC.load(folder, self.env, device=self.device, force_reset=False)
@@ -106,9 +111,10 @@ def optimize(original: Callable[[Any], None], manager: Any) -> None:
     """
     with warnings.catch_warnings(), mock.patch.dict(ALGOS, {manager.algo: TrialSoftSAC}):
         warnings.simplefilter("ignore", ExperimentalWarning)  # heartbeats are, since 2021
+        manager.is_interrupted = False
         with _heartbeats(manager) as studies:
             original(manager)
-            while (total := _total_with_orphans(studies[-1])) is not None:
+            while not manager.is_interrupted and (total := _total_with_orphans(studies[-1])) is not None:
                 manager.max_total_trials = total
                 original(manager)
 
@@ -136,12 +142,18 @@ def _storage(url: str, on_stale: OnStale) -> BaseStorage:
     if url.endswith(".log"):  # as in the zoo
         Path(url).parent.mkdir(parents=True, exist_ok=True)
         return JournalStorage(url, on_stale)
-    return RDBStorage(
+    connect = partial(
+        RDBStorage,
         url,
         heartbeat_interval=HEARTBEAT_SECONDS,
         grace_period=GRACE_SECONDS,
         heartbeat_stale_trial_callback=on_stale,
     )
+    for _ in range(3):
+        with suppress(IntegrityError, ProgrammingError):  # another worker creates the tables at the same time
+            return connect()
+        time.sleep(2.0)
+    return connect()
 
 
 def _folder_of_trials(manager: Any) -> Path:
@@ -197,14 +209,15 @@ def objective(original: Callable[..., float], manager: Any, trial: Trial) -> flo
         "on_signal": manager.n_jobs == 1,  # otherwise trials run in threads, which get none
     }
     given = manager.specified_callbacks or []
-    manager = copy(manager)  # several threads may share it
-    manager.specified_callbacks = [
+    of_trial = copy(manager)  # several threads may share the manager
+    of_trial.specified_callbacks = [
         *(given if isinstance(given, list) else [given]),
         {"sb3_softsac.CheckpointCallback": checkpoints},
     ]
     try:
-        value = original(manager, trial)
-    except (Exception, KeyboardInterrupt):
+        value = original(of_trial, trial)
+    except (Exception, KeyboardInterrupt) as error:
+        manager.is_interrupted |= isinstance(error, KeyboardInterrupt)
         _remove(folder, trial)
         raise
     _remove(folder, trial)
@@ -212,6 +225,7 @@ def objective(original: Callable[..., float], manager: Any, trial: Trial) -> flo
 
 
 def _remove(folder: Path, trial: Trial) -> None:
-    # If this worker was taken for dead, the folder is another's by now
-    if trial.study.get_trials(deepcopy=False)[trial.number].state == TrialState.RUNNING:
+    # If this worker was suspended and taken for dead, the folder is another's by now
+    trials = [each for each in trial.study.get_trials(deepcopy=False) if each.user_attrs.get(FOLDER) == folder.name]
+    if all(each.state.is_finished() or each.number == trial.number for each in trials):
         shutil.rmtree(folder, ignore_errors=True)

@@ -1,5 +1,5 @@
 """
-Studies of the RL Zoo with several workers, one of which is killed: its trial goes on in another, from its checkpoint.
+Studies of the RL Zoo with several workers, one of which is lost: its trial goes on in another, from its checkpoint.
 
 The workers are the zoo's own commands. Only the seconds after which a worker counts as dead are fewer.
 """
@@ -8,6 +8,7 @@ import csv
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -26,7 +27,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.processes]
 N_TRIALS, N_STEPS = 3, 300
 WORKER = """
 from sb3_softsac import studies
-studies.HEARTBEAT_SECONDS, studies.GRACE_SECONDS = 1, 4
+studies.HEARTBEAT_SECONDS, studies.GRACE_SECONDS = 1, 8
 from rl_zoo3.train import train
 train()
 """
@@ -64,19 +65,21 @@ def postgresql() -> Iterator[str]:
         shutil.rmtree(folder)
 
 
-@pytest.fixture(params=["journal", "postgresql"])
+@pytest.fixture
 def storage(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return str(tmp_path / "study.log") if request.param == "journal" else str(request.getfixturevalue("postgresql"))
 
 
 def trials_in(storage: str) -> list[FrozenTrial]:
-    """:return: trials of the study so far"""
-    is_journal = storage.endswith(".log")
-    opened = JournalStorage(JournalFileBackend(storage)) if is_journal else RDBStorage(storage)
+    """:return: trials of the study"""
+    if storage.endswith(".log"):
+        return optuna.load_study(study_name="study", storage=JournalStorage(JournalFileBackend(storage))).trials
+    database = RDBStorage(storage)
     try:
-        return optuna.load_study(study_name="study", storage=opened).trials
-    except KeyError:
-        return []
+        return optuna.load_study(study_name="study", storage=database).trials
+    finally:
+        database.remove_session()
+        database.engine.dispose()
 
 
 class Worker:
@@ -122,15 +125,28 @@ def start(storage: str, tmp_path: Path) -> Iterator[Callable[[], Worker]]:
         worker.process.wait()
 
 
-def test_killed_worker(start: Callable[[], Worker], storage: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("storage", "number"),
+    [
+        ("journal", signal.SIGKILL),
+        ("postgresql", signal.SIGKILL),
+        ("journal", signal.SIGTERM),
+        ("journal", signal.SIGSTOP),  # taken for dead, it comes back when all is over
+    ],
+    indirect=["storage"],
+)
+def test_lost_worker(start: Callable[[], Worker], storage: str, number: signal.Signals, tmp_path: Path) -> None:
     victim = start()
     trials = tmp_path / "logs/softsac/trials"
     victim.wait_until(lambda: any(trials.glob("trial_0_*")), "a trial")
     others = [start() for _ in range(2)]
     victim.wait_until(lambda: any(trials.glob("trial_0_*/ckpt-*.json")), "a checkpoint")
-    victim.process.kill()
-    victim.process.wait()
+    victim.process.send_signal(number)
     texts = [worker.end() for worker in others]
+
+    victim.process.send_signal(signal.SIGCONT)
+    statuses = {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: 143, signal.SIGSTOP: 1}
+    assert victim.process.wait(timeout=300) == statuses[number], victim.output.read_text()
 
     # Every trial has ended, those of the report are those of the study, and nothing is left on the disk
     ended = trials_in(storage)
@@ -145,9 +161,20 @@ def test_killed_worker(start: Callable[[], Worker], storage: str, tmp_path: Path
     assert not list(trials.iterdir())
     assert not [path for path in tmp_path.glob("study.log.heartbeats/*") if path.name != "now"]
 
-    # The killed one went on, with all that its evaluations had found before
+    # The lost one went on, with all that its evaluations had found before
     found = re.findall(r"trial_0_\w+ goes on at step ([\d,]+)", "".join(texts))
     assert len(found) == 1 and N_STEPS // 10 <= int(found[0].replace(",", "")) < N_STEPS
     (again,) = [trial for trial in ended if trial.system_attrs.get("failed_trial") == 0]
     assert again.params == ended[0].params and list(again.intermediate_values) == [1, 2, 3]
     assert again.intermediate_values.items() >= ended[0].intermediate_values.items()
+
+
+def test_workers_begin_at_once(postgresql: str, tmp_path: Path) -> None:
+    """In a new database, all of them want to create the tables."""
+    import psycopg
+
+    with psycopg.connect(postgresql.replace("+psycopg", ""), autocommit=True) as connection:
+        connection.execute("CREATE DATABASE new")
+    code = f"from sb3_softsac import studies; studies._storage({postgresql.replace('/postgres?', '/new?')!r}, print)"
+    workers = [subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path) for _ in range(4)]
+    assert [worker.wait(timeout=300) for worker in workers] == [0] * 4
