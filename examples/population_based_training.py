@@ -39,7 +39,7 @@ if __name__ == "__main__":
         run_config=tune.RunConfig(
             name="pbt",
             storage_path=str(args.folder.resolve()),
-            checkpoint_config=tune.CheckpointConfig(num_to_keep=2, checkpoint_at_end=True),
+            checkpoint_config=tune.CheckpointConfig(num_to_keep=4, checkpoint_at_end=True),
         ),
     ).fit()
     best = results.get_best_result()

@@ -31,7 +31,7 @@ studies.HEARTBEAT_SECONDS, studies.GRACE_SECONDS = 1, 8
 from rl_zoo3.train import train
 train()
 """
-SMALL = ["n_envs:1", "learning_starts:200", "buffer_size:1000", "compile:False"]
+SMALL = ["n_envs:1", "learning_starts:280", "buffer_size:1000", "compile:False"]
 OPTIONS = [
     *("--algo", "softsac", "--env", "Pendulum-v1", "-n", str(N_STEPS), "-optimize", "--study-name", "study"),
     *("--max-total-trials", str(N_TRIALS), "--n-evaluations", "3", "--eval-episodes", "1", "--no-optim-plots"),
