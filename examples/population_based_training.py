@@ -26,6 +26,7 @@ if __name__ == "__main__":
         time_attr="timesteps_total",
         perturbation_interval=args.interval,
         hyperparam_mutations={"learning_rate": tune.loguniform(1e-4, 3e-3), "gamma": [0.95, 0.98, 0.99, 0.995]},
+        synch=True,  # all wait for each other, so that runs of equal length are compared
     )
     results = tune.Tuner(
         tune.with_resources(SoftSACTrainable, {"cpu": 1}),
