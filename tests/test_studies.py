@@ -13,14 +13,17 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import optuna
 import pytest
+from optuna.exceptions import ExperimentalWarning
 from optuna.storages import JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
+from resume_script import in_new_process
 
 pytestmark = [pytest.mark.slow, pytest.mark.processes]
 
@@ -178,3 +181,26 @@ def test_workers_begin_at_once(postgresql: str, tmp_path: Path) -> None:
     code = f"from sb3_softsac import studies; studies._storage({postgresql.replace('/postgres?', '/new?')!r}, print)"
     workers = [subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path) for _ in range(4)]
     assert [worker.wait(timeout=300) for worker in workers] == [0] * 4
+
+
+def lose_again_and_again(folder: Path) -> list[str]:
+    """:return: states of the trials of a study after each loss of a worker"""
+    from sb3_softsac import studies  # only in a process of its own: the zoo changes Gymnasium
+
+    warnings.simplefilter("ignore", ExperimentalWarning)
+    study = optuna.create_study()
+    study.ask().set_user_attr(studies.FOLDER, "trial_0")
+    states = []
+    for _ in range(studies.MAX_RETRIES + 1):
+        study.tell(study.trials[-1].number, state=TrialState.FAIL)
+        studies._on_stale(folder, study, study.trials[-1])
+        assert (folder / "trial_0").exists() == (study.trials[-1].state == TrialState.WAITING)
+        states.append(study.trials[-1].state.name)
+        study.ask()
+    return states
+
+
+def test_trial_that_ends_its_workers(tmp_path: Path) -> None:
+    """It is enqueued again a few times, then it has failed and its files are removed."""
+    (tmp_path / "trial_0").mkdir()
+    assert in_new_process(lose_again_and_again, tmp_path) == [*["WAITING"] * 5, "FAIL"]
