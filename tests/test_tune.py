@@ -104,7 +104,7 @@ def test_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
         pytest.skip("needs the source tree")
     import ray
 
-    arguments = ["--env", "Pendulum-v1", "--steps", "900", "--interval", "300", "--folder", str(tmp_path)]
+    arguments = ["--env", "Pendulum-v1", "--steps", "600", "--interval", "200", "--folder", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["population_based_training.py", *arguments])
     ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)  # whatever this machine has: trials side by side
     try:
@@ -113,6 +113,6 @@ def test_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
         ray.shutdown()
     output = capsys.readouterr().out
     (best,) = re.findall(r"SoftSAC\.load\('(.+)'\)", output)
-    assert SoftSAC.load(best).num_timesteps == 900
+    assert SoftSAC.load(best).num_timesteps == 600
     # At least one run has taken the place of another
     assert list(tmp_path.glob("pbt/pbt_policy_*.txt"))
