@@ -326,7 +326,20 @@ def _objective(original: Callable[..., float], self: Any, trial: "Trial") -> flo
     # The zoo does not tell the sampler what the trial's other hyperparameters are
     if self.algo == ALGO:
         trial.set_user_attr(EXCLUDED, excluded_options({**self._hyperparams, "normalize": self.normalize}))
+        if self.storage is not None:
+            from sb3_softsac import studies  # only here: it imports the zoo
+
+            return studies.objective(original, self, trial)
     return original(self, trial)
+
+
+def _hyperparameters_optimization(original: Callable[..., None], self: Any) -> None:
+    if self.algo == ALGO and self.storage is not None:
+        from sb3_softsac import studies
+
+        studies.optimize(original, self)
+    else:
+        original(self)
 
 
 METHODS: dict[str, Callable[..., Any]] = {
@@ -339,6 +352,7 @@ METHODS: dict[str, Callable[..., Any]] = {
     "learn": _learn,
     "save_trained_model": _save_trained_model,
     "objective": _objective,
+    "hyperparameters_optimization": _hyperparameters_optimization,
 }
 
 

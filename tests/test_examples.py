@@ -16,7 +16,7 @@ ARGUMENTS = {
     "images.py": ["--steps", "110"],
     "many_environments.py": ["--env", "Pendulum-v1", "--n-envs", "2", "--steps", "1010"],
 }
-HAVE_THEIR_OWN = {"offline_to_online.py", "onnx_policy.py", "preemptible.py"}  # tests
+HAVE_THEIR_OWN = {"offline_to_online.py", "onnx_policy.py", "population_based_training.py", "preemptible.py"}  # tests
 
 pytestmark = pytest.mark.skipif(not EXAMPLES.is_dir(), reason="needs the source tree")
 

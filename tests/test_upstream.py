@@ -83,6 +83,7 @@ NAMES = {
     f"{OFF_POLICY}.dump_logs": "rollouts._collect_rollout calls it when an episode is to be logged",
     f"{SAC_POLICIES}:SACPolicy._update_features_extractor": "policies.make_actor and make_critic call it",
     "stable_baselines3.her.her_replay_buffer:HerReplayBuffer.truncate_last_trajectory": "resumable, at a new episode",
+    "optuna.storages._heartbeat:BaseHeartbeat": "studies.JournalStorage; without it trials end with their workers",
 }
 
 
@@ -522,6 +523,7 @@ METHODS = {
     "learn": "self, model",
     "save_trained_model": "self, model",
     "objective": "self, trial",
+    "hyperparameters_optimization": "self",
     "read_hyperparameters": "self",
     "_preprocess_schedules": "hyperparams",
 }
@@ -549,6 +551,7 @@ def test_manager_of_the_zoo() -> None:
         *("algo", "config", "save_freq", "callbacks", "save_path", "optimize_hyperparameters", "specified_callbacks"),
         *("save_replay_buffer", "trained_agent", "device", "tensorboard_log", "verbose", "truncate_last_trajectory"),
         *("continue_training", "n_timesteps", "_hyperparams"),
+        *("storage", "log_path", "n_envs", "n_jobs", "max_total_trials"),
     }
     gone = used - _assigned_in(zoo_tree("exp_manager"))
     assert not gone, f"ExperimentManager has no {gone} any more, which _rl_zoo3's methods read or set."

@@ -31,6 +31,7 @@ STATE = (
     *("n_calls", "n_episodes", "last_time_trigger", "best_mean_reward", "last_mean_reward", "best_mean_return"),
     *("evaluations_results", "evaluations_timesteps", "evaluations_length", "evaluations_successes"),
     *("_is_success_buffer", "last_best_mean_reward", "no_improvement_evals", "_episodes_seen", "_timesteps_counter"),
+    "eval_idx",  # of the zoo's TrialEvalCallback
 )
 # Callbacks without a state of their own
 STATELESS: tuple[type[Any], ...] = (CallbackList, ConvertCallback, ProgressBarCallback)
