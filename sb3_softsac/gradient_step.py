@@ -1,7 +1,7 @@
 """
 One whole SAC update: sampled batch and noise in, new parameters, optimiser states, targets and metrics out.
 
-All gradients and optimiser steps; ``update.cpp`` repeats them for plain SAC. Noise comes from outside, in the order of
+All gradients and optimiser steps; ``update.cpp`` repeats them in C++. Noise comes from outside, in the order of
 SB3's ``SAC.train``, and each loss sees the networks and the entropy coefficient that SB3's sees: equal networks, batch
 and noise give equal new networks, however the update is run (:mod:`sb3_softsac.execution`).
 """

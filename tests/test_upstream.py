@@ -162,7 +162,7 @@ def test_there_are_headers() -> None:
 @pytest.mark.parametrize("header", sorted(set(HEADERS)))
 def test_headers_of_torch(header: str) -> None:
     found = Path(th.__file__).parent / "include" / header
-    assert found.is_file(), f"{header} is gone: matmul.h, matmul.cpp or update.cpp include it, and are not built."
+    assert found.is_file(), f"{header} is gone: a file in execution/cpp includes it, and are not built."
 
 
 def test_buffers_of_batch_renorm() -> None:

@@ -41,7 +41,7 @@ from sb3_softsac.optimizers import Optimizers, Trained
 from sb3_softsac.policies import Actor, SoftSACPolicy
 from sb3_softsac.type_aliases import ReplayBatch, TorchObs
 
-SOURCE = Path(__file__).with_name("update.cpp")
+HEADER, SOURCE = Path(__file__).with_name("networks.h"), Path(__file__).with_name("update.cpp")
 MAX_WORK = 1 << 31  # of one call: transitions times weights, for each of which there are ten operations
 MISFIT = (
     "the types or sizes of a minibatch do not fit, or a parameter or an optimizer's state is not float32 on the CPU"
@@ -69,7 +69,7 @@ def error_of_build() -> Exception | None:
     :return: the error because of which ``update.cpp`` cannot be built, or None when it has been built
     """
     try:
-        build.load(matmul.HEADER, SOURCE)
+        build.load(matmul.HEADER, HEADER, SOURCE)
     except Exception as error:  # compilers and linkers have many ways to fail
         return error
     return None
