@@ -36,7 +36,8 @@ class CheckpointCallback(BaseCallback):
         or numbers such as ``("SIGTERM", "SIGUSR2")``; True: SIGTERM and SIGUSR1; False: none
     :param save_replay_buffer: save the replay buffer, too
     :param verbose: 1: print each checkpoint
-    :raises ValueError: for invalid values; at the start of training, if ``save_path`` has checkpoints of another run
+    :raises ValueError: for invalid values; at the start of training, if ``save_path`` has checkpoints of another run;
+        at the start of training or the first checkpoint, if another run is writing there
     """
 
     model: SoftSAC
@@ -75,6 +76,8 @@ class CheckpointCallback(BaseCallback):
         folders[path] = self._folder
 
     def _on_training_start(self) -> None:
+        if self.save_path.is_dir():  # otherwise the first checkpoint makes and locks it
+            self._folder.lock()
         if self._save_and_exit not in (self.model.after_step or ()):
             self._signal = None  # from a run that ended before its checkpoint
         if not self.on_signal:
@@ -118,16 +121,25 @@ class CheckpointCallback(BaseCallback):
             raise SystemExit(EXIT_STATUS)
 
     def save(self) -> None:
-        """Save a checkpoint now."""
+        """
+        Save a checkpoint now.
+
+        :raises CheckpointError: if another run writes to the folder
+        """
         model = self.model
-        self._folder.save(
-            model.num_timesteps,
-            lambda file: model.write(
-                file, exclude=() if self.save_replay_buffer else ("replay_buffer",), rows_elsewhere=True
-            ),
-            model.savable_replay_buffer() if self.save_replay_buffer else None,
-            self.keep_last,
-        )
+        self._folder.lock()
+        try:
+            self._folder.save(
+                model.num_timesteps,
+                lambda file: model.write(
+                    file, exclude=() if self.save_replay_buffer else ("replay_buffer",), rows_elsewhere=True
+                ),
+                model.savable_replay_buffer() if self.save_replay_buffer else None,
+                self.keep_last,
+            )
+        finally:
+            if not model.is_learning:  # otherwise the end of learn() unlocks it
+                self._folder.unlock()
         if self.verbose > 0:
             print(f"Saved a checkpoint at step {model.num_timesteps} in {self.save_path}")
 

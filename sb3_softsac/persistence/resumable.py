@@ -137,6 +137,8 @@ class ResumableAlgorithm(RolloutAlgorithm):
             return self
         finally:
             self.is_learning = False
+            for folder in (self.run_folders or {}).values():
+                folder.unlock()
 
     def _setup_learn(
         self,

@@ -23,11 +23,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import filelock
 import numpy as np
 from stable_baselines3.common.buffers import ReplayBuffer as SB3ReplayBuffer
 
 from sb3_softsac.persistence import atomic_files, buffer_state
 from sb3_softsac.persistence.archive import FORMAT, ArchiveReader, CheckpointError, check_format, naming, sha256_of
+from sb3_softsac.persistence.folder_lock import lock_folder
 
 MANIFEST = re.compile(r"ckpt-(0[0-9]{5}|[1-9][0-9]{5,8})\.json")  # only names that save() gives
 STATE = re.compile(r"step-([0-9]+)-(0[0-9]{5}|[1-9][0-9]{5,8})\.zip")
@@ -48,6 +50,22 @@ class RunFolder:
         self.newest = -1  # number of the newest checkpoint at that time, valid or not
         # Replay buffer and its n_added at that time; its id would not do, since a later buffer may get the same
         self._rows_then: tuple[weakref.ref[SB3ReplayBuffer], int] | None = None
+        self._lock: filelock.BaseFileLock | None = None
+
+    def lock(self) -> None:
+        """
+        Let no other run write to the folder, until :meth:`unlock` or the end of the process. Anybody may read.
+
+        :raises CheckpointError: if another run holds the lock
+        """
+        if self._lock is None:
+            atomic_files.make_folder(self.path)
+            self._lock = lock_folder(self.path)
+
+    def unlock(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
 
     def numbers(self) -> list[int]:
         """
