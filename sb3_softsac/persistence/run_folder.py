@@ -283,6 +283,14 @@ class RunFolder:
             atomic_files.remove_leftovers(inside)
 
 
+def has_checkpoints(path: str | Path) -> bool:
+    """
+    :param path: folder of ``CheckpointCallback``; need not exist
+    :return: whether there is a run to continue with ``SoftSAC.load(path, env)``
+    """
+    return bool(RunFolder(Path(path)).numbers())
+
+
 def checkpoint_of(path: Path) -> tuple[RunFolder, Manifest] | None:
     """
     :param path: model file
