@@ -15,6 +15,7 @@ from stable_baselines3.common.utils import safe_mean
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_softsac.persistence import callback_state
+from sb3_softsac.persistence.atomic_files import as_path
 from sb3_softsac.persistence.envs import env_state
 from sb3_softsac.persistence.run_folder import RunFolder
 from sb3_softsac.softsac import SoftSAC
@@ -30,7 +31,7 @@ class CheckpointCallback(BaseCallback):
 
     :param save_freq: calls of the callback between checkpoints, as in SB3: environment steps divided by the number of
         environments; 0: only on signals
-    :param save_path: folder without checkpoints of another run
+    :param save_path: folder without checkpoints of another run; on object storage, ``"s3://bucket/run"``
     :param keep_last: number of checkpoints to keep, at least 1
     :param on_signal: at these signals, save a checkpoint at the end of the current step and exit with status 143: names
         or numbers such as ``("SIGTERM", "SIGUSR2")``; True: SIGTERM and SIGUSR1; False: none
@@ -55,7 +56,7 @@ class CheckpointCallback(BaseCallback):
         if save_freq < 0 or keep_last < 1:
             raise ValueError(f"save_freq={save_freq} must be at least 0, and keep_last={keep_last} at least 1.")
         self.save_freq = save_freq
-        self.save_path = Path(save_path)
+        self.save_path = as_path(save_path)
         self.keep_last = keep_last
         self.on_signal = _signals(on_signal)
         self.save_replay_buffer = save_replay_buffer

@@ -148,6 +148,7 @@ class Slurm:
             "ProctrackType": "proctrack/linuxproc",
             "TaskPlugin": "task/none",
             "SelectType": "select/cons_tres",
+            "SelectTypeParameters": "CR_CPU",  # a job on each thread of a core
             "MpiDefault": "none",
             "ReturnToService": 2,
         }
@@ -212,6 +213,7 @@ def test_requeued_three_times(slurm: Slurm) -> None:
     minutes = int(slurm("squeue", "-h", "-o", "%M", "-j", f"{job}_2").split(":")[0])
     slurm("scontrol", "update", f"JobId={job}_2", f"TimeLimit={minutes + 2}")
     wait_until("SIGUSR1: saved a checkpoint")
+    slurm("scontrol", "update", f"JobId={job}_2", "TimeLimit=240")
     wait_until("training, restart 1")
     slurm("scontrol", "requeue", f"{job}_2")
     wait_until("SIGTERM: saved a checkpoint")
