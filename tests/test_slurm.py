@@ -26,7 +26,8 @@ from sb3_softsac import SoftSAC
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 DAEMONS = ("munged", "slurmctld", "slurmd")
-STEPS = 2000
+STEPS = 1000
+LEARNING = 120  # steps after which a process learns for sure
 ENV = "test_slurm:Interruptible-v0"  # gymnasium imports this module
 SECONDS = 600  # that anything may take
 
@@ -34,16 +35,17 @@ pytestmark = pytest.mark.skipif(not EXAMPLES.is_dir(), reason="needs the source 
 
 
 class Interruptible(gym.Wrapper):  # type: ignore[type-arg]
-    """Says when training has begun. It is so slow that it cannot end before it has been interrupted three times."""
+    """Says when the process learns, and is slow from then on, so that it is interrupted three times before its end."""
 
-    is_silent = False
+    n_steps = 0  # of this process: no state of the environment
 
     def step(self, action: Any) -> Any:
-        if not Interruptible.is_silent:
-            print(f"training, restart {os.environ.get('SLURM_RESTART_COUNT', 0)}", flush=True)
-            Interruptible.is_silent = True
-        if int(os.environ.get("SLURM_RESTART_COUNT", 3)) < 3:
-            time.sleep(0.05)
+        Interruptible.n_steps += 1
+        restart = int(os.environ.get("SLURM_RESTART_COUNT", 0 if "SLURM_JOB_ID" in os.environ else 3))
+        if Interruptible.n_steps == LEARNING:
+            print(f"learning, restart {restart}", flush=True)
+        if Interruptible.n_steps > LEARNING and restart < 3:
+            time.sleep(0.2)
         return super().step(action)
 
 
@@ -98,10 +100,9 @@ def test_with_stand_ins(tmp_path: Path) -> None:
         with subprocess.Popen(script, cwd=tmp_path, env=env, stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout is not None
             output = ""
-            while "training" not in output and process.poll() is None:
+            while restart == 0 and "learning" not in output and process.poll() is None:
                 output += process.stdout.readline()
             if restart == 0:
-                time.sleep(3)  # some steps
                 os.kill(int((tmp_path / "pid").read_text()), signal.SIGUSR1)
             output += process.communicate(timeout=SECONDS)[0]
         assert process.returncode == expected, output
@@ -150,7 +151,6 @@ class Slurm:
             "SelectType": "select/cons_tres",
             "SelectTypeParameters": "CR_CPU",  # a job on each thread of a core
             "MpiDefault": "none",
-            "ReturnToService": 2,
         }
         lines = [f"{name}={value}" for name, value in settings.items()]
         lines.append(f"NodeName={host} NodeAddr=127.0.0.1 CPUs=2")
@@ -209,24 +209,22 @@ def test_requeued_three_times(slurm: Slurm) -> None:
     def wait_until(text: str) -> None:
         wait_for(lambda: log.exists() and text in log.read_text(), lambda: log.read_text() if log.exists() else "none")
 
-    wait_until("training, restart 0")
+    wait_until("learning, restart 0")
     minutes = int(slurm("squeue", "-h", "-o", "%M", "-j", f"{job}_2").split(":")[0])
     slurm("scontrol", "update", f"JobId={job}_2", f"TimeLimit={minutes + 2}")
     wait_until("SIGUSR1: saved a checkpoint")
     slurm("scontrol", "update", f"JobId={job}_2", "TimeLimit=240")
-    wait_until("training, restart 1")
+    wait_until("learning, restart 1")
     slurm("scontrol", "requeue", f"{job}_2")
     wait_until("SIGTERM: saved a checkpoint")
-    wait_until("training, restart 2")
+    wait_until("learning, restart 2")
     node = f"NodeName={socket.gethostname()}"
     slurm("scontrol", "update", node, "State=DOWN", "Reason=test")
-    wait_until("DUE TO NODE FAILURE")
     slurm("scontrol", "update", node, "State=RESUME")
-    wait_until("training, restart 3")
+    wait_until("learning, restart 3")
     wait_until(f"Finished at step {STEPS}")
     assert log.read_text().count("Starting at step") == 4
-    other = folder / "logs" / "softsac-1.txt"
-    wait_for(lambda: f"Finished at step {STEPS}" in other.read_text(), other.read_text)
-    assert "training, restart 2" not in other.read_text(), "the node's failure is the only one that concerns it"
+    other = (folder / "logs" / "softsac-1.txt").read_text()
+    assert 1 <= other.count("Starting at step") <= 2, "the node's failure is the only one that concerns the other task"
     run_alone(folder / "alone", 2, STEPS)
     assert_same_run(folder / "runs" / "2", folder / "alone", STEPS)
