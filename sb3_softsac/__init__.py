@@ -3,6 +3,7 @@
 from sb3_softsac.buffers import ReplayBuffer
 from sb3_softsac.callbacks import CheckpointCallback, SaveBestTrainingReturnCallback
 from sb3_softsac.persistence.archive import CheckpointError
+from sb3_softsac.persistence.run_folder import has_checkpoints
 from sb3_softsac.policies import CnnPolicy, MlpPolicy, MultiInputPolicy, SoftSACPolicy
 from sb3_softsac.presets import preset
 from sb3_softsac.softsac import SoftSAC
@@ -27,5 +28,6 @@ __all__ = [
     "SoftSAC",
     "SoftSACPolicy",
     "__version__",
+    "has_checkpoints",
     "preset",
 ]

@@ -15,6 +15,7 @@ from stable_baselines3.common.utils import safe_mean
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_softsac.persistence import callback_state
+from sb3_softsac.persistence.atomic_files import as_path
 from sb3_softsac.persistence.envs import env_state
 from sb3_softsac.persistence.run_folder import RunFolder
 from sb3_softsac.softsac import SoftSAC
@@ -30,13 +31,14 @@ class CheckpointCallback(BaseCallback):
 
     :param save_freq: calls of the callback between checkpoints, as in SB3: environment steps divided by the number of
         environments; 0: only on signals
-    :param save_path: folder without checkpoints of another run
+    :param save_path: folder without checkpoints of another run; on object storage, ``"s3://bucket/run"``
     :param keep_last: number of checkpoints to keep, at least 1
     :param on_signal: at these signals, save a checkpoint at the end of the current step and exit with status 143: names
         or numbers such as ``("SIGTERM", "SIGUSR2")``; True: SIGTERM and SIGUSR1; False: none
     :param save_replay_buffer: save the replay buffer, too
     :param verbose: 1: print each checkpoint
-    :raises ValueError: for invalid values; at the start of training, if ``save_path`` has checkpoints of another run
+    :raises ValueError: for invalid values; at the start of training, if ``save_path`` has checkpoints of another run;
+        at the start of training or the first checkpoint, if another run is writing there
     """
 
     model: SoftSAC
@@ -54,7 +56,7 @@ class CheckpointCallback(BaseCallback):
         if save_freq < 0 or keep_last < 1:
             raise ValueError(f"save_freq={save_freq} must be at least 0, and keep_last={keep_last} at least 1.")
         self.save_freq = save_freq
-        self.save_path = Path(save_path)
+        self.save_path = as_path(save_path)
         self.keep_last = keep_last
         self.on_signal = _signals(on_signal)
         self.save_replay_buffer = save_replay_buffer
@@ -75,6 +77,8 @@ class CheckpointCallback(BaseCallback):
         folders[path] = self._folder
 
     def _on_training_start(self) -> None:
+        if self.save_path.is_dir():  # otherwise the first checkpoint makes and locks it
+            self._folder.lock()
         if self._save_and_exit not in (self.model.after_step or ()):
             self._signal = None  # from a run that ended before its checkpoint
         if not self.on_signal:
@@ -118,16 +122,25 @@ class CheckpointCallback(BaseCallback):
             raise SystemExit(EXIT_STATUS)
 
     def save(self) -> None:
-        """Save a checkpoint now."""
+        """
+        Save a checkpoint now.
+
+        :raises CheckpointError: if another run writes to the folder
+        """
         model = self.model
-        self._folder.save(
-            model.num_timesteps,
-            lambda file: model.write(
-                file, exclude=() if self.save_replay_buffer else ("replay_buffer",), rows_elsewhere=True
-            ),
-            model.savable_replay_buffer() if self.save_replay_buffer else None,
-            self.keep_last,
-        )
+        self._folder.lock()
+        try:
+            self._folder.save(
+                model.num_timesteps,
+                lambda file: model.write(
+                    file, exclude=() if self.save_replay_buffer else ("replay_buffer",), rows_elsewhere=True
+                ),
+                model.savable_replay_buffer() if self.save_replay_buffer else None,
+                self.keep_last,
+            )
+        finally:
+            if not model.is_learning:  # otherwise the end of learn() unlocks it
+                self._folder.unlock()
         if self.verbose > 0:
             print(f"Saved a checkpoint at step {model.num_timesteps} in {self.save_path}")
 

@@ -100,7 +100,7 @@ def verify(path: Path) -> bool:
             manifest = folder.manifest(number)
             folder.verify(manifest)
             name = manifest["state"]["file"]
-            with (path / name).open("rb") as file:
+            with atomic_files.open_file(path / name) as file:
                 ArchiveReader(file, name).verify()
             _print(f"checkpoint {number} (step {manifest['num_timesteps']}): whole")
         except CheckpointError as error:
@@ -185,9 +185,9 @@ def main() -> int:
         ("export-dataset", "write a Minari dataset of its replay buffer, or of new episodes"),
     ):
         command = commands.add_parser(name, help=text, description=text)
-        command.add_argument("path", type=Path, metavar="PATH", help="model file, or folder of checkpoints")
+        command.add_argument("path", metavar="PATH", help="model file or folder of checkpoints; s3://... too")
         if name == "export":
-            command.add_argument("-o", "--output", type=Path, default=Path("policy.zip"), help="default: policy.zip")
+            command.add_argument("-o", "--output", default="policy.zip", help="default: policy.zip")
         elif name == "export-dataset":
             command.add_argument("dataset_id", metavar="MINARI_ID", help="of the new dataset: pendulum/softsac-v0")
             command.add_argument(
@@ -199,13 +199,14 @@ def main() -> int:
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
+            path = atomic_files.as_path(args.path)
             if args.command == "ls":
-                ls(args.path)
+                ls(path)
             elif args.command == "export":
-                export(args.path, args.output)
+                export(path, atomic_files.as_path(args.output))
             elif args.command == "export-dataset":
-                export_dataset(args.path, args.dataset_id, args.episodes, args.env, not args.stochastic)
-            elif not verify(args.path):
+                export_dataset(path, args.dataset_id, args.episodes, args.env, not args.stochastic)
+            elif not verify(path):
                 return 1
         for warning in caught:
             _print(f"warning: {warning.message}", file=sys.stderr)

@@ -8,7 +8,6 @@ callbacks, layout of the replay buffer) and ``replay/<first row>/<array>.npy`` a
 
 import base64
 import io
-import os
 import platform
 import re
 import sys
@@ -295,9 +294,9 @@ def open_model_file(path: str | Path | BinaryIO) -> Iterator[ModelFile]:
     """
     name, run = "the file object", None
     source: AbstractContextManager[BinaryIO]
-    if isinstance(path, str | os.PathLike):
-        found, run = _find(Path(path))
-        name, source = str(found), found.open("rb")
+    if atomic_files.is_path(path):
+        found, run = _find(atomic_files.as_path(path))
+        name, source = str(found), atomic_files.open_file(found)
     else:
         source = nullcontext(path)
     with source as file:
@@ -332,9 +331,9 @@ def read_replay_buffer(path: str | Path | BinaryIO, buffer: SB3ReplayBuffer, all
     :return: ``buffer``, or the unpickled buffer if that is of another class
     :raises CheckpointError: if the file is damaged, does not fit, or is a pickle without ``allow_pickle``
     """
-    if isinstance(path, str | os.PathLike) and not Path(path).exists():
-        found = [Path(f"{path}{suffix}") for suffix in (".zip", ".pkl") if Path(f"{path}{suffix}").exists()]
-        path = found[0] if found else path
+    if atomic_files.is_path(path) and not atomic_files.as_path(path).exists():
+        names = [f"{path}{suffix}" for suffix in (".zip", ".pkl")]
+        path = next((name for name in names if atomic_files.as_path(name).exists()), path)
     if _is_zip(path):
         with open_model_file(path) as file:
             if file.replay is None:
@@ -350,14 +349,15 @@ def read_replay_buffer(path: str | Path | BinaryIO, buffer: SB3ReplayBuffer, all
 
 
 def _is_zip(path: str | Path | BinaryIO) -> bool:
-    if not isinstance(path, str | os.PathLike):
+    if not atomic_files.is_path(path):
         position = path.tell()
         found = zipfile.is_zipfile(path)
         path.seek(position)  # where a pickle starts
         return found
-    if Path(path).is_dir():
+    path = atomic_files.as_path(path)
+    if path.is_dir():
         return True
-    with Path(path).open("rb") as file:
+    with atomic_files.open_file(path) as file:
         return zipfile.is_zipfile(file)
 
 
@@ -370,12 +370,12 @@ def new_file(path: str | Path | BinaryIO) -> Iterator[BinaryIO]:
     :return: file to append to; a named file exists as a whole or not at all
     :raises ValueError: if a file object is not at its start
     """
-    if not isinstance(path, str | os.PathLike):
+    if not atomic_files.is_path(path):
         if path.seekable() and path.tell() != 0:
             raise ValueError(f"The file object is at position {path.tell()}, not 0: pass an empty one.")
         yield path
         return
-    path = Path(path)
+    path = atomic_files.as_path(path)
     path = path if path.suffix else path.with_name(f"{path.name}.zip")
     if path.parent.is_dir():
         atomic_files.remove_leftovers(path.parent, re.escape(path.name))

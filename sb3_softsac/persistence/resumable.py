@@ -25,7 +25,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
 from sb3_softsac.buffers import map_obs
-from sb3_softsac.persistence import buffer_state, callback_state, model_file
+from sb3_softsac.persistence import atomic_files, buffer_state, callback_state, model_file
 from sb3_softsac.persistence.archive import ArchiveReader, ArchiveWriter, CheckpointError, naming
 from sb3_softsac.persistence.codec import NotEncodable, decode, encode
 from sb3_softsac.persistence.envs import env_state
@@ -137,6 +137,8 @@ class ResumableAlgorithm(RolloutAlgorithm):
             return self
         finally:
             self.is_learning = False
+            for folder in (self.run_folders or {}).values():
+                folder.unlock()
 
     def _setup_learn(
         self,
@@ -466,7 +468,7 @@ class ResumableAlgorithm(RolloutAlgorithm):
         if file.replay is not None:
             file.restore_replay(self.replay_buffer)  # type: ignore[arg-type]
         elif file.index.get("replay") is not None:
-            complete = [str(path) for path in RunFolder(Path(file.name).parent).model_files()]
+            complete = [str(path) for path in RunFolder(atomic_files.as_path(file.name).parent).model_files()]
             raise CheckpointError(
                 f"{file.name} is part of a checkpoint that was never completed, or that is in another folder: it lacks "
                 f"the rows of its replay buffer. Load {' or '.join(complete) or 'another file'} instead, or continue "

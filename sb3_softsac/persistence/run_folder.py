@@ -9,12 +9,14 @@ A folder of incremental checkpoints of one run: each writes only what is new sin
 
 A file never changes once it exists. The manifest is written last: without it, a checkpoint does not exist. Only then
 are files removed that no kept manifest names.
+
+A folder on object storage is the same. Its manifests are written only if there is none of that name, so the second of
+two runs is refused there, too, though only when it saves.
 """
 
 import hashlib
 import io
 import json
-import os
 import re
 import warnings
 import weakref
@@ -23,11 +25,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import filelock
 import numpy as np
 from stable_baselines3.common.buffers import ReplayBuffer as SB3ReplayBuffer
 
 from sb3_softsac.persistence import atomic_files, buffer_state
 from sb3_softsac.persistence.archive import FORMAT, ArchiveReader, CheckpointError, check_format, naming, sha256_of
+from sb3_softsac.persistence.folder_lock import lock_folder
 
 MANIFEST = re.compile(r"ckpt-(0[0-9]{5}|[1-9][0-9]{5,8})\.json")  # only names that save() gives
 STATE = re.compile(r"step-([0-9]+)-(0[0-9]{5}|[1-9][0-9]{5,8})\.zip")
@@ -48,14 +52,29 @@ class RunFolder:
         self.newest = -1  # number of the newest checkpoint at that time, valid or not
         # Replay buffer and its n_added at that time; its id would not do, since a later buffer may get the same
         self._rows_then: tuple[weakref.ref[SB3ReplayBuffer], int] | None = None
+        self._lock: filelock.BaseFileLock | None = None
+
+    def lock(self) -> None:
+        """
+        Let no other run write to the folder, until :meth:`unlock` or the end of the process. Anybody may read.
+
+        :raises CheckpointError: if another run holds the lock
+        """
+        if self._lock is None and isinstance(self.path, Path):  # there are no locks on object storage
+            atomic_files.make_folder(self.path)
+            self._lock = lock_folder(self.path)
+
+    def unlock(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
 
     def numbers(self) -> list[int]:
         """
         :return: numbers of the checkpoints that have a manifest, ascending
         """
-        if not self.path.is_dir():
-            return []
-        return sorted(int(match[1]) for name in os.listdir(self.path) if (match := MANIFEST.fullmatch(name)))
+        found = map(MANIFEST.fullmatch, atomic_files.names(self.path))
+        return sorted(int(match[1]) for match in found if match)
 
     def manifest(self, number: int) -> Manifest:
         """
@@ -99,7 +118,7 @@ class RunFolder:
                 raise CheckpointError(f"{path} {found}, expected {entry['size']} bytes.")
         for entry in entries:
             path = self.path / entry["file"]
-            with path.open("rb") as file:
+            with atomic_files.open_file(path) as file:
                 if sha256_of(file) != entry["sha256"]:
                     raise CheckpointError(f"{path} is damaged: its SHA-256 differs from the manifest.")
 
@@ -147,7 +166,7 @@ class RunFolder:
         for entry in manifest["segments"]:
             first, last = _rows(entry["file"])
             path = self.path / entry["file"]
-            with path.open("rb") as file:
+            with atomic_files.open_file(path) as file:
                 archive = ArchiveReader(file, str(path))
                 yield first, buffer_state.read_rows(archive, replay["description"], (first, last))
 
@@ -181,10 +200,7 @@ class RunFolder:
         :raises OSError: if the disk is full, ...; older checkpoints remain valid
         """
         if max([-1, *self.numbers()]) > self.newest:
-            raise CheckpointError(
-                f"{self.path} has new checkpoints that this run did not write: does a second process save there? "
-                "Give each run its own folder."
-            )
+            raise self._other_writer()
         number = self.newest + 1
         segments = [] if buffer is None else self._save_segments(buffer)
         name = f"step-{num_timesteps}-{number:06d}.zip"
@@ -199,19 +215,28 @@ class RunFolder:
             "segments": segments,
         }
         self.newest = number  # even if this fails: the file may exist afterwards
-        with atomic_files.atomic_file(self.path / f"ckpt-{number:06d}.json") as file:
-            file.write(_manifest_text(manifest))
+        try:
+            with atomic_files.atomic_file(self.path / f"ckpt-{number:06d}.json", is_new=True) as file:
+                file.write(_manifest_text(manifest))
+        except FileExistsError:
+            raise self._other_writer() from None
         self.last = manifest
         self._remember(buffer)
         self._clean(keep_last)
         return manifest
+
+    def _other_writer(self) -> CheckpointError:
+        return CheckpointError(
+            f"{self.path} has new checkpoints that this run did not write: does a second process save there? "
+            "Give each run its own folder."
+        )
 
     def _save_segments(self, buffer: SB3ReplayBuffer) -> list[dict[str, Any]]:
         rows_before = None
         if self._rows_then is not None and self._rows_then[0]() is buffer:
             rows_before = self._rows_then[1]
         folder = self.path / "replay"
-        there = {f"replay/{name}" for name in os.listdir(folder)} if folder.is_dir() else set()
+        there = {f"replay/{name}" for name in atomic_files.names(folder)}
         last_entries = [] if self.last is None else self.last["segments"]
         # The user may have removed some
         before = {_rows(entry["file"]): entry for entry in last_entries if entry["file"] in there}
@@ -259,10 +284,18 @@ class RunFolder:
             inside = self.path / folder
             if not inside.is_dir() or (folder and inside.is_symlink()):  # never remove files elsewhere
                 continue
-            for name in os.listdir(inside):
+            for name in atomic_files.names(inside):
                 if pattern.fullmatch(folder + name) and folder + name not in named:
                     atomic_files.remove(inside / name)
             atomic_files.remove_leftovers(inside)
+
+
+def has_checkpoints(path: str | Path) -> bool:
+    """
+    :param path: folder of ``CheckpointCallback``, also on object storage; need not exist
+    :return: whether there is a run to continue with ``SoftSAC.load(path, env)``
+    """
+    return bool(RunFolder(atomic_files.as_path(path)).numbers())
 
 
 def checkpoint_of(path: Path) -> tuple[RunFolder, Manifest] | None:
