@@ -57,7 +57,8 @@ class Architecture(NamedTuple):
         )
         require(is_number(self.dropout_rate, 0.0, 1.0), "dropout_rate", "a number in [0, 1)")
         require(is_number(self.batch_norm_momentum, 0.0, 1.0 + 1e-9), "batch_norm_momentum", "a number in [0, 1]")
-        require(is_number(self.batch_norm_eps, 0.0, math.inf), "batch_norm_eps", "a number >= 0")
+        is_positive = is_number(self.batch_norm_eps, 0.0, math.inf) and self.batch_norm_eps > 0.0
+        require(is_positive, "batch_norm_eps", "a number > 0")
         for name in ("batch_norm_momentum", "batch_norm_eps"):
             if not self.has_batch_norm and getattr(self, name) != getattr(PLAIN, name):
                 raise ValueError(

@@ -188,7 +188,7 @@ CASES: dict[str, Case] = {
         },
     ),
     # Compiled from the second update on: that of step 64
-    "compiled_flashsac": Case(
+    "compiled_blocks": Case(
         lambda: pendulum(2), stops=(20, 64, 80, 96),
         kwargs={"compile": True, "joint_batch": "all", "normalize_rewards": "std", "policy_kwargs": XQC},
     ),

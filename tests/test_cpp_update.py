@@ -125,6 +125,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "blocks": {"policy_kwargs": {**TAME, "residual_expansion": 2, "net_arch": {"pi": [5], "qf": [20, 20, 20]}}},
     "normalized_blocks": {"env": Odd, "policy_kwargs": {**FLASHSAC, "n_atoms": None}, "max_grad_norm": 0.1},
     "wide_blocks": {"joint_batch": "all", "policy_kwargs": {**FLASHSAC, "net_arch": [300]}},
+    "wide": {"joint_batch": "all", "policy_kwargs": {**XQC, "net_arch": [600, 520]}},
     "repeated_actor": {
         "joint_batch": "critic", "policy_delay": 2, "policy_delay_compensation": True, "policy_kwargs": FLASHSAC,
     },
@@ -216,6 +217,7 @@ def test_any_newer_networks(data: st.DataObject, seed: int) -> None:
         model.train(gradient_steps=2, batch_size=batch_size)
     assert is_native(plain)
     assert_same(state(eager), state(plain), atol=1e-4)
+    assert_same_metrics(eager, plain)
     assert_same_actions(eager, plain, True)
 
 
@@ -784,25 +786,90 @@ def replace_head(model: SoftSAC) -> None:
     model.critic.head = CategoricalHead(21, -2.0, 1.0)
 
 
+def move_atoms(model: SoftSAC) -> None:
+    model.critic.head.atoms.mul_(0.5)
+
+
+def replace_atoms(model: SoftSAC) -> None:
+    model.critic.head.atoms = model.critic.head.atoms + 0.1
+
+
+def cut_support(model: SoftSAC) -> None:
+    model.critic.head.v_min = -2.0
+
+
+def keep_norms(model: SoftSAC) -> None:
+    model.policy.project_to_unit_norm = lambda *args: None
+
+
+def keep_norms_of_actor(model: SoftSAC) -> None:
+    model.actor.own_networks = lambda: []
+
+
+def soften_rms(model: SoftSAC) -> None:
+    for module in model.policy.modules():
+        if isinstance(module, nn.RMSNorm):
+            module.eps = 0.5
+
+
+def share_statistics(model: SoftSAC) -> None:
+    first, second = (network[0] for network in model.critic.q_networks)
+    second.running_mean, second.running_var = first.running_mean, first.running_var
+
+
+# Whether updates are still in C++ then, or why not; and whether actions are
+NEWER_CHANGES: dict[Callable[[SoftSAC], None], tuple[str | None, bool]] = {
+    exchange_statistics: (None, True),
+    remember_longer: (None, True),
+    remember_differently: ("batch norms differ in eps or momentum", True),
+    free_weights: (None, True),
+    replace_head: (None, True),
+    move_atoms: (None, True),
+    replace_atoms: (None, True),
+    cut_support: (None, True),
+    keep_norms: ("a method of a network has been replaced", True),
+    keep_norms_of_actor: ("a method of a network has been replaced", False),
+    soften_rms: ("the actor's RMS norm is not a usual one", False),
+    share_statistics: ("batch norms share their running statistics", True),
+}
+
+
 @pytest.mark.filterwarnings("ignore:The update cannot be compiled")
-@pytest.mark.parametrize(
-    ("change", "stays_native"),
-    [
-        (exchange_statistics, True),
-        (remember_longer, True),
-        (remember_differently, False),
-        (free_weights, True),
-        (replace_head, True),
-    ],
-)
-def test_changes_of_newer_networks_take_effect(change: Callable[[SoftSAC], None], stays_native: bool) -> None:
+@pytest.mark.parametrize("change", NEWER_CHANGES, ids=lambda change: change.__name__)
+def test_changes_of_newer_networks_take_effect(change: Callable[[SoftSAC], None]) -> None:
     eager, plain = started(**CASES["flashsac"])
+    reason, acts = NEWER_CHANGES[change]
     for model in (eager, plain):
         change(model)
         train(model, 3, seed=1)
     assert_same(state(eager), state(plain), atol=3e-5)
-    assert_same_actions(eager, plain, True)
-    assert bool(plain._runner.compiler.compiled) != stays_native
+    assert_same_actions(eager, plain, acts)
+    assert reason_against(plain) == reason
+    assert bool(plain._runner.compiler.compiled) == (reason is not None)
+
+
+@pytest.mark.filterwarnings("ignore:The update cannot be compiled")
+@pytest.mark.parametrize(("batch_size", "eps", "error"), [(1, 0.1, "more than 1 value"), (8, 0.0, "must be positive")])
+def test_batch_norm_that_is_not_possible(batch_size: int, eps: float, error: str) -> None:
+    """Torch says so, with everything as it was."""
+    _, plain = started(**{**CASES["flashsac"], "joint_batch": "critic"})
+    for norm in batch_norms(plain.policy):
+        norm.eps = eps
+    before = state(plain)
+    with pytest.raises(ValueError, match=error):
+        plain.train(1, batch_size)
+    networks = {name: value for name, value in before.items() if "optimizer" not in name and name.startswith(".0")}
+    assert_identical(networks, {name: value for name, value in state(plain).items() if name in networks})
+
+
+def test_statistics_of_an_actor_that_is_not_stepped() -> None:
+    """The critics have been, before it."""
+    eager, plain = started(**CASES["flashsac"])
+    for model in (eager, plain):
+        model.target_entropy = math.inf
+        with pytest.raises(ValueError, match=r"^ent_coef_loss is -?inf"):
+            train(model, 3)
+    assert_same(state(eager), state(plain), atol=3e-5)
 
 
 def test_hook_that_is_removed() -> None:
@@ -1058,7 +1125,7 @@ def test_each_reason_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
         original = losses.critic_loss
         patch.setattr(losses, "critic_loss", lambda *args: original(*args))
         train(model, 2)
-    assert lines_about_cpp(capsys) == ["a function of sb3_softsac.losses has been replaced"]
+    assert lines_about_cpp(capsys) == ["sb3_softsac.losses.critic_loss has been replaced"]
     with monkeypatch.context() as patch:
         change_minibatches(patch, model, lambda b: Weighted(*b[:5], th.tensor(0.5), th.ones(8)))
         train(model, 2)

@@ -42,7 +42,7 @@ class Learner:
                 self.learning_rates[i].fill_(value)
 
     def set_training_mode(self) -> None:
-        """Of all modules. Slow, and a no-op for networks without batch norm or dropout: so not for C++."""
+        """Of all modules. Slow, and without effect on our own networks, but for dropout: so not for C++."""
         if not self._is_in_training_mode:
             self.policy.set_training_mode(True)
             self._is_in_training_mode = True

@@ -47,7 +47,7 @@ struct Crew {
 
   Range of(int64_t n) const { return share(n, member, size); }
 
-  // For all others. Each thread has a crew of this size, and comes here as often
+  // For all threads, not only those of this crew: each has a crew of this size, and comes here as often
   void wait() const {
     if (size > 1) {
 #pragma omp barrier
@@ -386,7 +386,8 @@ class BatchNorm {
   }
 
  private:
-  // What a member has measured of its rows (mean, and squares of differences from it), and knows of all rows
+  // What a member has measured of its rows: mean, and squares of differences from it; and what it has made of that for
+  // all rows. The latter is equal for all members: sharing it would take another barrier
   struct Part {
     int64_t n_rows, all_rows;
     Floats mean, squares, all_mean, all_squares, inverse_std;
@@ -682,7 +683,7 @@ struct Network {
   }
 
   // From that of what the last layer made, by the statistics of the batch, with a member's part of the parameters'
-  // gradients. Behind a linear layer it is 0 but for some rows
+  // gradients. If the last layer is linear, only last_rows have a gradient
   void backward(float* gradient, Range rows, Range last_rows, const float* inputs, const Crew& crew) {
     float* of_sum = nullptr;
     for (size_t i = own.layers.size(); i-- > 0;) {
@@ -862,19 +863,17 @@ struct GaussianActor : Network {
 // What a critic's K outputs mean, see heads.py: a value, or logits of a distribution over K atoms
 struct Head {
   int64_t n;
+  Tensor given_atoms;  // (K), undefined for values
   double v_min, v_max;
-  Floats atoms;
+  const float* atoms;
 
   bool is_categorical() const { return n > 1; }
 
-  void prepare() {
-    atoms.resize(n);
-    if (!is_categorical()) return;
-    // As torch.linspace: from both ends
-    const float step = (float(v_max) - float(v_min)) / (n - 1);
-    for (int64_t k = 0; k < n; k++) {
-      atoms[k] = k < n / 2 ? float(v_min) + step * k : float(v_max) - step * (n - 1 - k);
-    }
+  bool find() {
+    if (!is_categorical()) return true;
+    if (!is_plain(given_atoms, n)) return false;
+    atoms = given_atoms.const_data_ptr<float>();
+    return true;
   }
 
   float value(const float* outputs) const {
@@ -909,7 +908,7 @@ struct Head {
   float mean(const float* probabilities) const {
     Vec sum(0.0f);
     each_vector({0, n}, [&](int64_t k, int64_t count) {
-      sum = at::vec::fmadd(Vec::loadu(probabilities + k, count), Vec::loadu(&atoms[k], count), sum);
+      sum = at::vec::fmadd(Vec::loadu(probabilities + k, count), Vec::loadu(atoms + k, count), sum);
     });
     return sum_of(sum);
   }
@@ -924,7 +923,7 @@ struct Head {
     softmax(outputs, p);
     const Vec centre(mean(p)), scale(factor);
     each_vector({0, n}, [&](int64_t k, int64_t count) {
-      (scale * Vec::loadu(p + k, count) * (Vec::loadu(&atoms[k], count) - centre)).store(outputs + k, count);
+      (scale * Vec::loadu(p + k, count) * (Vec::loadu(atoms + k, count) - centre)).store(outputs + k, count);
     });
   }
 
@@ -965,7 +964,7 @@ struct Head {
         std::fill_n(target, n, std::numeric_limits<float>::quiet_NaN());
         return sums;
       }
-      const int64_t below = std::min<int64_t>(position, n - 2);
+      const int64_t below = std::clamp<float>(position, 0.0f, n - 2);
       target[below] += p[k] * std::max(0.0f, 1.0f - std::abs(position - below));
       target[below + 1] += p[k] * std::max(0.0f, 1.0f - std::abs(position - (below + 1)));
     }

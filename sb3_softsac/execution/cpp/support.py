@@ -24,6 +24,7 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 OWN_METHODS = (
     *("forward", "extract_features", "get_action_dist_params", "sample", "targets"),
     *("outputs", "values", "target", "loss"),  # of critics and their heads
+    *("project_to_unit_norm", "own_networks"),
 )
 # Of actors and critics, besides their modules
 ATTRIBUTES = ("use_sde", "separate_log_std_net", "preprocessing", "q_networks")
@@ -115,7 +116,8 @@ class Watch:
         networks = [Attributes(root, ATTRIBUTES) for root in roots]
         preprocessings = [vars(root)["preprocessing"] for root in roots if "preprocessing" in vars(root)]
         inputs = [Attributes(each, ("is_box", "scale")) for each in preprocessings if type(each) is Preprocessing]
-        self._collections = [*(some.values() for some in parts if some), *networks, *inputs, *others]
+        norms = [Attributes(module, ("eps",)) for module in self._modules if isinstance(module, nn.RMSNorm)]
+        self._collections = [*(some.values() for some in parts if some), *networks, *inputs, *norms, *others]
         self._items = list(self._present_items())
         self._hooks = [attributes[name] for attributes in self._attributes for name in HOOKS]
         self._hooks += [getattr(nn.modules.module, f"_global{name}") for name in HOOKS]
@@ -202,6 +204,8 @@ def plain_layers(policy: SoftSACPolicy) -> Layers:
     layers = Layers(plain_actor(policy.actor), _plain_critics(policy.critic), _plain_critics(policy.critic_target))
     require(_fit(layers), "the sizes of the layers of actor, critics and target critics do not fit")
     require(_are_in_order(layers, policy), "the critics are not in the order of their parameters")
+    statistics = [id(statistic) for norm in layers.batch_norms() for statistic in statistics_of(norm)]
+    require(len(set(statistics)) == len(statistics), "batch norms share their running statistics")
     return layers
 
 
@@ -210,6 +214,7 @@ def _plain_critics(network: nn.Module) -> list[Stack]:
     assert isinstance(network, Critic)
     head = type(network.head)
     require(head in (ScalarHead, CategoricalHead), f"the critics have a {head.__name__}")
+    require(head is ScalarHead or network.head.n_outputs > 1, "the critics have a single atom")
     _require_vectors(network, "critic")
     chains = [_chain(module, "critic") for module in network.q_networks]
     stacks = [_stack(chain[:-1], chain[-1:], "critic") for chain in chains]

@@ -101,7 +101,8 @@ class Update : public torch::CustomClassHolder {
   // Networks come as Parts. Trained parameters have exp_avg, exp_avg_sq and step with them; the actor's last layers are
   // mu and log_std, which have no kind. An entropy coefficient that is learned is its logarithm
   Update(std::vector<Tensors> actor, std::vector<int64_t> actor_kinds, std::vector<std::vector<Tensors>> critics,
-         std::vector<std::vector<Tensors>> targets, std::vector<int64_t> critic_kinds, Tensors ent_coef)
+         std::vector<std::vector<Tensors>> targets, std::vector<int64_t> critic_kinds, Tensors ent_coef,
+         std::optional<Tensor> atoms)
       : actor_({actor, actor_kinds}),
         ent_coef_(ent_coef.data(), ent_coef.size() > 1),
         learns_ent_coef_(ent_coef.size() > 1),
@@ -111,6 +112,7 @@ class Update : public torch::CustomClassHolder {
       critics_.emplace_back(Parts{critics[i], critic_kinds}, Parts{targets[i], critic_kinds});
     }
     head_.n = critics_[0].own.layers.back().out;
+    if (atoms) head_.given_atoms = *atoms;
   }
 
   // Names of the options of run(), in their order
@@ -195,7 +197,6 @@ class Update : public torch::CustomClassHolder {
 
   void prepare() {
     head_.v_min = options_.v_min, head_.v_max = options_.v_max;
-    head_.prepare();
     actor_.own.prepare(eps());
     for (Critic& critic : critics_) {
       critic.own.prepare(eps());
@@ -204,7 +205,7 @@ class Update : public torch::CustomClassHolder {
   }
 
   bool find_tensors() {
-    bool found = ent_coef_.find();
+    bool found = ent_coef_.find() && head_.find();
     found = actor_.find() && found;
     for (Critic& critic : critics_) {
       found = critic.own.find() && found;
@@ -265,6 +266,7 @@ class Update : public torch::CustomClassHolder {
     team.all.wait();
     each_critic(team, [&](Critic& critic) {
       const auto keep = [&](Range of, int64_t first) {
+        if (of.begin == of.end) return;
         const float* outputs = critic.outputs();
         std::copy(outputs + of.begin * head_.n, outputs + of.end * head_.n,
                   &critic.next_outputs[(of.begin - first) * head_.n]);
@@ -357,7 +359,7 @@ class Update : public torch::CustomClassHolder {
     return ent_coef * (log_prob_[row] - float(options_.log_action_scale));
   }
 
-  // After a step: unit norms, statistics, and what is made of both. Others may go on when all have come here
+  // Unit norms, running statistics, and the factors made of both, after a step of an optimiser
   void settle(Stack& stack, std::initializer_list<Layer*> more_layers, const Crew& crew) {
     const Normalization& how = options_.normalization;
     if (!stack.has_norms && how.projects_weights == 0.0) return;
@@ -648,7 +650,7 @@ TORCH_LIBRARY_FRAGMENT(sb3_softsac, m) {
       .def("sample", &Actor::sample);
   m.class_<Update>("Update")
       .def(torch::init<std::vector<Tensors>, std::vector<int64_t>, std::vector<std::vector<Tensors>>,
-                       std::vector<std::vector<Tensors>>, std::vector<int64_t>, Tensors>())
+                       std::vector<std::vector<Tensors>>, std::vector<int64_t>, Tensors, std::optional<Tensor>>())
       .def("option_names", &Update::option_names)
       .def("metric_names", &Update::metric_names)
       .def("run", &Update::run);

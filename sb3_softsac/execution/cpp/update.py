@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch as th
 from torch.optim import Adam, AdamW
 
-from sb3_softsac import losses
+from sb3_softsac import heads, losses, networks
 from sb3_softsac.ent_coef import LearnedEntCoef
 from sb3_softsac.execution.cpp import build, matmul
 from sb3_softsac.execution.cpp.support import (
@@ -50,7 +50,11 @@ MISFIT = (
 JOINT_BATCHES = (None, "critic", "all")  # by the numbers that they have in update.cpp
 
 # If the user replaces one of these, torch runs the replacement
-OWN_LOSSES = (losses.target_q_values, losses.critic_loss, losses.actor_loss, losses.ent_coef_loss)
+FUNCTIONS: list[tuple[Any, str]] = [
+    *((losses, name) for name in ("target_q_values", "critic_loss", "actor_loss", "ent_coef_loss")),
+    *((heads, "project"), (networks, "project_to_unit_norm"), (networks, "batch_statistics")),
+]
+OWN_FUNCTIONS = [getattr(module, name) for module, name in FUNCTIONS]
 
 
 def classes() -> Any:
@@ -186,9 +190,11 @@ class CppUpdate:
         if (reason := self.reason_against()) is not None:
             # Without states this update is eager, and the next one may be for C++
             raise Declined(reason) if self.learner.has_state() else Declined
-        if len({(norm.eps, norm.momentum) for norm in self._norms}) > 1:
-            raise Declined("batch norms differ in eps or momentum")
         minibatches, first = updates.minibatches, updates.first
+        if self._norms and minibatches.size < 2:
+            raise Declined("batch norm has no variance of a single transition")
+        if updates.options.joint_batch not in JOINT_BATCHES:
+            raise Declined(f"joint_batch={updates.options.joint_batch!r} is unknown")
         last = min(minibatches.n, first + self.n_at_once(minibatches.size))
         dues = updates.dues[first:last]
         tensors = _tensors(gathered(minibatches.part(first, last), updates.storage))
@@ -213,8 +219,13 @@ class CppUpdate:
             return self._reason
         if self._watch.sees_hooks():
             return "a hook is registered on a network or a parameter"
-        if (losses.target_q_values, losses.critic_loss, losses.actor_loss, losses.ent_coef_loss) != OWN_LOSSES:
-            return "a function of sb3_softsac.losses has been replaced"
+        for (module, name), own in zip(FUNCTIONS, OWN_FUNCTIONS, strict=True):
+            if getattr(module, name) is not own:
+                return f"{module.__name__}.{name} has been replaced"
+        if len({(norm.eps, norm.momentum) for norm in self._norms}) > 1:
+            return "batch norms differ in eps or momentum"
+        if self._norms and not self._norms[0].eps > 0.0:
+            return "eps of batch norm is not positive"
         return None if usual_arithmetic() else "float32 is to be computed less precisely (matmul_precision or autocast)"
 
     def n_at_once(self, batch_size: int) -> int:
@@ -237,7 +248,8 @@ class CppUpdate:
 
     def _make(self, optimizers: Optimizers) -> Any:
         _require_usual_methods(self._watch)
-        layers = plain_layers(self.learner.policy)
+        policy = self.learner.policy
+        layers = plain_layers(policy)
         for name, trained in optimizers._asdict().items():
             if trained.optimizer is not None:
                 _require_adam(name, trained)
@@ -249,7 +261,8 @@ class CppUpdate:
             ent_coef = _states("ent_coef", optimizers.ent_coef, ent_coef)
         targets = [list(map(_tensors_of, stack.modules)) for stack in layers.targets]
         critic_kinds = [*layers.critics[0].kinds, Kind.LINEAR]
-        update = self._classes.get().Update(actor, layers.actor.kinds, critics, targets, critic_kinds, ent_coef)
+        atoms = getattr(policy.critic.head, "atoms", None)
+        update = self._classes.get().Update(actor, layers.actor.kinds, critics, targets, critic_kinds, ent_coef, atoms)
         self._norms = layers.batch_norms()
         self._metrics = self._columns(*update.metric_names())
         self._option_names, self._numbers_key = update.option_names(), None
