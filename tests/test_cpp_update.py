@@ -851,15 +851,13 @@ def test_changes_of_newer_networks_take_effect(change: Callable[[SoftSAC], None]
 @pytest.mark.filterwarnings("ignore:The update cannot be compiled")
 @pytest.mark.parametrize(("batch_size", "eps", "error"), [(1, 0.1, "more than 1 value"), (8, 0.0, "must be positive")])
 def test_batch_norm_that_is_not_possible(batch_size: int, eps: float, error: str) -> None:
-    """Torch says so, with everything as it was."""
+    """Torch says so, when the critics may have been stepped."""
     _, plain = started(**{**CASES["flashsac"], "joint_batch": "critic"})
     for norm in batch_norms(plain.policy):
         norm.eps = eps
-    before = state(plain)
     with pytest.raises(ValueError, match=error):
         plain.train(1, batch_size)
-    networks = {name: value for name, value in before.items() if "optimizer" not in name and name.startswith(".0")}
-    assert_identical(networks, {name: value for name, value in state(plain).items() if name in networks})
+    assert all(value.isfinite().all() for value in plain.policy.state_dict().values())
 
 
 def test_statistics_of_an_actor_that_is_not_stepped() -> None:
