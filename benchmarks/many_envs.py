@@ -124,7 +124,7 @@ def measure(n_envs: int) -> dict[str, dict[str, float]]:
     """
     arms = {}
     for name, cls in ARMS.items():
-        options = {"learning_starts": n_envs, "buffer_size": 200 * n_envs, "device": "cpu", "seed": 0}
+        options: dict[str, Any] = {"learning_starts": n_envs, "buffer_size": 200 * n_envs, "device": "cpu", "seed": 0}
         model = cls("MlpPolicy", Trivial(n_envs), gradient_steps=1, policy_kwargs={"net_arch": [64, 64]}, **options)
         arms[name] = Arm(model.learn(5 * n_envs))
     rounds = [{name: arm.round() for name, arm in arms.items()} for _ in range(ROUNDS)]
