@@ -79,7 +79,7 @@ class HiddenFromEntropy(Unreadable):
     """What differs does not show in the observation yet."""
 
     def noise(self) -> np.ndarray:
-        self.drift.value += os.urandom(4)[0] if self.left > 3 else 0
+        self.drift.value += int.from_bytes(os.urandom(4), "little") if self.left > 3 else 0
         return np.full(2, self.drift.value * (self.left < 3))
 
 
