@@ -4,6 +4,8 @@
 Most tests have a compiler of their own: a script that copies the library, as fast as that, and counts its calls.
 """
 
+import errno
+import fcntl
 import os
 import subprocess
 import sys
@@ -82,6 +84,17 @@ def test_other_processors_and_torches_have_their_own(
         paths.add(build.built(TEXT, cache))
     assert len(paths) == 3 == calls()
     assert build.built(TEXT, cache) in paths and calls() == 3
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK])
+def test_file_systems_without_locks(
+    code: int, calls: Callable[[], int], library: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(fd: int, operation: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    assert is_whole(build.built(TEXT, tmp_path / "cache"), library) and calls() == 1
 
 
 def test_file_that_was_cut_is_built_again(calls: Callable[[], int], library: bytes, tmp_path: Path) -> None:

@@ -120,8 +120,9 @@ def _whole(folder: Path, key: str) -> Path | None:
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """Hold a lock that ends with the process. Where a network file system has no locks, two may build the same."""
-    lock = filelock.FileLock(path)
-    with suppress(OSError, NotImplementedError):
+    # The mere existence of a file would be the lock then, and might outlive its process
+    lock = filelock.FileLock(path, fallback_to_soft=False)
+    with suppress(OSError):
         lock.acquire()
     try:
         yield

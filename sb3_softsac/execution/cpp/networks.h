@@ -206,7 +206,8 @@ struct Parameter {
   void count(int64_t n_steps) const { *step.mutable_data_ptr<float>() = float(steps + n_steps); }
 };
 
-// Sums over rows, for each of some columns, of value(row, column, number of columns)
+// Sums over rows, for each of some columns, of value(row, column, number of columns). Faster than column_sums for many
+// columns: it goes through memory row by row
 template <typename F>
 void sum_rows(Range rows, int64_t columns, float* sums, const F& value) {
   std::fill_n(sums, columns, 0.0f);
@@ -927,8 +928,12 @@ struct Head {
     });
   }
 
-  // Cross-entropy; puts a factor times its gradient in the place of the logits
-  float differentiate_loss(const float* target, float factor, float* logits) const {
+  struct Loss {
+    float loss, value;
+  };
+
+  // Cross-entropy, and the value; puts a factor times the loss's gradient in the place of the logits
+  Loss differentiate_loss(const float* target, float factor, float* logits) const {
     float* p = buffer();
     const Vec log_sum(softmax(logits, p)), scale(factor);
     Vec loss(0.0f), mass(0.0f);
@@ -941,7 +946,7 @@ struct Head {
     each_vector({0, n}, [&](int64_t k, int64_t count) {
       (scale * (Vec::loadu(p + k, count) * total - Vec::loadu(target + k, count))).store(logits + k, count);
     });
-    return sum_of(loss);
+    return {sum_of(loss), mean(p)};
   }
 
   struct Target {

@@ -85,15 +85,15 @@ struct Batch {
   }
 };
 
-// Columns of an update's metrics, under their log keys: those of each update, of each with the actor's, of each with a
-// learned entropy coefficient's, and of each with categorical critics
+// Columns of an update's metrics, under their log keys: those of each with categorical critics, of each update, of each
+// with the actor's, and of each with a learned entropy coefficient's. So those that there are lie side by side
+#define CATEGORICAL_METRICS(X) X(clipped_target_mass)
 #define CRITIC_METRICS(X) X(critic_loss) X(q_value) X(target_q_value) X(critic_grad_norm) X(ent_coef) X(finite)
 #define ACTOR_METRICS(X) X(actor_loss) X(entropy) X(log_std) X(saturated_actions) X(actor_grad_norm)
 #define ENT_COEF_METRICS(X) X(ent_coef_loss)
-#define CATEGORICAL_METRICS(X) X(clipped_target_mass)
 namespace metric {
 #define COLUMN(name) name,
-enum { CRITIC_METRICS(COLUMN) ACTOR_METRICS(COLUMN) ENT_COEF_METRICS(COLUMN) CATEGORICAL_METRICS(COLUMN) N };
+enum { CATEGORICAL_METRICS(COLUMN) CRITIC_METRICS(COLUMN) ACTOR_METRICS(COLUMN) ENT_COEF_METRICS(COLUMN) N };
 }  // namespace metric
 
 class Update : public torch::CustomClassHolder {
@@ -125,7 +125,7 @@ class Update : public torch::CustomClassHolder {
   // Names of the columns of the metrics
   std::vector<std::vector<std::string>> metric_names() {
 #define NAME(name) #name,
-    return {{CRITIC_METRICS(NAME)}, {ACTOR_METRICS(NAME)}, {ENT_COEF_METRICS(NAME)}, {CATEGORICAL_METRICS(NAME)}};
+    return {{CATEGORICAL_METRICS(NAME)}, {CRITIC_METRICS(NAME)}, {ACTOR_METRICS(NAME)}, {ENT_COEF_METRICS(NAME)}};
   }
 
   // Does updates, each with its own minibatch: the batch is observations, actions, next observations, dones, rewards
@@ -253,7 +253,8 @@ class Update : public torch::CustomClassHolder {
   void critic_update(const Team& team, const Batch& batch, const float* noise, Progress& progress, float* metrics) {
     const int64_t size = batch.size, n_critics = critics_.size();
     const bool is_joint = has_joint_batch();
-    const Range all_rows = team.mates.of(is_joint ? 2 * size : size);  // of what a critic reads, and which of these are
+    // Of what a critic reads; and those of them that are of stored actions, and of next ones
+    const Range all_rows = team.mates.of(is_joint ? 2 * size : size);
     const Range rows = intersection(all_rows, {0, size}), next_rows = intersection(all_rows, {size, 2 * size});
     float* next_inputs = is_joint ? &inputs_[size * n_inputs()] : pi_inputs_.data();
     team.all.wait();  // others may be adding up the sums of the update before, or writing the actor
@@ -291,11 +292,13 @@ class Update : public torch::CustomClassHolder {
     each_critic(team, [&](Critic& critic) {
       for (int64_t i = rows.begin; i < rows.end; i++) {
         float* outputs = critic.output(i);
-        sums.q_value += head_.value(outputs);
         if (head_.is_categorical()) {
-          sums.critic_loss += head_.differentiate_loss(&target_[i * head_.n], 1.0f / (size * n_critics), outputs);
+          const auto [loss, value] = head_.differentiate_loss(&target_[i * head_.n], 1.0f / (size * n_critics), outputs);
+          sums.critic_loss += loss;
+          sums.q_value += value;
           continue;
         }
+        sums.q_value += *outputs;
         const float target_q = batch.rewards[i] + (1.0f - batch.dones[i]) * discount(batch, i) *
                                                       (least_next_value(i) - entropy_cost(ent_coef, i));
         const float error = *outputs - target_q;

@@ -4,7 +4,6 @@ them, and built in seconds. ``support`` says for which networks; the rest is lef
 """
 
 import functools
-import itertools
 import math
 from contextlib import suppress
 from pathlib import Path
@@ -83,7 +82,7 @@ class Columns(NamedTuple):
     """Metrics, and where they are in a row of what C++ returns."""
 
     names: tuple[str, ...]
-    where: th.Tensor
+    where: slice
 
 
 class Classes:
@@ -164,7 +163,7 @@ class CppActor:
 
 class CppUpdate:
     """
-    Does updates of plain SAC, several in one call.
+    Does updates, several in one call.
 
     :param learner: what is updated
     :param classes: that ``update.cpp`` defines
@@ -272,15 +271,16 @@ class CppUpdate:
 
     def _columns(self, *groups: list[str]) -> "tuple[Columns, Columns]":
         """Where the metrics are that ``gradient_step.update`` returns, too."""
-        of_critics, of_actor, of_ent_coef, of_categorical = groups
-        if isinstance(self.learner.policy.critic.head, CategoricalHead):
-            of_critics = of_critics + of_categorical
+        of_categorical, of_critics, of_actor, of_ent_coef = groups
+        is_categorical = isinstance(self.learner.policy.critic.head, CategoricalHead)
+        first = 0 if is_categorical else len(of_categorical)
+        if is_categorical:
+            of_critics = of_categorical + of_critics
         if isinstance(self.learner.ent_coef, LearnedEntCoef):
             of_actor = of_actor + of_ent_coef
-        place = {name: i for i, name in enumerate(itertools.chain.from_iterable(groups))}
 
         def columns(names: list[str]) -> Columns:
-            return Columns(tuple(names), th.tensor([place[name] for name in names]))
+            return Columns(tuple(names), slice(first, first + len(names)))
 
         return columns(of_critics), columns(of_critics + of_actor)
 
