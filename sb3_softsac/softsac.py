@@ -53,44 +53,44 @@ ROWS_AT_ONCE = 16_384  # drawn from the replay buffer
 class SoftSAC(ResumableAlgorithm):
     """
     Soft Actor-Critic (https://arxiv.org/abs/1812.05905) with an exact log-probability, lean replay memory and the
-    options that SAC users ask for. The positional arguments are those of SB3's ``SAC``; the keyword-only ones leave
-    plain SAC unchanged by default.
+    options that SAC users ask for. The positional arguments are those of SB3's ``SAC``; the defaults of the
+    keyword-only ones leave plain SAC unchanged.
 
     :param policy: ``"MlpPolicy"``, ``"CnnPolicy"``, ``"MultiInputPolicy"`` or a subclass of ``SoftSACPolicy``
     :param env: environment (bounded ``Box`` actions), its id, or None when loading to predict
-    :param learning_rate: learning rate of all optimisers; float, function of the remaining progress (1 to 0), or the
-        name of one: ``"lin_3e-4"`` (to 0), ``"lin_3e-4_3e-5"``, ``"cos_3e-4_1.5e-4"``
+    :param learning_rate: learning rate of all optimisers: float, function of the remaining progress (1 to 0), or
+        schedule by name: ``"lin_3e-4"`` (to 0), ``"lin_3e-4_3e-5"``, ``"cos_3e-4_1.5e-4"``
     :param buffer_size: capacity of the replay buffer, in transitions
     :param learning_starts: environment steps before the first gradient update
     :param batch_size: minibatch size, B
     :param tau: Polyak coefficient of the targets, in [0, 1]
     :param gamma: discount factor, in [0, 1]
     :param train_freq: environment steps (or ``(n, "episode")``) between updates
-    :param gradient_steps: updates after each rollout; -1: as many as steps were collected
+    :param gradient_steps: updates after each rollout; -1: one per collected step
     :param action_noise: noise added to the scaled actions
     :param replay_buffer_class: None: ``sb3_softsac.buffers.ReplayBuffer``
     :param replay_buffer_kwargs: keyword arguments of the replay buffer
     :param optimize_memory_usage: for other buffers; the default one already stores each observation once
-    :param n_steps: length of the returns (default buffer only, Dict observations included)
+    :param n_steps: length of n-step returns (default buffer only, Dict observations included)
     :param ent_coef: entropy coefficient: a number, ``"auto"`` or ``"auto_<first value>"``
-    :param target_update_interval: updates between target updates, counted over the whole run: unlike with SB3's SAC it
+    :param target_update_interval: updates between target updates, counted over the whole run: unlike in SB3's SAC, it
         works with ``gradient_steps=1`` (SB3 issue 2158)
-    :param target_entropy: entropy that a learned coefficient aims at, in nats; ``"auto"``: minus the action dimension;
+    :param target_entropy: entropy that a learned coefficient aims for, in nats; ``"auto"``: minus the action dimension;
         ``"auto_0.5"``: half of that; ``"std_0.15"``: of Gaussians with this standard deviation
     :param use_sde: generalised state-dependent exploration (https://arxiv.org/abs/2005.05719)
     :param sde_sample_freq: steps between new exploration matrices; -1: once for each rollout
     :param use_sde_at_warmup: explore with gSDE instead of uniformly in the first ``random_steps``
-    :param stats_window_size: episodes that the logged means are taken over
+    :param stats_window_size: number of episodes over which logged means are taken
     :param tensorboard_log: folder of the TensorBoard log, or None
     :param policy_kwargs: arguments of the policy, see ``SoftSACPolicy``
     :param verbose: 0 nothing, 1 information, 2 debugging
     :param seed: seed of all random states
     :param device: ``"auto"``, ``"cpu"``, ``"cuda"``, ...
-    :param _init_setup_model: build networks and buffer at once
+    :param _init_setup_model: build networks and replay buffer immediately
     :param qf_learning_rate: learning rate of the critics; None: ``learning_rate``
     :param ent_coef_learning_rate: learning rate of the entropy coefficient; None: ``learning_rate``
     :param policy_delay: critic updates for each update of actor and entropy coefficient, counted over the whole run
-    :param policy_delay_compensation: do ``policy_delay`` actor updates in a row when one is due (CleanRL)
+    :param policy_delay_compensation: when an actor update is due, do ``policy_delay`` of them in a row (CleanRL)
     :param random_steps: environment steps with uniformly random actions; None: ``learning_starts``
     :param use_actor_target: take the next actions of the critics' target from a Polyak-averaged actor
     :param ent_coef_loss: ``"log"``: -log_ent_coef (log_prob + H); ``"exp"``: -ent_coef (log_prob + H), the paper's
@@ -98,28 +98,29 @@ class SoftSAC(ResumableAlgorithm):
         environment's units, i.e. log_prob minus the sum of log((high - low) / 2)
     :param max_grad_norm: clip the norm of each network's gradient; None: do not
     :param joint_batch: ``"critic"``: critics see states and next states in one batch, whose statistics batch norms then
-        use (CrossQ, https://arxiv.org/abs/1902.05605); ``"all"``: the actor, too (FlashSAC). Needs networks with batch
-        norm, see ``SoftSACPolicy``
-    :param use_critic_target: False: next values are those of the critics themselves (CrossQ)
-    :param normalize_rewards: divide sampled rewards by the running standard deviation of discounted returns:
-        ``"std"``; ``"bounded"``: or by more, so that no return is beyond the support of categorical critics
+        use (CrossQ, https://arxiv.org/abs/1902.05605); ``"all"``: so does the actor (FlashSAC). Needs networks with
+        batch norm, see ``SoftSACPolicy``
+    :param use_critic_target: False: next values come from the critics themselves (CrossQ)
+    :param normalize_rewards: ``"std"``: divide sampled rewards by the running standard deviation of discounted returns;
+        ``"bounded"``: or by more, so that no return is outside the support of categorical critics
     :param max_noise_repeat: hold the noise of an action for n <= ``max_noise_repeat`` steps, P(n) ~ n^-2 (FlashSAC)
     :param offline_data: take a part of each minibatch from this data, which new transitions do not replace (RLPD,
         https://arxiv.org/abs/2302.02948): a Minari dataset or its id, the path of a model file (its replay buffer), or
-        what else ``ReplayBuffer.add_dataset`` takes. Files of the run refer to it, and do not hold it. The attribute is
-        a replay buffer
+        anything else that ``ReplayBuffer.add_dataset`` takes. The run's files hold only a reference to it. The
+        attribute is then a replay buffer
     :param offline_fraction: part of each minibatch that is offline data, in [0, 1]
-    :param compile: ``"auto"``: compile the updates if ``learn()`` will do at least ``MIN_COMPILED_UPDATES`` in all;
-        True; False. On the CPU, plain actors then explore in C++, too. The result is the same up to rounding. Where it
-        cannot be done, a warning says why; ``verbose=1`` says why updates are left to torch's compiler instead of C++
+    :param compile: compile the updates; ``"auto"``: if the run will have at least ``MIN_COMPILED_UPDATES`` of them. On
+        the CPU, actors that the C++ supports then also explore in it. The result is the same up to rounding. If
+        compiling fails, a warning says why; ``verbose=1`` says why updates are left to torch's compiler instead of C++
     :param matmul_precision: of the float32 matrix products of the updates, see ``torch.set_float32_matmul_precision``:
-        ``"highest"``, ``"high"`` or ``"medium"`` (bfloat16 products); None: what is set in torch (``"highest"``)
+        ``"highest"``, ``"high"`` or ``"medium"`` (bfloat16 products); None: torch's setting (``"highest"`` by default)
     :param buffer_on_device: keep a copy of the replay buffer on the GPU, where the updates gather their minibatches.
-        ``"auto"``: if it takes at most half of the memory that is free there; True; False. Minibatches are the same.
-        After writing to the buffer's arrays, call its ``mark_changed()``
-    :param num_threads: threads of torch on the CPU. ``"auto"``: as many as the networks keep busy and as there are free
-        cores when ``learn()`` starts, unless you have set it in torch or in the environment (``OMP_NUM_THREADS``)
-    :raises ValueError: for action spaces that are not bounded boxes, and for option values that are not valid
+        ``"auto"``: if it takes at most half of the free memory. Minibatches are the same. After writing to the buffer's
+        arrays, call its ``mark_changed()``
+    :param num_threads: torch's CPU threads. ``"auto"``: as many as the networks keep busy, but no more than there are
+        free cores when ``learn()`` starts, unless you have set the number in torch or in the environment
+        (``OMP_NUM_THREADS``, ``MKL_NUM_THREADS``)
+    :raises ValueError: for action spaces that are not bounded boxes, and for invalid option values
     """
 
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
@@ -287,7 +288,7 @@ class SoftSAC(ResumableAlgorithm):
                 )
 
     def _adopt_sb3_classes(self) -> None:
-        """A model saved by SB3's ``SAC`` names SB3's policy and buffer classes: take ours of the same role."""
+        """A model saved by SB3's ``SAC`` names SB3's policy and buffer classes: use our counterparts."""
         if self.policy_class in COUNTERPARTS:
             self.policy_class = COUNTERPARTS[self.policy_class]
             if self.replay_buffer_class in (SB3ReplayBuffer, DictReplayBuffer, NStepReplayBuffer):
@@ -416,7 +417,7 @@ class SoftSAC(ResumableAlgorithm):
         self._say(f"The replay buffer {has} copy on {self.device} (buffer_on_device)")
 
     def _present_device_replay(self) -> DeviceReplay | None:
-        """The buffer's copy, unless the buffer has been exchanged or is sampled otherwise since it was made."""
+        """The buffer's copy, unless the buffer has since been replaced or is now sampled differently."""
         replay, buffer = self._device_replay, self.replay_buffer
         if replay is not None and (
             replay.buffer is not buffer or self._obstacle_to_device_replay(replay.buffer) is not None
@@ -429,7 +430,7 @@ class SoftSAC(ResumableAlgorithm):
         return device_replay.obstacle(buffer, self._vec_normalize_env, mixes)
 
     def _n_updates_ahead(self, total_timesteps: int) -> int:
-        """Updates until then; episodes are taken to be as long as their time limit, or else 1,000 steps."""
+        """Updates until then; episodes are assumed to be as long as their time limit, or else 1,000 steps."""
         steps = max(total_timesteps - max(self.num_timesteps, self.learning_starts), 0)
         if self.gradient_steps < 0:
             return int(steps)
@@ -459,7 +460,7 @@ class SoftSAC(ResumableAlgorithm):
 
     def train(self, gradient_steps: int, batch_size: int = 64) -> None:
         """
-        Do some updates on freshly sampled minibatches and log their means.
+        Do some updates on freshly sampled minibatches, and log the means of their metrics.
 
         :param gradient_steps: number of updates
         :param batch_size: minibatch size, B
@@ -488,7 +489,7 @@ class SoftSAC(ResumableAlgorithm):
             self.logger.record("time/compile_seconds", self._runner.report.compile_seconds, exclude="tensorboard")
 
     def _present_runner(self) -> Runner:
-        """A new one if networks have been exchanged since it was made."""
+        """A new one if networks have been replaced since the last was made."""
         runner = self._runner
         if runner is None or runner.learner.policy is not self.policy or runner.learner.ent_coef is not self._ent_coef:
             return Runner(self.policy, self._ent_coef, self._compiles and self.compile is not False, self._say)
@@ -547,7 +548,7 @@ class SoftSAC(ResumableAlgorithm):
         return self._reward_scale.divisor()
 
     def _draws(self, number: int, batch_size: int, replay: DeviceReplay | None) -> Iterator[Minibatches]:
-        """Minibatches of B; several at once if the buffer is our own: drawing takes half the time, and C++ one call."""
+        """Minibatches of B; several at once if the buffer is ours: drawing takes half the time, and C++ one call."""
         assert self.replay_buffer is not None
         source = self.replay_buffer if replay is None else replay
         # Not if a user's class or function does it: it is asked as SB3 asks it
@@ -608,7 +609,7 @@ class SoftSAC(ResumableAlgorithm):
 
         :param path: file to write
         :param options: see :func:`sb3_softsac.export.export`, which also lists the errors
-        :return: largest difference to ``predict()`` over random observations, in units of the action range
+        :return: largest difference from ``predict()`` over random observations, in units of the action range
         """
         from sb3_softsac.export import export  # it imports this module
 
@@ -627,7 +628,7 @@ class SoftSAC(ResumableAlgorithm):
         ]
 
     def _set_exploration_state(self, state: list[list[th.Tensor]]) -> None:
-        """:raises ValueError: if the matrices are not of this actor"""
+        """:raises ValueError: if the matrices are not those of this actor"""
         # The file has none for a target actor that is new here, and too many if the target actor is gone
         for dist, (matrix, matrices) in zip(self._noise_distributions(), state, strict=False):
             shape = dist.exploration_mat.shape

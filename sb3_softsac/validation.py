@@ -17,7 +17,7 @@ from sb3_softsac.heads import CategoricalHead, ScalarHead, head_of
 MIN_IMAGE_SIZE = 36  # of NatureCNN's three layers: ((36 - 8) / 4 + 1 - 4) / 2 + 1 = 3, the last one's kernel
 
 MEANINGLESS_BOUND = 100.0
-"""Isaac Lab's bounds of actions of about 1, for want of others. A few torques, in N m, are as large."""
+"""Isaac Lab's placeholder bounds, for actions of magnitude about 1. Some torques, in N m, are really as large."""
 
 
 def check_action_space(action_space: spaces.Space[Any]) -> None:
@@ -42,11 +42,11 @@ def check_action_space(action_space: spaces.Space[Any]) -> None:
         )
     if (low <= -MEANINGLESS_BOUND).all() and (high >= MEANINGLESS_BOUND).all():
         warnings.warn(
-            f"All actions have the bounds {low.max():g} and {high.min():g} or wider ones. SoftSAC explores the whole "
-            "range from the first step, and learns next to nothing where useful actions are a small part of it. If the "
-            "bounds mean something, as those of torques, all is well. If they stand for 'no bounds', as Isaac Lab's "
-            "+-100 did, narrow them: SB3's users took 3% at first, and then the 2.5th and 97.5th percentiles of the "
-            "actions of a trained PPO agent (https://araffin.github.io/post/tune-sac-isaac-sim/).",
+            f"All actions have bounds of {low.max():g} and {high.min():g} or wider. SoftSAC explores the whole range "
+            "from the first step, and learns next to nothing if useful actions are a small part of it. If the bounds "
+            "are meaningful, as for torques, all is well. If they stand for 'no bounds', as Isaac Lab's +-100 did, "
+            "narrow them: SB3 users first took 3% of them, and later the 2.5th and 97.5th percentiles of a trained PPO "
+            "agent's actions (https://araffin.github.io/post/tune-sac-isaac-sim/).",
             UserWarning,
             stacklevel=3,
         )
@@ -55,8 +55,8 @@ def check_action_space(action_space: spaces.Space[Any]) -> None:
 def check_wrappers(env: VecEnv) -> None:
     """
     :param env: with all its wrappers
-    :raises ValueError: if a wrapper above VecNormalize changes what it has normalised: the replay buffer holds
-        observations as they were before, and normalises them when they are sampled (SB3 issue 693)
+    :raises ValueError: if a wrapper around VecNormalize changes what it has normalised: the replay buffer holds
+        observations as they were before VecNormalize, and normalises them when they are sampled (SB3 issue 693)
     """
     normalize = unwrap_vec_normalize(env)
     while normalize is not None and env is not normalize:
@@ -65,8 +65,8 @@ def check_wrappers(env: VecEnv) -> None:
         if is_other and not isinstance(env, VecTransposeImage):
             name = type(env).__name__
             raise ValueError(
-                f"{name} is wrapped around VecNormalize and changes its observations, so that the replay buffer could "
-                f"not normalise them: wrap the other way round, VecNormalize({name}(env, ...))."
+                f"{name} is wrapped around VecNormalize and changes its observations, so the replay buffer could not "
+                f"normalise them: swap the two, VecNormalize({name}(env, ...))."
             )
         env = env.venv
 
@@ -76,7 +76,7 @@ def check_image_sizes(space: spaces.Space[Any], extractor: type[BaseFeaturesExtr
     :param space: observation space, images with channels first
     :param extractor: class of the features extractor
     :param normalize_images: as in the policy
-    :raises ValueError: if an image is too small for SB3's ``NatureCNN``; torch would say that a kernel is too large
+    :raises ValueError: if an image is too small for SB3's ``NatureCNN``; torch would complain about a kernel's size
     """
     if extractor not in (NatureCNN, CombinedExtractor):
         return
@@ -89,8 +89,8 @@ def check_image_sizes(space: spaces.Space[Any], extractor: type[BaseFeaturesExtr
             name = f"observation_space[{key!r}]" if key else "observation_space"
             least = f"{MIN_IMAGE_SIZE} x {MIN_IMAGE_SIZE}"
             raise ValueError(
-                f"{name} is an image of {height} x {width} pixels, and NatureCNN needs {least} at least. Enlarge it, "
-                "for instance with gymnasium.wrappers.ResizeObservation(env, (84, 84)), or pass a network of your own: "
+                f"{name} is an image of {height} x {width} pixels, but NatureCNN needs at least {least}. Enlarge it, "
+                "for instance with gymnasium.wrappers.ResizeObservation(env, (84, 84)), or pass your own network: "
                 "policy_kwargs=dict(features_extractor_class=...)."
             )
 
@@ -153,13 +153,13 @@ def check_options(model: Any) -> None:
     fraction = model.offline_fraction
     require(is_number(fraction, 0.0, 1.0), "offline_fraction", "a number in [0, 1]")
     if model.offline_data is None and model._offline_source is None and fraction not in (0.0, 0.5):
-        raise ValueError(f"offline_fraction={fraction} has no effect without offline_data: pass both, or none.")
+        raise ValueError(f"offline_fraction={fraction} has no effect without offline_data: pass both, or neither.")
     if model.offline_data is not None and 0.0 < fraction < 1.0:
         n_offline = round(fraction * model.batch_size)
         if n_offline in (0, model.batch_size):
             raise ValueError(
                 f"offline_fraction={fraction} of batch_size={model.batch_size} is {n_offline} transitions, rounded: "
-                "take a fraction that leaves some of both, or a larger batch_size."
+                "choose a fraction that leaves some of each kind, or a larger batch_size."
             )
     parse_target_entropy(model.target_entropy, 1)
 
@@ -190,7 +190,7 @@ def parse_target_entropy(target_entropy: Any, n_actions: int) -> float:
 def check_networks(model: Any) -> None:
     """
     :param model: ``SoftSAC`` with its networks
-    :raises ValueError: for options that have no meaning beside the networks or the environment
+    :raises ValueError: for options that make no sense with these networks or this environment
     """
     from sb3_softsac.policies import Actor, Critic  # which imports this module
 
@@ -202,11 +202,11 @@ def check_networks(model: Any) -> None:
             "policy_kwargs=dict(normalization='batch') or dict(normalize_input=True)."
         )
     if has_batch_norm and model.batch_size < 2:
-        raise ValueError(f"batch_size={model.batch_size} is too small for batch norm, which needs 2 at least.")
+        raise ValueError(f"batch_size={model.batch_size} is too small for batch norm, which needs at least 2.")
     if model.normalize_rewards == "bounded" and isinstance(head, ScalarHead):
         raise ValueError(
-            "normalize_rewards='bounded' needs the support of categorical critics: set policy_kwargs=dict(n_atoms=101),"
-            " or use 'std'."
+            "normalize_rewards='bounded' needs categorical critics, whose support it fits returns to: set "
+            "policy_kwargs=dict(n_atoms=101), or use 'std'."
         )
     if model.normalize_rewards == "bounded" and isinstance(head, CategoricalHead) and head.bound <= 0.0:
         raise ValueError(
@@ -216,13 +216,13 @@ def check_networks(model: Any) -> None:
     if not isinstance(head, ScalarHead) and type(model.critic).forward is not Critic.forward:
         raise ValueError(
             f"{type(model.critic).__name__}.forward() would be left out of the loss of critics with n_atoms: override "
-            "outputs(), which gives their logits, instead."
+            "outputs() instead, which returns their logits."
         )
     overrides = model._predict_is_overridden() or type(model.actor).forward is not Actor.forward
     if model.max_noise_repeat > 1 and overrides:
         raise ValueError(
-            f"max_noise_repeat={model.max_noise_repeat} has no effect on a policy that draws actions by a predict() or "
-            "forward() of its own: leave it out."
+            f"max_noise_repeat={model.max_noise_repeat} has no effect on a policy that draws actions by its own "
+            "predict() or forward(): leave it out."
         )
     if model.normalize_rewards is not None and getattr(model._vec_normalize_env, "norm_reward", False):
         raise ValueError(

@@ -307,7 +307,7 @@ def test_bad_options_of_networks(option: str, value: Any) -> None:
         ({}, {"joint_batch": "critic"}, "joint_batch='critic' has no effect on networks without batch norm"),
         ({"normalization": "layer"}, {"joint_batch": "all"}, "joint_batch='all' has no effect"),
         ({"normalization": "batch"}, {"batch_size": 1}, "batch_size=1 is too small for batch norm"),
-        ({}, {"normalize_rewards": "bounded"}, "normalize_rewards='bounded' needs the support of categorical"),
+        ({}, {"normalize_rewards": "bounded"}, "normalize_rewards='bounded' needs categorical critics"),
         ({}, {"max_noise_repeat": 2, "use_sde": True}, "max_noise_repeat=2 has no effect with use_sde=True"),
         ({}, {"max_noise_repeat": 0}, "max_noise_repeat=0 is not valid"),
         ({}, {"joint_batch": "both"}, "joint_batch='both' is not valid"),
