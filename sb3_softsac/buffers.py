@@ -169,8 +169,8 @@ class ReplayBuffer(SB3ReplayBuffer):
     @property
     def ends(self) -> np.ndarray:
         """
-        :return: where the next observation is not that of the next row, since the episode has ended or the environments
-            were reset; (rows, E)
+        :return: where the next observation is not the following row's observation, since the episode has ended or the
+            environments were reset; (rows, E)
         """
         return self._side_slot != 0
 
@@ -351,16 +351,16 @@ class ReplayBuffer(SB3ReplayBuffer):
 
     def add_dataset(self, dataset: Any) -> int:
         """
-        Add the transitions of a dataset. If a part of it does not fit, nothing is added.
+        Add the transitions of a dataset. If any of its data is invalid, nothing is added.
 
-        Several environments get a part each, as in :meth:`copy_transitions`. If there is no room for all, the oldest
-        transitions are left out, with a warning.
+        With several environments, each gets a part, as in :meth:`copy_transitions`. If not everything fits into the
+        buffer, the oldest transitions are left out, with a warning.
 
-        :param dataset: ``minari.MinariDataset``, or the id of one; another replay buffer; or episodes of T steps, which
-            are objects or dicts with ``observations`` (T + 1, ...) or a dict of them, ``actions`` (T, ...) in the
+        :param dataset: ``minari.MinariDataset`` or its id; another replay buffer; or episodes of T steps, which are
+            objects or dicts with ``observations`` (T + 1, ...) or a dict of them, ``actions`` (T, ...) in the
             environment's units, ``rewards``, ``terminations`` and ``truncations``, (T,) each
-        :return: transitions added
-        :raises ValueError: naming the episode and the field that does not fit, what it is and what it should be
+        :return: number of transitions added
+        :raises ValueError: naming the episode and the field that do not fit, what was found and what was expected
         """
         from sb3_softsac import datasets  # it imports this module
 
@@ -370,10 +370,10 @@ class ReplayBuffer(SB3ReplayBuffer):
 
     def add_stream(self, stream: Stream) -> int:
         """
-        Add transitions all at once. The episodes in progress end here; several environments get a part each.
+        Add transitions all at once. The episodes in progress end here. With several environments, each gets a part.
 
         :param stream: the transitions
-        :return: transitions added: the newest, if there is no room for all or their number does not divide
+        :return: number of transitions added: the newest, if not all fit or they cannot be split evenly
         """
         n_all, n_envs = len(stream.rewards), self.n_envs
         n_rows = min(n_all // n_envs, self.buffer_size)
@@ -610,7 +610,7 @@ class ReplayBuffer(SB3ReplayBuffer):
 
 class NextObservations(NDArrayOperatorsMixin):
     """
-    Read-only stand-in for the array ``next_observations`` of SB3's buffer. Indexing gathers the indexed rows;
+    Read-only stand-in for the array ``next_observations`` in SB3's buffer. Indexing gathers the indexed rows;
     ``np.asarray`` and all other array operations gather all rows.
 
     :param buffer: replay buffer

@@ -26,19 +26,19 @@ UNCATCHABLE = {getattr(signal, name) for name in ("SIGKILL", "SIGSTOP") if hasat
 
 class CheckpointCallback(BaseCallback):
     """
-    Save checkpoints of the whole run, including the replay buffer, in a folder. ``SoftSAC.load(folder, env)`` continues
+    Save checkpoints of the whole run, including the replay buffer, to a folder. ``SoftSAC.load(folder, env)`` continues
     from it. Checkpoints are incremental, and remain valid whenever the process ends.
 
     :param save_freq: calls of the callback between checkpoints, as in SB3: environment steps divided by the number of
         environments; 0: only on signals
     :param save_path: folder without checkpoints of another run; on object storage, ``"s3://bucket/run"``
     :param keep_last: number of checkpoints to keep, at least 1
-    :param on_signal: at these signals, save a checkpoint at the end of the current step and exit with status 143: names
+    :param on_signal: on these signals, save a checkpoint at the end of the current step and exit with status 143: names
         or numbers such as ``("SIGTERM", "SIGUSR2")``; True: SIGTERM and SIGUSR1; False: none
     :param save_replay_buffer: save the replay buffer, too
-    :param verbose: 1: print each checkpoint
+    :param verbose: 1: report each checkpoint
     :raises ValueError: for invalid values; at the start of training, if ``save_path`` has checkpoints of another run;
-        at the start of training or the first checkpoint, if another run is writing there
+        at the start of training or at the first checkpoint, if another run is writing there
     """
 
     model: SoftSAC
@@ -84,7 +84,7 @@ class CheckpointCallback(BaseCallback):
         if not self.on_signal:
             return
         if threading.current_thread() is not threading.main_thread():
-            warnings.warn("on_signal has no effect: signals can be handled in the main thread only.", stacklevel=2)
+            warnings.warn("on_signal has no effect: signals can only be handled in the main thread.", stacklevel=2)
             return
         env_state.ignore_signals(self.training_env, self.on_signal)
         for callback in callback_state.walk(self.model._callback):
@@ -125,7 +125,7 @@ class CheckpointCallback(BaseCallback):
         """
         Save a checkpoint now.
 
-        :raises CheckpointError: if another run writes to the folder
+        :raises CheckpointError: if another run is writing to the folder
         """
         model = self.model
         self._folder.lock()
@@ -157,7 +157,7 @@ def _signals(on_signal: bool | Iterable[str | int]) -> list[signal.Signals]:
         return found
     except (KeyError, TypeError, ValueError):
         raise ValueError(
-            f"on_signal={on_signal!r} is not valid: use True, False, or names of signals that a process can handle, "
+            f"on_signal={on_signal!r} is not valid: use True, False, or names of signals that a process can catch, "
             "such as ('SIGTERM', 'SIGUSR2')."
         ) from None
 
@@ -195,7 +195,7 @@ class SaveBestTrainingReturnCallback(BaseCallback):
         the run, in the RL Zoo only
     :param name: file name without suffix
     :param min_episodes: finished episodes before the first save, at most ``stats_window_size``
-    :param verbose: 1: print each save
+    :param verbose: 1: report each save
     :raises ValueError: at the start of training, if ``save_path`` is None
     """
 

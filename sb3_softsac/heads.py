@@ -1,6 +1,6 @@
 """
 What the outputs of a critic mean: a value, or a distribution of values over a fixed support (C51,
-https://arxiv.org/abs/1707.06887). A head knows the value, the Bellman target and the loss.
+https://arxiv.org/abs/1707.06887). A head computes the value, the Bellman target and the loss.
 """
 
 import math
@@ -54,7 +54,7 @@ class ScalarHead(nn.Module):
 
 class CategoricalHead(nn.Module):
     """
-    Critics that give logits of a distribution over equally distant values (atoms).
+    Critics that give logits of a distribution over equally spaced values (atoms).
 
     :param n_atoms: number of atoms
     :param v_min: first atom
@@ -90,8 +90,8 @@ class CategoricalHead(nn.Module):
         ent_coef: th.Tensor,
     ) -> tuple[th.Tensor, Metrics]:
         """
-        Distribution of the soft Bellman target: that of the critic with the lowest mean, moved, clipped to the support
-        and projected on the atoms.
+        Distribution of the soft Bellman target: that of the critic with the lowest mean, with its atoms moved, clipped
+        to the support and projected onto the fixed atoms.
 
         :return: probabilities (B, atoms); metrics. Arguments are those of :func:`losses.target_q_values`
         """
@@ -128,7 +128,7 @@ def make_head(n_atoms: int | None, v_min: float, v_max: float) -> Head:
     :param v_min: first atom
     :param v_max: last atom
     :return: the head
-    :raises ValueError: for arguments that are not valid
+    :raises ValueError: for invalid arguments
     """
     if n_atoms is None:
         return ScalarHead()
@@ -148,7 +148,7 @@ SCALAR = ScalarHead()
 
 def head_of(critic: nn.Module) -> Head:
     """
-    :param critic: any critic; a class of the user's may have no head
+    :param critic: any critic; a user's own class may have no head
     :return: what its outputs mean
     """
     head: Head = getattr(critic, "head", SCALAR)
@@ -157,10 +157,10 @@ def head_of(critic: nn.Module) -> Head:
 
 def project(probabilities: th.Tensor, values: th.Tensor, v_min: float, v_max: float) -> th.Tensor:
     """
-    Distribute probabilities over the two atoms next to each value, by distance (C51, algorithm 1).
+    Distribute probabilities over the two atoms next to each value, by linear interpolation (C51, algorithm 1).
 
-    Written as a product with all distances. Adding to two atoms at a time takes fewer operations, but in an order that
-    differs from run to run on a GPU and with several threads.
+    Written as a product over all distances. Adding to two atoms at a time takes fewer operations, but in an order that
+    differs from run to run on a GPU or with several threads.
 
     :param probabilities: (B, atoms)
     :param values: clipped to the support, (B, atoms)

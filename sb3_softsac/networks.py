@@ -1,6 +1,6 @@
 """
-Layers of actors and critics: normalised, residual, with weights of unit norm. SB3's plain networks without these
-options.
+Layers of actors and critics: normalised, residual, with weights of unit norm. Without these options, they are SB3's
+plain networks.
 
 Sources: CrossQ (https://arxiv.org/abs/1902.05605), DroQ (https://arxiv.org/abs/2110.02034), XQC
 (https://arxiv.org/abs/2509.25174), FlashSAC (https://arxiv.org/abs/2604.04539).
@@ -75,7 +75,7 @@ class BatchNorm(nn.BatchNorm1d):
     """
     Batch normalisation by running statistics, except within :func:`batch_statistics`, whatever mode the module is in:
     an update needs both. sb3-contrib's ``BatchRenorm`` is not used: it branches on its data, which cannot be compiled,
-    and the designs that need it are older ones.
+    and only older designs need it.
     """
 
     uses_batch_statistics = False
@@ -117,7 +117,7 @@ def batch_statistics(network: nn.Module) -> Iterator[None]:
 
 class ResidualBlock(nn.Module):
     """
-    Adds to its input what two layers make of it (FlashSAC, section 4).
+    Adds the output of two layers to their input (FlashSAC, section 4).
 
     :param layers: network with as many outputs as inputs
     """
@@ -141,7 +141,7 @@ def make_layers(
     """
     :param n_inputs: number of inputs
     :param n_outputs: number of outputs; -1: those of the last hidden layer
-    :param net_arch: widths of the hidden layers, or of the residual blocks, which then have to be equal
+    :param net_arch: widths of the hidden layers, or of the residual blocks, which must then be equal
     :param activation_fn: activation function
     :param architecture: how the layers are made
     :return: the layers
@@ -203,12 +203,12 @@ def statistics(network: nn.Module) -> list[th.Tensor]:
 
 def project_to_unit_norm(networks: Iterable[nn.Module], unit_norm: str, finite: th.Tensor | None = None) -> None:
     """
-    Scale in place, unless it is frozen, each row of the weights of linear layers (those of one output) to norm 1.
+    Scale each row of a linear layer's weights (those of one output) to norm 1, in place, unless they are frozen.
 
     :param networks: with linear layers
     :param unit_norm: ``"weights"``, or ``"all"``: also the scales of each normalisation layer, together with its
         biases, to the square root of their number, the norm that they begin with
-    :param finite: do nothing unless it is true; scalar of booleans
+    :param finite: boolean scalar; if it is false, nothing is done
     """
     with th.no_grad():
         for module in [module for network in networks for module in network.modules()]:
@@ -220,7 +220,7 @@ def project_to_unit_norm(networks: Iterable[nn.Module], unit_norm: str, finite: 
 
 
 def _scale(parameters: list[th.Tensor], norm: float, finite: th.Tensor | None) -> None:
-    """Scale the rows of parameters, which are taken together, to a norm."""
+    """Scale the rows of parameters to a joint norm."""
     if not all(parameter.requires_grad for parameter in parameters):
         return
     squares = th.stack([parameter.square().sum(dim=-1, keepdim=True) for parameter in parameters])

@@ -72,8 +72,8 @@ class Actor(sb3_policies.Actor):
 
     :param log_std_bounds: lower and upper bound of log_std (natural logarithm of the standard deviation before tanh)
     :param log_std_bounding: ``"clamp"`` (SB3; no gradient outside) or ``"tanh"`` (smooth rescaling, as in CleanRL);
-        with tanh a policy starts in the middle of the bounds, so use it with (-5, 2) or the like
-    :param separate_log_std_net: give log_std a trunk of its own instead of the mean's
+        with tanh, a policy starts in the middle of the bounds, so use it with bounds such as (-5, 2)
+    :param separate_log_std_net: give log_std its own trunk instead of sharing the mean's
     :param architecture: how the hidden layers are made
     :raises ValueError: for other values, or for options that gSDE (``use_sde``) does not use
     """
@@ -103,8 +103,8 @@ class Actor(sb3_policies.Actor):
         defaults = ((low, high), log_std_bounding, separate_log_std_net) == (LOG_STD_BOUNDS, "clamp", False)
         if self.use_sde and not defaults:
             raise ValueError(
-                "use_sde=True learns one log_std per latent feature and exploration dimension: log_std_bounds, "
-                "log_std_bounding and separate_log_std_net have no effect on it. Leave them out, or use use_sde=False."
+                "use_sde=True learns one log_std per latent feature and action dimension: log_std_bounds, "
+                "log_std_bounding and separate_log_std_net have no effect on it. Leave them out, or set use_sde=False."
             )
         self.log_std_bounds = (low, high)
         self.log_std_bounding = log_std_bounding
@@ -210,8 +210,8 @@ class Actor(sb3_policies.Actor):
 
     def evaluate_actions(self, obs: TorchObs, actions: th.Tensor) -> th.Tensor:
         """
-        Log-density of given actions, such as demonstrations. The gaussian sample behind a saturated action is not
-        known: see ``distributions.unsquash`` for the clamp. Where the sample is known, use ``sample``.
+        Log-density of given actions, such as demonstrations. The Gaussian sample behind a saturated action is unknown:
+        see ``distributions.unsquash`` for the clamp. Where the sample is known, use ``sample``.
 
         :param obs: batch of observations
         :param actions: scaled actions in [-1, 1], as a replay buffer holds them, (B, A)
@@ -223,7 +223,7 @@ class Actor(sb3_policies.Actor):
         return distributions.log_prob(distributions.unsquash(actions), mean_actions, log_std)
 
     def _sde_noise(self, latent_sde: th.Tensor, noise: th.Tensor | None = None) -> th.Tensor:
-        """Features times the exploration matrix made of the noise, or else that of the last ``reset_noise()``."""
+        """Features times the exploration matrix made from the noise, or else that of the last ``reset_noise()``."""
         assert isinstance(self.action_dist, StateDependentNoiseDistribution)
         if noise is None:
             return self.action_dist.get_noise(latent_sde)
@@ -241,7 +241,7 @@ class Actor(sb3_policies.Actor):
 
 class Critic(ContinuousCritic):
     """
-    SB3's critics, which can be compiled for images too. Arguments are those of SB3's ``ContinuousCritic``, and:
+    SB3's critics, but compilable for images, too. Arguments are those of SB3's ``ContinuousCritic``, and:
 
     :param architecture: how the hidden layers are made
     :param n_atoms: number of atoms of the distributions of values; None: critics give values
@@ -324,19 +324,19 @@ class SoftSACPolicy(sb3_policies.SACPolicy):
     :param weight_init: None (PyTorch's default), ``"xavier"`` (uniform, zero biases) or ``"orthogonal"`` (gain sqrt(2)
         as in jaxrl, zero biases), for all linear and convolutional layers
     :param features_extractor_class: None: ``FlattenExtractor``, ``NatureCNN`` or ``CombinedExtractor``, by policy
-    :param use_actor_target: also hold a slowly moving copy of the actor; set from ``SoftSAC(use_actor_target=True)``
+    :param use_actor_target: also hold a Polyak-averaged copy of the actor; set by ``SoftSAC(use_actor_target=True)``
     :param normalization: of all hidden layers, before the activation: None, ``"batch"`` or ``"layer"``
-    :param normalize_input: batch-normalise what the networks read (features; of the critics, actions too), in the place
-        of normalised observations
-    :param residual_expansion: None: hidden layers follow each other; else each number in ``net_arch`` is the width of a
-        residual block (all of one network are equal), which is so many times as wide inside (FlashSAC: 4)
+    :param normalize_input: batch-normalise the networks' inputs (features and, for critics, actions), instead of
+        normalising observations
+    :param residual_expansion: None: plain hidden layers; else each number in ``net_arch`` is the width of a residual
+        block (the same for all blocks of a network), which is this many times as wide inside (FlashSAC: 4)
     :param unit_norm: scale weights to norm 1 after each step: None, ``"weights"`` (of each output of a linear layer) or
-        ``"all"`` (the scales and biases of normalisation layers, too). Not of features extractors
+        ``"all"`` (the scales and biases of normalisation layers, too). Features extractors are left alone
     :param dropout_rate: of the critics' hidden layers (DroQ)
-    :param n_atoms: None: critics give values; else distributions over so many values (atoms), learned by cross-entropy
-        (C51)
+    :param n_atoms: None: critics give values; else distributions over this many values (atoms), learned by
+        cross-entropy (C51)
     :param v_min: first atom
-    :param v_max: last atom. Returns that are larger cannot be learned (``train/clipped_target_mass``): see
+    :param v_max: last atom. Larger returns cannot be represented (``train/clipped_target_mass``): see
         ``SoftSAC(normalize_rewards=...)``
     :param batch_norm_momentum: weight of a batch in running statistics (sb3-contrib's name)
     :param batch_norm_eps: added to variances (sb3-contrib's name)
@@ -443,14 +443,14 @@ class SoftSACPolicy(sb3_policies.SACPolicy):
         See ``networks.project_to_unit_norm``.
 
         :param network: actor or critic; its features extractor is left as it is
-        :param finite: do nothing unless it is true; scalar of booleans
+        :param finite: boolean scalar; if it is false, nothing is done
         """
         if self.unit_norm is not None:
             own = network.own_networks() if isinstance(network, Actor) else network.q_networks
             networks.project_to_unit_norm(own, self.unit_norm, finite)
 
     def make_actor_target(self) -> None:
-        """Add the slowly moving copy of the actor. SB3's critics' targets live in the policy: so does this."""
+        """Add the Polyak-averaged copy of the actor. It lives in the policy, as SB3's target critics do."""
         self.actor_target = self.make_actor()
         self.actor_target.load_state_dict(self.actor.state_dict())
         self.actor_target.set_training_mode(False)
@@ -490,7 +490,7 @@ class SoftSACPolicy(sb3_policies.SACPolicy):
         return super().load_state_dict(state_dict, *args, **kwargs)
 
     def set_training_mode(self, mode: bool) -> None:
-        """As in SB3, which takes 0.1 ms for what is done three times in each step of training."""
+        """As in SB3, but faster than its 0.1 ms: this is done three times in each training step."""
         _set_training_mode(self.actor, mode)
         _set_training_mode(self.critic, mode)
         if self.architecture.dropout_rate > 0.0:
@@ -501,7 +501,7 @@ class SoftSACPolicy(sb3_policies.SACPolicy):
 
     def targets(self) -> list[tuple[nn.Module, nn.Module]]:
         """
-        :return: pairs of a network and its slowly moving copy
+        :return: pairs of a network and its Polyak-averaged copy
         """
         pairs: list[tuple[nn.Module, nn.Module]] = [(self.critic, self.critic_target)]
         if self.actor_target is not None:
@@ -580,8 +580,8 @@ def init_weights(network: nn.Module, weight_init: str) -> None:
 def running_statistics(network: nn.Module) -> list[th.Tensor]:
     """
     :param network: actor or critic
-    :return: the buffers of its batch norms, their counters too, which targets copy instead of averaging (SB3 issue
-        996); of other modules, as in SB3, those that are called ``running_...``
+    :return: the buffers of its batch norms, including their counters, which targets copy instead of averaging (SB3
+        issue 996); of other modules, as in SB3, those called ``running_...``
     """
     return [
         buffer
