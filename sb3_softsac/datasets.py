@@ -1,5 +1,5 @@
 """
-Episodes into and out of replay buffers: Minari's datasets (https://minari.farama.org), and whatever has their fields.
+Episodes into and out of replay buffers: Minari datasets (https://minari.farama.org), and anything with the same fields.
 """
 
 import inspect
@@ -32,12 +32,13 @@ class Episode(NamedTuple):
 
 def read(dataset: Any, buffer: ReplayBuffer) -> Stream:
     """
-    Read all episodes of a dataset, and check them. What is cut off at the end of an episode has no end: it bootstraps.
+    Read all episodes of a dataset, and check them. The value after the last step of an episode without an end is
+    bootstrapped.
 
     :param dataset: see :meth:`ReplayBuffer.add_dataset`
     :param buffer: replay buffer that they have to fit
     :return: transitions as the buffer holds them
-    :raises ValueError: naming the episode and the field that does not fit
+    :raises ValueError: naming the episode and the field that do not fit
     """
     space = buffer.action_space
     assert isinstance(space, spaces.Box)
@@ -54,8 +55,8 @@ def read(dataset: Any, buffer: ReplayBuffer) -> Stream:
         raise ValueError("The dataset has no transitions: pass at least one episode with one action.")
     if n_beyond:
         warnings.warn(
-            f"{n_beyond} action component(s) of the dataset are beyond the bounds of the action space, by up to "
-            f"{furthest / 2:.1%} of its range, and are clipped to them. If that is much, they may be in other units.",
+            f"{n_beyond} action component(s) of the dataset are outside the bounds of the action space, by up to "
+            f"{furthest / 2:.1%} of its range, and are clipped. If that is a lot, they may be in different units.",
             stacklevel=3,
         )
     starts = np.cumsum([0, *(len(part.rewards) for part in parts[:-1])])
@@ -67,9 +68,9 @@ def read(dataset: Any, buffer: ReplayBuffer) -> Stream:
 
 def load(dataset_id: str) -> Any:
     """
-    :param dataset_id: of a dataset on this machine
+    :param dataset_id: id of a dataset on this machine
     :return: ``minari.MinariDataset``
-    :raises ValueError: if there is none, or if this is not the id of one
+    :raises ValueError: if there is no such dataset, or if the id is not valid
     """
     minari = _minari()
     _check_id(dataset_id)
@@ -88,27 +89,27 @@ def _minari() -> Any:
         import h5py  # noqa: F401  # Minari imports it when it opens a file
         import minari
     except ImportError as error:
-        raise ImportError(f"Minari's datasets need packages ({error}): pip install 'sb3-softsac[minari]'") from error
+        raise ImportError(f"Minari datasets need more packages ({error}): pip install 'sb3-softsac[minari]'") from error
     return minari
 
 
 def _check_id(dataset_id: str) -> None:
-    """Minari looks for a dataset of any name, and makes a folder of any name."""
+    """Minari itself looks for a dataset of any name, and makes a folder of any name."""
     from minari.dataset.minari_dataset import parse_dataset_id
 
     try:
         parse_dataset_id(dataset_id)
     except (TypeError, ValueError):
-        raise ValueError(f"{dataset_id!r} is not a Minari id, which is like 'pendulum/softsac-v0'.") from None
+        raise ValueError(f"{dataset_id!r} is not a Minari id, such as 'pendulum/softsac-v0'.") from None
 
 
 def _compare_actions(theirs: Any, ours: spaces.Box) -> None:
-    """Actions of other bounds are probably those of the environment without its wrappers."""
+    """Actions with other bounds are probably those of the environment without its wrappers."""
     if isinstance(theirs, spaces.Box) and theirs.shape == ours.shape:
         if not (np.allclose(theirs.low, ours.low) and np.allclose(theirs.high, ours.high)):
             warnings.warn(
-                f"The dataset's actions have the bounds {theirs}, the environment's {ours}: they are taken to be in "
-                "the environment's units. If a wrapper rescales actions, do the same with those of the dataset.",
+                f"The dataset's actions have the bounds {theirs}, the environment's {ours}: they are assumed to be in "
+                "the environment's units. If a wrapper rescales actions, rescale the dataset's actions as well.",
                 stacklevel=4,
             )
 
@@ -212,7 +213,7 @@ def _array(values: Any, name: str, where: str, dtype: np.dtype) -> np.ndarray:
     found = array.dtype
     is_flag = dtype.kind == "b" and found.kind in "iu" and np.isin(array, (0, 1)).all()
     if found.kind not in "biuf" or not (np.can_cast(found, dtype, "same_kind") or is_flag):
-        raise ValueError(f"{name} of {where} has the dtype {found}, expected {dtype} or what can be cast to it.")
+        raise ValueError(f"{name} of {where} has the dtype {found}, expected {dtype} or one that can be cast to it.")
     if not np.isfinite(array).all():
         raise ValueError(
             f"{name} of {where} has values that are not finite, in row {np.argwhere(~np.isfinite(array))[0][0]}."
@@ -231,8 +232,8 @@ def _names(names: Iterable[Any]) -> str:
 
 def episodes(buffer: ReplayBuffer) -> Iterator[Episode]:
     """
-    The episodes of a replay buffer, one environment after the other, oldest first. The first of each may lack its
-    beginning, and the last its end: it is truncated. So are those that were left when the environments were reset.
+    The episodes of a replay buffer, one environment after the other, oldest first. Each environment's first may lack
+    its beginning, and its last its end: that one is truncated. So are those that were cut short by a reset.
 
     :param buffer: replay buffer
     :return: episodes; actions are in the environment's units
@@ -267,13 +268,13 @@ def play(
     deterministic: bool = True,
 ) -> Iterator[Episode]:
     """
-    Play episodes with a policy.
+    Run episodes with a policy.
 
     :param model: the policy
     :param env: one environment, without ``VecNormalize``
     :param n_episodes: number of episodes
-    :param normalize: normalises what the policy sees; None: nothing does
-    :param deterministic: take the most likely actions instead of random ones
+    :param normalize: normalises what the policy sees; None: no normalisation
+    :param deterministic: take deterministic actions instead of sampled ones
     :return: the episodes
     """
     for _ in range(n_episodes):
@@ -311,9 +312,9 @@ def write(
     :param episodes: the episodes
     :param observation_space: of their observations
     :param action_space: of their actions
-    :param env_id: of the environment, which the dataset can then make again; None: it cannot
+    :param env_id: of the environment, which the dataset can then recreate; None: it cannot
     :return: ``minari.MinariDataset``
-    :raises ValueError: if there is such a dataset, or if this is not the id of one
+    :raises ValueError: if the dataset exists already, or if its id is not valid
     """
     minari = _minari()
     from minari.data_collector import EpisodeBuffer
@@ -321,7 +322,7 @@ def write(
     _check_id(dataset_id)
     folder = minari.storage.datasets_root_dir.get_dataset_path(dataset_id)
     if folder.exists():
-        raise ValueError(f"There is a dataset in {folder}: choose another id, or `minari delete {dataset_id}`.")
+        raise ValueError(f"There is a dataset in {folder} already: choose another id, or `minari delete {dataset_id}`.")
     # Images as they are: 0.5.3 has no such argument
     exact = "jpeg_encoding" in inspect.signature(minari.create_dataset_from_buffers).parameters
     try:
@@ -342,7 +343,7 @@ def write(
 
 
 def _flags(n_steps: int, terminated: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Terminations and truncations of an episode that ends in one of the two."""
+    """Terminations and truncations of an episode that ends in one or the other."""
     is_last = np.arange(n_steps) == n_steps - 1
     return is_last & terminated, is_last & (not terminated)
 

@@ -1,9 +1,10 @@
 """
-Policies for use without SB3: an ``.onnx`` or ``.pt2`` file that takes what an environment gives and returns actions.
+Policies for use without SB3: an ``.onnx`` or ``.pt2`` file that takes observations of the environment and returns its
+actions.
 
-``python -m sb3_softsac.export PATH -o policy.onnx`` does the same to a file or folder of a run. Everything between the
-environment and the network is in the graph: channels of images put first, VecNormalize's statistics and clipping, SB3's
-preprocessing, and the way from tanh to the units of the action space.
+``python -m sb3_softsac.export PATH -o policy.onnx`` does the same for a run's file or folder. Everything between the
+environment and the network is in the graph: moving an image's channels first, VecNormalize's statistics and clipping,
+SB3's preprocessing, and the step from tanh to the units of the action space.
 """
 
 import argparse
@@ -52,12 +53,12 @@ Run = Callable[[NumpyObs], list[np.ndarray]]
 
 class PolicyInput(nn.Module):
     """
-    Makes what the policy reads of one observation, or of one key of a Dict, as the VecEnv wrappers do.
+    Turns one observation, or one key of a Dict, into the policy's input, as the VecEnv wrappers do.
 
     :param is_channels_last: images are given as (B, height, width, channels)
     :param statistics: VecNormalize's for this observation, channels first; None: it is not normalised
     :param epsilon: VecNormalize's
-    :param clip: VecNormalize's largest absolute value
+    :param clip: VecNormalize's ``clip_obs``
     """
 
     mean: th.Tensor
@@ -138,24 +139,24 @@ def export(
     """
     Write the policy to a file that needs neither SB3 nor this package, after comparing it with ``model.predict()``.
 
-    Inputs are a batch of what the environment gives, in the type of its space: one array ``obs`` (B, ...), or one for
-    each key of a Dict. VecNormalize, if there is one, is in the file. The first output, ``action``, is what the
-    environment takes, (B, ...), shaped as the action space. An output whose name is also a key is called
-    ``action_output``, and so on.
+    The inputs are a batch of the environment's observations, with the dtype of their space: one array ``obs`` (B, ...),
+    or one for each key of a Dict. VecNormalize, if there is one, is in the file. The first output, ``action``, is what
+    the environment takes, (B, ...), shaped as the action space. An output whose name is also a key gets a suffix:
+    ``action_output``.
 
-    :param model: the model; it stays as it is
+    :param model: the model, which is not changed
     :param path: file to write, ``.onnx`` or ``.pt2`` (``torch.export.load(path).module()`` takes observations)
     :param with_log_std: further outputs ``mean`` and ``log_std``, (B, A), of the Gaussian before tanh: a stochastic
         policy takes ``tanh(mean + exp(log_std) * noise)``, rescaled from [-1, 1] to the action space
-    :param vec_normalize: whose statistics to use; None: those of the model's environment, or of the file that it was
-        loaded from without an environment
-    :param channels_last: images are given as (height, width, channels); None: as the environment of the model gives
-        them. The policy itself has the channels first
-    :param verbose: 1: print what was written, and the largest difference; None: as the model does
-    :return: largest difference to ``predict()`` over random observations, in units of the action range
-    :raises ValueError: if an argument is not valid, the policy cannot be exported, or the difference is above 1e-5; an
-        existing file then stays as it is
-    :raises ImportError: if ``onnx`` or ``onnxscript`` are not installed
+    :param vec_normalize: the VecNormalize whose statistics to use; None: those of the model's environment, or of the
+        file that it was loaded from without an environment
+    :param channels_last: images are given as (height, width, channels); None: as the model's environment gives them.
+        The policy itself has the channels first
+    :param verbose: 1: print what was written, and the largest difference; None: the model's ``verbose``
+    :return: largest difference from ``predict()`` over random observations, in units of the action range
+    :raises ValueError: if an argument is invalid, the policy cannot be exported, or the difference is above 1e-5; an
+        existing file is then left alone
+    :raises ImportError: if ``onnx`` or ``onnxscript`` is not installed
     :raises OSError: if the file cannot be written
     """
     path = Path(path)
@@ -183,9 +184,9 @@ def export(
     error = _largest_difference(run, _expected(model, wrapping, with_log_std), observations, model.action_space)
     if not error <= TOLERANCE:
         raise ValueError(
-            f"{path} was not written: its actions would differ from predict() by {error:.1e} of the action range, and "
-            f"{TOLERANCE:g} is allowed. Make sure that the network computes the same for each batch size and draws no "
-            "random numbers in evaluation mode."
+            f"{path} was not written: its actions would differ from predict() by {error:.1e} of the action range, but "
+            f"only {TOLERANCE:g} is allowed. Make sure that the network computes the same for any batch size and draws "
+            "no random numbers in evaluation mode."
         )
     with new_file(path) as file:
         file.write(data)
@@ -193,7 +194,7 @@ def export(
         print(f"Wrote {path} ({len(data):,} bytes)")
         for name, part in wrapping.parts.items():
             print(f"Input {name}: {part.dtype}, {', '.join(map(str, ('B', *(part.shape or ()))))}")
-        print(f"Largest difference to predict(): {error:.1e} of the action range")
+        print(f"Largest difference from predict(): {error:.1e} of the action range")
     return error
 
 
@@ -215,7 +216,7 @@ class _Wrapping:
         policy_parts = dict(policy_space.spaces) if isinstance(policy_space, spaces.Dict) else {INPUT: policy_space}
         self.images = [key for key, part in policy_parts.items() if channels_last and is_image_space(part)]
         if channels_last and not self.images:
-            raise ValueError(f"channels_last=True needs images, and the policy reads {policy_space}: leave it out.")
+            raise ValueError(f"channels_last=True needs images, but the policy reads {policy_space}: leave it out.")
         self.parts = {
             key: _with_channels_last(part) if key in self.images else part for key, part in policy_parts.items()
         }
@@ -227,14 +228,14 @@ class _Wrapping:
             there, here = statistics.mean.shape, getattr(policy_parts.get(key), "shape", None)
             if there != here:
                 raise ValueError(
-                    f"vec_normalize={self.normalize} has statistics of shape {there} for {key!r}, where the policy "
+                    f"vec_normalize={self.normalize} has statistics of shape {there} for {key!r}, but the policy "
                     f"reads {here}: pass the VecNormalize that the model was trained with."
                 )
 
     @property
     def space(self) -> spaces.Space[Any]:
         """
-        :return: of the observations that go in
+        :return: space of the observations that go in
         """
         return spaces.Dict(self.parts) if self.is_dict else self.parts[INPUT]
 
@@ -277,7 +278,7 @@ def _with_channels_last(space: spaces.Space[Any]) -> spaces.Box:
 def _sample(
     space: spaces.Space[Any], statistics: RunningMeanStd | None, n: int, rng: np.random.Generator
 ) -> np.ndarray:
-    """Observations (n, ...): where they are normalised, spread over more than is clipped; else all over the space."""
+    """Observations (n, ...): if they are normalised, spread beyond the clipping; else all over the space."""
     if isinstance(space, spaces.Discrete):
         return space.start + rng.integers(space.n, size=n, dtype=space.dtype)
     if isinstance(space, spaces.MultiDiscrete):
@@ -321,7 +322,7 @@ def _require_onnx() -> None:
     missing = [name for name in ("onnx", "onnxscript") if find_spec(name) is None]
     if missing:
         raise ImportError(
-            f"An .onnx file needs {' and '.join(missing)}: {INSTALL}. A .pt2 file needs nothing more.", name=missing[0]
+            f"An .onnx file needs {' and '.join(missing)}: {INSTALL}. A .pt2 file needs nothing else.", name=missing[0]
         )
 
 
@@ -377,13 +378,13 @@ def _explained(exporter: str) -> Iterator[None]:
         first_line = str(reason).strip().partition("\n")[0]
         raise ValueError(
             f"{exporter} cannot express this policy ({type(reason).__name__}: {first_line}). "
-            "Networks of your own must not branch on the values of tensors, nor depend on the batch size."
+            "Your own networks must not branch on the values of tensors or depend on the batch size."
         ) from error
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what torch says about its own parts, and about packages that are not needed."""
+    """Without torch's messages about its internals, and about packages that are not needed."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -407,8 +408,8 @@ def _metadata(model: SoftSAC, wrapping: _Wrapping) -> dict[str, str]:
 def space_as_json(space: spaces.Space[Any]) -> dict[str, Any]:
     """
     :param space: ``Box``, ``Discrete``, ``MultiDiscrete``, ``MultiBinary``, or a ``Dict`` of them
-    :return: what JSON can hold: ``type``, and ``spaces`` of a Dict, or else ``shape``, ``dtype`` and the attributes of
-        the space; bounds that are all the same are one number, and infinite ones null
+    :return: a dict for JSON: ``type``, and ``spaces`` of a Dict, or else ``shape``, ``dtype`` and the space's
+        attributes; bounds that are all equal are one number, and infinite ones null
     """
     if isinstance(space, spaces.Dict):
         return {"type": "Dict", "spaces": {key: space_as_json(part) for key, part in space.spaces.items()}}
@@ -467,7 +468,7 @@ def _torch_run(program: Any) -> Run:
 
 
 def _largest_difference(run: Run, expected: Run, observations: NumpyObs, action_space: spaces.Box) -> float:
-    """Of actions in units of their range, of other outputs in units of themselves where they are above 1."""
+    """Of actions relative to their range, of other outputs relative to their magnitude where it is above 1."""
     differences = []
     for obs in (observations, _first(observations, 1)):
         with matmul_precision("highest"), th.backends.cudnn.flags(enabled=True, allow_tf32=False):
@@ -493,10 +494,10 @@ def _tensors(obs: NumpyObs, device: th.device) -> TorchObs:
 
 def load_run(path: str | Path, allow_pickle: bool = False) -> tuple[SoftSAC, VecNormalize | None]:
     """
-    Load what a run has left behind, without its environment.
+    Load the model of a run, without its environment.
 
-    :param path: model file, folder of ``CheckpointCallback``, or folder of a run of the RL Zoo: its best model, else
-        its last one, else its newest checkpoint
+    :param path: model file, checkpoint folder, or the RL Zoo's folder of a run: its best model, else its last one, else
+        its newest checkpoint
     :param allow_pickle: unpickle files of SB3 and the zoo's ``vecnormalize.pkl``, which can run any code
     :return: the model; and the zoo's VecNormalize, if the model file has no statistics
     :raises CheckpointError: (a ValueError) if a file is damaged, or needs ``allow_pickle=True``
@@ -539,7 +540,7 @@ def main() -> int:
     :return: exit status
     """
     parser = argparse.ArgumentParser(prog="python -m sb3_softsac.export", description=__doc__.split("\n\n")[0])
-    parser.add_argument("path", type=Path, metavar="PATH", help="model file, folder of checkpoints, or of a zoo's run")
+    parser.add_argument("path", type=Path, metavar="PATH", help="model file, checkpoint folder or the zoo's run folder")
     parser.add_argument("-o", "--output", type=Path, default=Path("policy.onnx"), help="file to write (.onnx or .pt2)")
     parser.add_argument("--with-log-std", action="store_true", help="also return mean and log_std, before tanh")
     parser.add_argument(

@@ -1,8 +1,8 @@
 """
-Offline data that minibatches take a part of, as in RLPD (https://arxiv.org/abs/2302.02948).
+Offline data as a part of each minibatch, as in RLPD (https://arxiv.org/abs/2302.02948).
 
-A run is saved without it, but with a reference to it, the SHA-256 of its transitions and the random state that they are
-drawn from. :func:`set_up` finds the data again and compares it.
+A run is saved without the data, but with a reference to it, the SHA-256 of its transitions and the random state that
+they are drawn with. :func:`set_up` finds the data again and checks it.
 """
 
 import hashlib
@@ -21,15 +21,15 @@ from sb3_softsac.persistence.model_file import open_model_file
 from sb3_softsac.type_aliases import ReplayBatch
 
 Source = dict[str, Any]
-"""What is saved of offline data: ``reference`` (the id of a Minari dataset, the absolute path of a file, or None),
+"""What is saved about offline data: ``reference`` (the id of a Minari dataset, the absolute path of a file, or None),
 ``sha256`` of its transitions, and ``rng``, the generator that they are drawn with."""
 
-REMEDY = "pass it (or a copy) as offline_data=... to load(), or go on without it: offline_fraction=0.0."
+REMEDY = "pass it (or a copy) as offline_data=... to load(), or continue without it: offline_fraction=0.0."
 
 
 def set_up(model: Any) -> None:
     """
-    Read a model's offline data into a replay buffer of its own, unless that is done.
+    Read a model's offline data into its own replay buffer, unless that has been done.
 
     :param model: ``SoftSAC``; its ``offline_data`` is then the buffer
     :raises ValueError: if the data cannot be read, or does not fit
@@ -49,10 +49,10 @@ def set_up(model: Any) -> None:
         if data is None:
             raise CheckpointError(
                 f"The offline data {reference!r} is not what the run has learned from: the SHA-256 of its transitions "
-                f"is {sha256[:16]}..., that of the run's {source['sha256'][:16]}... Put the former data back, {REMEDY}"
+                f"is {sha256[:16]}..., not {source['sha256'][:16]}... Restore the original data, {REMEDY}"
             )
         warnings.warn(
-            "The continuation differs: offline_data is not what the run has learned from until now.", stacklevel=2
+            "The continuation differs: offline_data is not what the run has learned from so far.", stacklevel=2
         )
     rng = np.random.default_rng(np.random.randint(2**31)) if source is None else source["rng"]
     buffer.rng = rng
@@ -61,7 +61,7 @@ def set_up(model: Any) -> None:
 
 def seed(source: Source, number: int) -> None:
     """
-    :param source: of a model's offline data; its generator is seeded in place
+    :param source: that of a model's offline data; its generator is seeded in place
     :param number: the seed
     """
     # Another stream than that of the replay buffer
@@ -79,10 +79,10 @@ def share(model: Any, batch_size: int) -> int:
 
 def mixed(online: ReplayBatch, offline: ReplayBatch, n: int) -> ReplayBatch:
     """
-    :param online: parts of n minibatches, one behind the other
-    :param offline: the other parts
+    :param online: online parts of n minibatches, one after the other
+    :param offline: their offline parts
     :param n: number of minibatches
-    :return: the minibatches, one behind the other; the online part of each comes first
+    :return: the minibatches, one after the other; the online part of each comes first
     """
 
     def join(first: th.Tensor, second: th.Tensor) -> th.Tensor:
@@ -113,13 +113,13 @@ def _found_again(source: Source, model: Any) -> ReplayBuffer:
     reference = source["reference"]
     if reference is None:
         raise CheckpointError(
-            f"The run learned from offline data that is in no file of its own and no Minari dataset: {REMEDY}"
+            f"The run learned from offline data that is neither a model file nor a whole Minari dataset: {REMEDY}"
         )
     try:
         return _read(reference, model)
     except (ImportError, OSError, ValueError) as error:
         raise CheckpointError(
-            f"The offline data {reference!r} of the run cannot be read: {error} Put it back, {REMEDY}"
+            f"The offline data {reference!r} of the run cannot be read: {error} Restore it, {REMEDY}"
         ) from error
 
 

@@ -38,19 +38,19 @@ REFUSED_OPTIONS = {"max_restarts", "max_task_retries"}
 
 class RayVecEnv(VecEnv):
     """
-    Environments in Ray actors, on one machine or many, which otherwise behave as in a ``SubprocVecEnv``. In each step,
+    Environments in Ray actors, on one machine or many; otherwise they behave as in a ``SubprocVecEnv``. In each step,
     an actor gets one call for all of its environments.
 
     Ray is started (``ray.init()``) if the program has not done so. ``close()`` ends the actors, not Ray.
 
     :param env_fns: functions that make the environments. They run in the actors.
-    :param envs_per_actor: how many environments share an actor, and thus a process. More of them save calls if a step
-        takes less than about a millisecond.
+    :param envs_per_actor: how many environments share an actor, and so a process. Sharing saves calls, which pays if a
+        step takes less than about a millisecond.
     :param actor_options: for ``.options()`` of all actors: resources and placement, such as
         ``{"num_cpus": 1, "scheduling_strategy": "SPREAD"}``
-    :param max_restarts: how often an actor that has died is replaced. Its environments are then made anew, with the
-        attributes that ``set_attr`` gave them, and a warning says so. Their episodes end as at a time limit: with
-        ``TimeLimit.truncated`` and the last observation that is known. 0: a death is an error.
+    :param max_restarts: how often an actor that has died is replaced. Its environments are then newly made, with the
+        attributes that ``set_attr`` gave the old ones, and a warning says so. The old episodes end as at a time limit:
+        with ``TimeLimit.truncated`` and the last known observation. 0: a death is an error.
     :param start_seconds: how long Ray may take to place an actor and make its environments
     :raises ValueError: if an argument is not valid
     :raises RuntimeError: if an actor cannot be placed; later, if one has died
@@ -98,8 +98,8 @@ class RayVecEnv(VecEnv):
                 raise ValueError(f"{name}={value!r} is not valid: it must be an integer of at least {least}.")
         if refused := sorted(self.actor_options.keys() & REFUSED_OPTIONS):
             raise ValueError(
-                f"actor_options has {', '.join(refused)}: Ray would go on with actors that have no environments. Use "
-                "max_restarts of RayVecEnv itself."
+                f"actor_options has {', '.join(refused)}: Ray would restart actors without their environments. Use "
+                "RayVecEnv's own max_restarts."
             )
 
     def step_async(self, actions: np.ndarray) -> None:
@@ -182,7 +182,7 @@ class RayVecEnv(VecEnv):
 
     def run_on_envs(self, function: Callable[..., Any], *args: Any, indices: VecEnvIndices = None) -> list[Any]:
         """
-        Run a function where the environments are. No actor is replaced in it.
+        Run a function where the environments are. No actor is replaced during it.
 
         :param function: takes an environment with its wrappers, and ``args``
         :param args: for the function
@@ -192,7 +192,7 @@ class RayVecEnv(VecEnv):
         """
         for group in self._groups:
             if group.begun is not None:
-                raise RuntimeError(f"{group} have been made anew since the last step: take a step or reset first.")
+                raise RuntimeError(f"The actor of {group} was replaced after the last step: step or reset first.")
         return self._each(function, *args, indices=indices, max_restarts=0)
 
     def _each(
@@ -219,7 +219,7 @@ class RayVecEnv(VecEnv):
             raise RuntimeError("The RayVecEnv is closed: make a new one.")
 
     def _call(self, method: str, arguments: "dict[_Group, bytes]", max_restarts: int) -> list[Any]:
-        """Call a method of several actors at the same time, and again of those that had to be replaced."""
+        """Call a method of several actors at the same time, and again for those that had to be replaced."""
         self._check_open()
         results = _results_of([getattr(group.actor, method).remote(packed) for group, packed in arguments.items()])
         for i, (group, packed) in enumerate(arguments.items()):
@@ -263,12 +263,12 @@ class RayVecEnv(VecEnv):
             text = f"The actor of {group} on {group.node} has died: {' '.join(str(end).split())}"
             if group.n_restarts >= max_restarts:
                 raise RuntimeError(
-                    f"{text} It has been replaced {group.n_restarts} times. RayVecEnv(max_restarts=...) says how often "
-                    "new environments are made instead."
+                    f"{text} It has been replaced {group.n_restarts} times. RayVecEnv(max_restarts=...) sets how often "
+                    "that may happen."
                 ) from end
             group.n_restarts += 1
             warnings.warn(
-                f"{text} New environments are made, and the episodes of the old ones end truncated (restart "
+                f"{text} New environments are made, and the episodes of the old ones are truncated (restart "
                 f"{group.n_restarts} of {max_restarts}).",
                 stacklevel=4,
             )
@@ -340,7 +340,7 @@ class _Group:
 class _Actor:
     """
     What runs in a Ray actor. Only stacked observations are left to Ray, which hands them over without a copy but
-    read-only; all else is pickled here, since what environments get and give may be changed in place.
+    read-only; everything else is pickled here, since what environments take and return may be changed in place.
 
     :param name: of its environments, which Ray puts in front of tracebacks and output
     """

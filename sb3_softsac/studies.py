@@ -1,8 +1,8 @@
 """
 Hyperparameter studies of the RL Zoo (``-optimize --storage``) whose trials outlive their workers.
 
-Optuna's heartbeats tell which trials have lost their worker. These are enqueued again, and whichever worker takes such
-a trial goes on from its last checkpoint.
+Optuna's heartbeats tell which trials have lost their worker. These are enqueued again, and whichever worker takes one
+continues from its last checkpoint.
 """
 
 import shutil
@@ -44,11 +44,11 @@ OnStale = Callable[[Study, FrozenTrial], None]
 
 class JournalStorage(optuna.storages.JournalStorage, Heartbeat):
     """
-    A journal file with heartbeats, which Optuna has for databases only. A heartbeat is the time of a file, which the
-    file server sets: the clocks of the workers do not matter.
+    A journal file with heartbeats, which Optuna only has for databases. A heartbeat is the modification time of a file,
+    which the file server sets, so the workers' clocks do not matter.
 
     :param path: the journal file
-    :param on_stale: is called for each trial that has lost its worker
+    :param on_stale: called for each trial that has lost its worker
     """
 
     def __init__(self, path: str, on_stale: OnStale):
@@ -88,7 +88,7 @@ class JournalStorage(optuna.storages.JournalStorage, Heartbeat):
 
 
 class TrialSoftSAC(SoftSAC):
-    """What the zoo makes for a trial. ``learn()`` goes on from the trial's last checkpoint, if it has one."""
+    """What the zoo makes for a trial. ``learn()`` continues from the trial's last checkpoint, if it has one."""
 
     def learn(self, total_timesteps: int, callback: Any = None, **kwargs: Any) -> "TrialSoftSAC":  # type: ignore[override]
         # The last one is ours: hyperparameters may have brought others
@@ -96,18 +96,18 @@ class TrialSoftSAC(SoftSAC):
         if not RunFolder(folder).numbers():
             return super().learn(total_timesteps, callback, **kwargs)
         model = SoftSAC.load(folder, self.env, device=self.device, force_reset=False)
-        print(f"{folder.name} goes on at step {model.num_timesteps:,}", flush=True)
+        print(f"{folder.name} continues at step {model.num_timesteps:,}", flush=True)
         model.learn(total_timesteps - model.num_timesteps, callback, **kwargs)
         return self
 
 
 def optimize(original: Callable[[Any], None], manager: Any) -> None:
     """
-    Run the zoo's optimisation, and then what workers that have died meanwhile have left. The report of the worker that
-    ends last covers all trials.
+    Run the zoo's optimisation, and then the trials left by workers that have died meanwhile. The report of the worker
+    that ends last covers all trials.
 
     :param original: method of the manager
-    :param manager: of a study with a storage
+    :param manager: manager of a study with a storage
     """
     with warnings.catch_warnings(), mock.patch.dict(ALGOS, {manager.algo: TrialSoftSAC}):
         warnings.simplefilter("ignore", ExperimentalWarning)  # heartbeats are, since 2021
@@ -173,9 +173,9 @@ def _on_stale(folder: Path, study: Study, trial: FrozenTrial) -> None:
 
 def _total_with_orphans(study: Study) -> int | None:
     """
-    Wait until the trials that run elsewhere have ended, or have had the time to show that their worker is alive.
+    Wait until the trials that run elsewhere have ended, or have had time to show that their worker is alive.
 
-    :return: number of trials that do not fail, if one of them waits for a worker; otherwise None
+    :return: number of trials that have not failed, if one of them is waiting for a worker; otherwise None
     """
     end = time.monotonic() + GRACE_SECONDS + HEARTBEAT_SECONDS
     while True:
@@ -190,11 +190,11 @@ def _total_with_orphans(study: Study) -> int | None:
 
 def objective(original: Callable[..., float], manager: Any, trial: Trial) -> float:
     """
-    Run a trial that takes checkpoints, in a folder that is removed when it ends. A signal leaves the checkpoints to the
-    next worker, as a kill does.
+    Run a trial that saves checkpoints, in a folder that is removed when it ends. A signal leaves the checkpoints for
+    the next worker, as a kill does.
 
     :param original: method of the manager
-    :param manager: of a study with a storage
+    :param manager: manager of a study with a storage
     :param trial: the trial
     :return: its value
     """

@@ -30,15 +30,15 @@ class SoftSACTrainable(Trainable):
 
     - ``env``: id of the environment, or a function that makes one, which may be vectorised
     - ``policy``: ``"MlpPolicy"`` by default
-    - ``total_timesteps``: of the whole trial, which ends there
-    - ``steps_per_iteration``: environment steps between two results, about: a step steps all environments
+    - ``total_timesteps``: environment steps after which the trial ends
+    - ``steps_per_iteration``: environment steps between two results; approximate, since all environments step together
 
-    Results have ``episode_return``, the mean of the last ``stats_window_size`` training episodes, and
+    Results have ``episode_return``, the mean over the last ``stats_window_size`` training episodes, and
     ``timesteps_total``.
 
-    A trial that is restored from a checkpoint, its own or another's, goes on bit for bit, in mid-episode and with the
-    random states of that trial. Of its configuration it takes what differs from that of the checkpoint: what Tune has
-    mutated. Another ``seed`` restarts the random states.
+    A trial that is restored from a checkpoint, its own or another trial's, continues that run bit for bit, in
+    mid-episode and with its random states. It applies those values of its configuration that differ from the
+    checkpoint's: what Tune has mutated. A different ``seed`` restarts the random states.
     """
 
     def setup(self, config: dict[str, Any]) -> None:
@@ -57,7 +57,7 @@ class SoftSACTrainable(Trainable):
         self.model = SoftSAC(**{name: value for name, value in arguments.items() if name not in OWN})
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Set up another trial in this process, which saves starting a new one."""
+        """Set up another trial in this process, which avoids starting a new one."""
         self.cleanup()
         self.setup(new_config)
         return True
@@ -88,7 +88,7 @@ class SoftSACTrainable(Trainable):
 
     def load_checkpoint(self, checkpoint: Any) -> None:
         """
-        Go on from a checkpoint.
+        Continue from a checkpoint.
 
         :param checkpoint: folder of :meth:`save_checkpoint`
         :raises CheckpointError: (a ValueError) if it is damaged or does not fit

@@ -697,7 +697,7 @@ def test_data_without_a_name_is_passed_again(kind: str, tmp_path: Path) -> None:
 
     write_pendulum("pendulum/all-v0")
     make_model(offline_data=offline_data()).learn(40).save(tmp_path / "model")
-    with pytest.raises(CheckpointError, match="is in no file of its own and no Minari dataset"):
+    with pytest.raises(CheckpointError, match="is neither a model file nor a whole Minari dataset"):
         SoftSAC.load(tmp_path / "model", pendulum())
     SoftSAC.load(tmp_path / "model", pendulum(), force_reset=False, offline_data=offline_data()).save(
         tmp_path / "again"

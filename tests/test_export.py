@@ -391,7 +391,7 @@ def test_command_reads_runs(
     out = tmp_path / "out" / "policy.pt2"
     assert export_by_command(monkeypatch, path, "-o", out) == 0
     printed = capsys.readouterr().out
-    assert "Largest difference to predict()" in printed and "Input image: uint8, B, 36, 40, 3" in printed
+    assert "Largest difference from predict()" in printed and "Input image: uint8, B, 36, 40, 3" in printed
     policy, obs = th.export.load(out).module(), observations(trained.env, 7)
     (action,) = policy({key: th.as_tensor(part) for key, part in obs.items()})
     np.testing.assert_allclose(action.numpy(), expected(trained, obs), atol=TOLERANCE)

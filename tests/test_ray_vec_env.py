@@ -323,7 +323,7 @@ def test_death_of_an_actor(cluster: Cluster) -> None:
     with pytest.warns(UserWarning, match=r"actor of environment 2 on node .*"):
         assert env.env_method("add", 1, indices=2) == [1]  # found before the next step
     (missing,) = {tree["missing"] for tree in env_state.capture(env)["envs"]}
-    assert "environment 2" in missing and "made anew" in missing
+    assert "environment 2" in missing and "replaced after the last step" in missing
     assert env.step(actions.copy())[2][2]
     assert not [tree for tree in env_state.capture(env)["envs"] if "missing" in tree]
 
