@@ -6,9 +6,9 @@ the number of threads.
     python benchmarks/optional_parts.py report
 
 Each variant of a case has a process of its own, and they take turns: in each round, every one does some updates of SAC
-with two layers of 256 and batches of 256, if the case does not say otherwise. Writes ``results/optional_parts.json``; ``report``
-puts the table into the documents. The results are of a commit with one part more: a pass that computed Adam's scalars
-apart from the loops. It brought nothing, and is gone.
+with two layers of 256 and batches of 256, if the case does not say otherwise. Writes ``results/optional_parts.json``;
+``report`` puts the table into the documents. The results are of a commit with one part more: a pass that computed
+Adam's scalars apart from the loops. It brought nothing, and is gone.
 """
 
 import argparse

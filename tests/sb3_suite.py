@@ -1,5 +1,6 @@
 """
-Stable-Baselines3's own tests with ``SoftSAC`` in the place of its ``SAC``, or ``RayVecEnv`` in that of ``SubprocVecEnv``::
+Stable-Baselines3's own tests with ``SoftSAC`` in the place of its ``SAC``, or ``RayVecEnv`` in that of its
+``SubprocVecEnv``::
 
     python tests/sb3_suite.py SAC PATH_OF_ITS_SOURCE [arguments of pytest]
     python tests/sb3_suite.py SubprocVecEnv PATH_OF_ITS_SOURCE [arguments of pytest]

@@ -354,7 +354,7 @@ def look_inside(folder: Path) -> None:
         if her:
             assert set(sampled.pop("replay_buffer_kwargs")) == {"n_sampled_goal", "goal_selection_strategy"}
         model = SoftSAC("MlpPolicy", make("Pendulum-v1"), seed=0, **sampled)
-        # Whatever bounds log_std, a policy starts with noise; with unit norms, that of one observation is left to chance
+        # Whatever bounds log_std, a policy starts with noise (with unit norms: on the mean of many observations)
         _, log_std, _ = model.actor.get_action_dist_params(th.randn(256, 3))
         assert log_std.mean() > -3.0
 
