@@ -1,31 +1,36 @@
 """
 Where the time of a step goes with up to 1,024 environments, beside SB3's SAC.
 
-    python benchmarks/many_envs.py
+    python benchmarks/many_envs.py run
+    python benchmarks/many_envs.py run --before ../clone-of-another-commit
+    python benchmarks/many_envs.py report
 
-The environments are trivial and vectorised, with HalfCheetah's spaces; one in a hundred steps ends an episode. Arms
-take turns, and medians over the rounds are told. Writes ``results/many_envs.json``, and puts the table into the
-documents.
+The environments are trivial and vectorised, with HalfCheetah's spaces. One in a hundred steps ends an episode, or all
+end together every 20 steps. Arms have processes of their own and take turns. Writes ``results/many_envs.json``;
+``report`` puts the table of the medians into the documents.
 """
 
+import argparse
+import itertools
+import json
 import statistics
 import time
 from collections import defaultdict
 from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
-from record import RESULTS, fill_documents, markdown_table, write_json
-from stable_baselines3 import SAC
-from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+from record import RESULTS, commit, fill_documents, markdown_table, write_json
 from stable_baselines3.common.vec_env import VecEnv
+from turns import Turn, take, workers
 
-from sb3_softsac import SoftSAC
-
+RUN = RESULTS / "many_envs.json"
 NUMBERS = (1, 16, 256, 1024)
-ARMS: dict[str, type[OffPolicyAlgorithm]] = {"SB3": SAC, "SoftSAC": SoftSAC}
-ROUNDS, STEPS = 7, 40
+KINDS = {"apart": "episodes end apart", "together": "all end together"}
+ROUNDS, STEPS = 15, 40
 # Methods of the model, or of its buffer, whose time is told
 PARTS = {
     "_sample_action": "actions",
@@ -38,10 +43,13 @@ PARTS = {
 class Trivial(VecEnv):
     """
     :param n_envs: number of environments
+    :param kind: one of ``KINDS``
     """
 
-    def __init__(self, n_envs: int):
+    def __init__(self, n_envs: int, kind: str):
         self.rng = np.random.default_rng(0)
+        self.kind = kind
+        self.steps = 0
         super().__init__(n_envs, gym.spaces.Box(-np.inf, np.inf, (17,)), gym.spaces.Box(-1.0, 1.0, (6,)))
 
     def _observations(self) -> np.ndarray:
@@ -54,7 +62,11 @@ class Trivial(VecEnv):
         pass
 
     def step_wait(self) -> Any:
-        dones = self.rng.random(self.num_envs) < 0.01
+        self.steps += 1
+        if self.kind == "apart":
+            dones = self.rng.random(self.num_envs) < 0.01
+        else:
+            dones = np.full(self.num_envs, self.steps % 20 == 0)
         infos: list[dict[str, Any]] = [{} for _ in range(self.num_envs)]
         for i in np.flatnonzero(dones):
             infos[i] = {
@@ -83,18 +95,24 @@ class Trivial(VecEnv):
         return [seed] * self.num_envs
 
 
-class Arm:
+def make_turn(algorithm: str, n_envs: int, kind: str) -> Turn:
     """
-    :param model: SB3's or ours, after its first steps
+    :param algorithm: SB3's or ours
+    :param n_envs: number of environments
+    :param kind: one of ``KINDS``
+    :return: does some steps; microseconds of a step of all environments, by part
     """
+    import stable_baselines3
 
-    def __init__(self, model: OffPolicyAlgorithm):
-        self.model = model
-        self.seconds: dict[str, float] = defaultdict(float)
-        for name in PARTS:
-            self._time(model.replay_buffer if name == "sample" else model, name)
+    import sb3_softsac
 
-    def _time(self, owner: Any, name: str) -> None:
+    cls = stable_baselines3.SAC if algorithm == "SB3" else sb3_softsac.SoftSAC
+    options: dict[str, Any] = {"learning_starts": n_envs, "buffer_size": 200 * n_envs, "device": "cpu", "seed": 0}
+    model = cls("MlpPolicy", Trivial(n_envs, kind), policy_kwargs={"net_arch": [64, 64]}, **options)
+    model.learn(5 * n_envs)
+    seconds: dict[str, float] = defaultdict(float)
+
+    def add_up(owner: Any, name: str) -> None:
         method = getattr(owner, name)
 
         def timed(*args: Any, **kwargs: Any) -> Any:
@@ -102,47 +120,68 @@ class Arm:
             try:
                 return method(*args, **kwargs)
             finally:
-                self.seconds[name] += time.perf_counter() - start
+                seconds[name] += time.perf_counter() - start
 
         setattr(owner, name, timed)
 
-    def round(self) -> dict[str, float]:
-        """
-        :return: microseconds of a step of all environments, by part
-        """
-        self.seconds.clear()
+    for name in PARTS:
+        add_up(model.replay_buffer if name == "sample" else model, name)
+
+    def turn() -> dict[str, float]:
+        seconds.clear()
         start = time.perf_counter()
-        self.model.learn(STEPS * self.model.n_envs, reset_num_timesteps=False, log_interval=10**9)
-        seconds = {"in all": time.perf_counter() - start} | {PARTS[name]: self.seconds[name] for name in PARTS}
-        return {name: 1e6 * value / STEPS for name, value in seconds.items()}
+        model.learn(STEPS * n_envs, reset_num_timesteps=False, log_interval=10**9)
+        whole = time.perf_counter() - start
+        return {name: 1e6 * value / STEPS for name, value in {**seconds, "in all": whole}.items()}
+
+    return turn
 
 
-def measure(n_envs: int) -> dict[str, dict[str, float]]:
+def measure(n_envs: int, kind: str, before: Path | None) -> dict[str, Any]:
     """
     :param n_envs: number of environments
-    :return: microseconds of a step of all of them, by arm and part
+    :param kind: one of ``KINDS``
+    :param before: clone of another commit
+    :return: microseconds of a step in each round, by arm and part
     """
-    arms = {}
-    for name, cls in ARMS.items():
-        options: dict[str, Any] = {"learning_starts": n_envs, "buffer_size": 200 * n_envs, "device": "cpu", "seed": 0}
-        model = cls("MlpPolicy", Trivial(n_envs), gradient_steps=1, policy_kwargs={"net_arch": [64, 64]}, **options)
-        arms[name] = Arm(model.learn(5 * n_envs))
-    rounds = [{name: arm.round() for name, arm in arms.items()} for _ in range(ROUNDS)]
+    arms = ["SB3", *([] if before is None else ["before"]), "SoftSAC"]
+    turns = {arm: partial(make_turn, arm, n_envs, kind) for arm in arms}
+    with workers(turns, {} if before is None else {"before": before}) as pipes:
+        rounds = take(pipes, ROUNDS)
     return {
-        name: {part: statistics.median(each[name][part] for each in rounds) for part in rounds[0][name]}
-        for name in arms
+        "n_envs": n_envs,
+        "kind": kind,
+        "microseconds": {arm: {part: [each[part] for each in rounds[arm]] for part in rounds[arm][0]} for arm in arms},
     }
 
 
+def table_of(results: list[dict[str, Any]]) -> str:
+    """
+    :param results: of :func:`measure`
+    :return: Markdown: SB3, another commit if there is one, and this one
+    """
+    parts = {**PARTS, "in all": "in all"}
+    rows = []
+    for each in results:
+        medians = [[statistics.median(arm[part]) for arm in each["microseconds"].values()] for part in parts]
+        cells = [" / ".join(f"{value:,.0f}" for value in values) for values in medians]
+        rows.append([f"{each['n_envs']:,}, {KINDS[each['kind']]}", *cells])
+    return markdown_table(["environments", *parts.values()], rows)
+
+
 def main() -> None:
-    results = {str(n): measure(n) for n in NUMBERS}
-    write_json(RESULTS / "many_envs.json", microseconds=results)
-    parts = [*PARTS.values(), "in all"]
-    rows = [
-        [f"{int(n):,}", *(f"{arms['SB3'][part]:,.0f} / {arms['SoftSAC'][part]:,.0f}" for part in parts)]
-        for n, arms in results.items()
-    ]
-    fill_documents({"many_envs": markdown_table(["environments", *parts], rows)})
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("run", help="measure")
+    command.add_argument("--before", type=Path, metavar="CLONE", help="of another commit, to be measured as well")
+    commands.add_parser("report", help="table")
+    args = parser.parse_args()
+    if args.command == "run":
+        results = [measure(n, kind, args.before) for kind, n in itertools.product(KINDS, NUMBERS)]
+        write_json(RUN, before=None if args.before is None else commit(args.before), results=results)
+    text = table_of(json.loads(RUN.read_text())["results"])
+    print(text)
+    fill_documents({"many_envs": text})
 
 
 if __name__ == "__main__":

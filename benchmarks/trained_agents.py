@@ -6,6 +6,7 @@ The agents in ``trained_agents/``: made from finished runs of ``learning.py``, i
     MUJOCO_GL=osmesa python benchmarks/trained_agents.py gif Ant-v5 --env-kwargs "camera_name:'track'"
     python -m rl_zoo3.enjoy --algo softsac --env Ant-v5 -f trained_agents
 
+Agents of ``hyperparams/softsac.yml`` have number 1 there (the zoo's ``--exp-id``), those of ``compact.yml`` number 2.
 They are the policies at the end of training, not the best that were seen on the way. Files hold the networks, but no
 replay buffer and no state of the optimisers: training that goes on from them begins with a fresh Adam.
 """
@@ -28,12 +29,14 @@ from sb3_softsac import SoftSAC
 
 FOLDER = ROOT / "trained_agents"
 LIST = FOLDER / "agents.json"
-MAX_BYTES = 5_000_000
+MAX_BYTES = 6_000_000
+NUMBERS = {"softsac": 1, "compact": 2}
+"""Of an agent's folder, by configuration."""
 
 
 def read_list() -> dict[str, dict[str, Any]]:
     """
-    :return: what is known of each agent, by environment
+    :return: what is known of each agent, by its folder
     """
     agents: dict[str, dict[str, Any]] = json.loads(LIST.read_text()) if LIST.exists() else {}
     return agents
@@ -49,7 +52,8 @@ def export(folder: Path) -> None:
         raise SystemExit(f"{folder} is not a finished run of SoftSAC.")
     if header.get("option"):
         raise SystemExit(f"{folder} was run with {header['option']}: agents are those of the plain hyperparameters.")
-    target = FOLDER / "softsac" / f"{run.env_id}_1"
+    config = (ROOT / header["config"]).resolve()
+    target = FOLDER / "softsac" / f"{run.env_id}_{NUMBERS[config.stem]}"
     params = target / run.env_id
     params.mkdir(parents=True, exist_ok=True)
 
@@ -61,8 +65,8 @@ def export(folder: Path) -> None:
     model.save(path, exclude=["replay_buffer"])
     assert path.stat().st_size <= MAX_BYTES, f"{path} has {path.stat().st_size:,} bytes"
 
-    config = (ROOT / header["config"]).resolve()
-    entry = yaml.safe_load(config.read_text())[run.env_id]
+    entries = yaml.safe_load(config.read_text())
+    entry = entries.get(run.env_id) or entries["default"]
     entry = OrderedDict(sorted({**entry, "n_timesteps": float(run.steps)}.items()))
     entry.pop("callback", None)  # about training
     (params / "config.yml").write_text(yaml.dump(entry))
@@ -76,17 +80,19 @@ def export(folder: Path) -> None:
     )
 
     options = {name: header[name] for name in ("algo", "env", "config", "steps", "seed", "eval_freq")}
-    if Path(header["config"]).name == "softsac.yml":
+    if config.stem == "softsac":
         del options["config"]
     words = [f"--{name.replace('_', '-')} {value}" for name, value in options.items()]
     agents = read_list()
-    agents[run.env_id] = {
+    agents[target.name] = {
+        "environment": run.env_id,
+        "configuration": config.stem,
         "mean_return": round(float(run.final.mean()), 1),
         "std_return": round(float(run.final.std()), 1),
         "episodes": len(run.final),
         "steps": run.steps,
         "hours": round(float(run.hours[-1]), 2),
-        "command": " ".join(["python benchmarks/learning.py run", *words, f"--out runs/{run.env_id}"]),
+        "command": " ".join(["python benchmarks/learning.py run", *words, f"--out runs/{target.name}"]),
     }
     LIST.write_text(json.dumps(dict(sorted(agents.items())), indent=2) + "\n")
     print(f"{relative(path)}: {path.stat().st_size / 1e6:.1f} MB")
@@ -98,16 +104,19 @@ def table() -> str:
     """
     rows = [
         [
-            env_id,
+            agent["environment"],
+            agent["configuration"],
             f"{agent['mean_return']:,.1f} ± {agent['std_return']:,.1f}",
             str(agent["episodes"]),
             f"{agent['steps']:,}",
             f"{agent['hours']:.2f}",
             f"`{agent['command']}`",
         ]
-        for env_id, agent in read_list().items()
+        for agent in read_list().values()
     ]
-    return markdown_table(["environment", "return", "episodes", "steps", "hours of training", "command"], rows)
+    return markdown_table(
+        ["environment", "configuration", "return", "episodes", "steps", "hours of training", "command"], rows
+    )
 
 
 def gif(env_id: str, options: list[str], n_steps: int = 200) -> None:

@@ -1,10 +1,12 @@
 """
-Stable-Baselines3's own tests with ``SoftSAC`` in the place of its ``SAC``::
+Stable-Baselines3's own tests with ``SoftSAC`` in the place of its ``SAC``, or ``RayVecEnv`` in that of its
+``SubprocVecEnv``::
 
-    python tests/sb3_suite.py PATH_OF_ITS_REPOSITORY [arguments of pytest]
+    python tests/sb3_suite.py SAC PATH_OF_ITS_SOURCE [arguments of pytest]
+    python tests/sb3_suite.py SubprocVecEnv PATH_OF_ITS_SOURCE [arguments of pytest]
 
 A test that fails and is not in ``DIFFERENCES`` is a fault of ours. docs/migration.md ("From SAC to
-SoftSAC") says why those fail that are.
+SoftSAC") says why those of SAC fail that are.
 """
 
 import sys
@@ -13,9 +15,8 @@ from typing import Any
 
 import pytest
 import stable_baselines3
+from stable_baselines3.common import vec_env
 from stable_baselines3.sac import sac
-
-from sb3_softsac import SoftSAC
 
 DIFFERENCES = {
     "test_n_step_replay.py::test_run[SoftSAC]": "n-step returns come from ReplayBuffer, not from NStepReplayBuffer",
@@ -24,11 +25,12 @@ DIFFERENCES = {
     "test_spaces.py::test_action_spaces": "an action space that does not fit is a ValueError, not an AssertionError",
     "test_tensorboard.py::test_tensorboard[sac]": "the run's folder is called SoftSAC_1, not SAC_1",
     "test_gae.py::test_infinite_horizon[True-SoftSAC]": "learns from other samples under the same seed",
+    "test_vec_envs.py::test_subproc_start_method": "Ray starts processes in its own way only",
 }
 """Beginnings of the tests' names, and why they fail."""
 
 
-class InItsPlace:
+class Sorter:
     """Plugin of pytest: sorts failures into differences and faults."""
 
     def __init__(self) -> None:
@@ -44,12 +46,35 @@ class InItsPlace:
         self.n_passed += report.when == "call" and report.passed
 
 
-def main() -> int:
-    folder = Path(sys.argv[1]) / "tests"
-    names = sorted(path.name for path in folder.glob("test_*.py") if "SAC" in path.read_text())
+def replace_sac() -> None:
+    from sb3_softsac import SoftSAC
+
     stable_baselines3.SAC = sac.SAC = stable_baselines3.sac.SAC = SoftSAC  # type: ignore[misc]
-    found = InItsPlace()
-    arguments = ["-q", "-p", "no:cacheprovider", "--rootdir", str(folder.parent), *sys.argv[2:]]
+
+
+def replace_subproc_vec_env() -> None:
+    import ray
+
+    from sb3_softsac.ray import RayVecEnv
+
+    class InItsPlace(RayVecEnv):
+        def __init__(self, env_fns: Any, start_method: str | None = None):
+            super().__init__(env_fns)
+
+    # No actor reserves a core: a test makes more environments than there are
+    ray.init(include_dashboard=False)
+    vec_env.SubprocVecEnv = vec_env.subproc_vec_env.SubprocVecEnv = InItsPlace  # type: ignore[misc]
+
+
+REPLACED = {"SAC": replace_sac, "SubprocVecEnv": replace_subproc_vec_env}
+
+
+def main() -> int:
+    what, folder = sys.argv[1], Path(sys.argv[2]) / "tests"
+    names = sorted(path.name for path in folder.glob("test_*.py") if what in path.read_text())
+    REPLACED[what]()
+    found = Sorter()
+    arguments = ["-q", "-p", "no:cacheprovider", "--rootdir", str(folder.parent), *sys.argv[3:]]
     pytest.main([*arguments, *(str(folder / name) for name in names)], plugins=[found])
     print(f"\n{found.n_passed} passed; {len(found.differences)} known differences, {len(found.faults)} faults")
     for name in found.faults:

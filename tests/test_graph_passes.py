@@ -1,104 +1,17 @@
-"""``sb3_softsac.execution.graph_passes``: equal numbers, scalars computed once."""
+"""``sb3_softsac.execution.graph_passes``: where products are replaced, and what Inductor makes of it."""
 
 import warnings
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch as th
-from torch._inductor.utils import run_and_get_code
-from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from sb3_softsac.execution.cpp import matmul
-from sb3_softsac.execution.graph_passes import GraphPasses, compute_scalars_once
+from sb3_softsac.execution.graph_passes import GraphPasses
 
 pytestmark = pytest.mark.compiler
 
 aten = th.ops.aten
-
-
-def adam_like(step: th.Tensor, rate: th.Tensor, weight: th.Tensor, gradient: th.Tensor) -> tuple[th.Tensor, ...]:
-    step = step + 1.0
-    size = rate / (1.0 - 0.9**step)
-    return weight - size * gradient / (1.0 - 0.999**step).sqrt(), step
-
-
-def traced(function: Callable[..., Any], *inputs: th.Tensor) -> GraphModule:
-    module = make_fx(function, tracing_mode="fake")(*inputs)
-    expected = module(*inputs)
-    compute_scalars_once(module.graph)
-    module.graph.lint()
-    module.recompile()
-    for one, other in zip(expected, module(*inputs), strict=True):
-        assert one.shape == other.shape
-        th.testing.assert_close(other, one, atol=0.0, rtol=0.0)
-    return module
-
-
-def uses(module: GraphModule) -> list[tuple[Any, Any]]:
-    """Scalars that are used in something larger: the operators of both."""
-    found = []
-    for node in module.graph.nodes:
-        for source in node.all_input_nodes:
-            small, large = source.meta["val"].numel() == 1, node.op == "call_function" and node.meta["val"].numel() > 1
-            if small and large and source.op != "placeholder":
-                found.append((source.target, node.target))
-    return found
-
-
-@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
-def test_scalars_come_from_memory(shape: tuple[int, ...]) -> None:
-    inputs = th.full(shape, 4.0), th.tensor(1e-3), th.randn(20, 30), th.randn(20, 30)
-    module = traced(adam_like, *inputs)
-    (vector,) = module.graph.find_nodes(op="call_function", target=aten.cat.default)
-    assert vector.meta["val"].shape == (2,), "the size of the step and the root of the correction"
-    wanted = [(source, target) for source, target in uses(module) if target is not aten.cat.default]
-    assert {source for source, _ in wanted} == {aten.reshape.default}
-    powers = [node for node in module.graph.nodes if node.target is aten.pow.Scalar]
-    assert len(powers) == 2 and all(node < vector for node in powers)
-
-
-def test_what_depends_on_more_than_scalars_stays() -> None:
-    def function(a: th.Tensor, b: th.Tensor) -> tuple[th.Tensor, ...]:
-        mean = b.mean()
-        return b * (a * mean), b * th.rand(()), b + mean
-
-    module = make_fx(function, tracing_mode="fake")(th.tensor(2.0), th.randn(8, 9))
-    before = [node.name for node in module.graph.nodes]
-    compute_scalars_once(module.graph)
-    assert [node.name for node in module.graph.nodes] == before
-
-
-def test_scalars_of_other_types_stay() -> None:
-    """They would all become the type of the first."""
-
-    def function(a: th.Tensor, i: th.Tensor, b: th.Tensor) -> tuple[th.Tensor, ...]:
-        return b * (i + 1), b * (a + 1.0), b.double() * (i.double() + 0.5)
-
-    module = traced(function, th.tensor(2.0), th.tensor(3), th.randn(8, 9))
-    (vector,) = module.graph.find_nodes(op="call_function", target=aten.cat.default)
-    assert len(set(vector.args[0])) == 1
-
-
-def one_power(step: th.Tensor, rate: th.Tensor, weight: th.Tensor, gradient: th.Tensor) -> tuple[th.Tensor, ...]:
-    return (weight - rate * gradient / (1.0 - 0.9**step),)
-
-
-@pytest.mark.parametrize("function", [adam_like, one_power])
-def test_generated_code_has_no_power_in_a_loop(function: Callable[..., Any]) -> None:
-    """With as few scalars as these Inductor could compute a concatenation where it is used."""
-    options = {"post_grad_custom_post_pass": GraphPasses()}
-    inputs = th.tensor(4.0), th.tensor(1e-3), th.randn(20, 30), th.randn(20, 30)
-    with th._inductor.config.patch(fx_graph_cache=False), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's own
-        result, (code,) = run_and_get_code(th.compile(function, options=options, fullgraph=True), *inputs)
-    th.testing.assert_close(result[0], function(*inputs)[0])
-    kernels = code.split("async_compile.cpp")[1:]
-    loops = [kernel for kernel in kernels if "Vectorized<float>::loadu" in kernel]
-    assert loops and any("std::pow" in kernel for kernel in kernels)
-    for kernel in loops:
-        assert "std::pow" not in kernel[kernel.index("for(int64_t") :]
 
 
 def test_lower_precision_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -652,7 +652,7 @@ def load_mutated(whole: Any, env: DummyVecEnv, n: int) -> None:
 
 
 def test_mutations_with_right_hashes(whole: Any, env: DummyVecEnv) -> None:
-    needs_little(lambda: load_mutated(whole, env, 2000), megabytes=400)
+    needs_little(lambda: load_mutated(whole, env, 1000), megabytes=400)
 
 
 @pytest.mark.slow
