@@ -27,6 +27,7 @@ from rl_zoo3.utils import ALGOS
 from sqlalchemy.exc import IntegrityError, ProgrammingError
 
 from sb3_softsac.callbacks import CheckpointCallback
+from sb3_softsac.persistence.archive import CheckpointError
 from sb3_softsac.persistence.run_folder import RunFolder
 from sb3_softsac.softsac import SoftSAC
 from sb3_softsac.upstream import find
@@ -198,10 +199,7 @@ def objective(original: Callable[..., float], manager: Any, trial: Trial) -> flo
     :param trial: the trial
     :return: its value
     """
-    if FOLDER not in trial.user_attrs:
-        # Other studies may use the same log folder
-        trial.set_user_attr(FOLDER, f"trial_{trial.number}_{uuid4().hex[:8]}")
-    folder = _folder_of_trials(manager) / trial.user_attrs[FOLDER]
+    folder = _folder_of(trial, _folder_of_trials(manager))
     every = manager.save_freq if manager.save_freq > 0 else manager.n_timesteps // N_CHECKPOINTS // manager.n_envs
     checkpoints = {
         "save_freq": max(every, 1),
@@ -222,6 +220,30 @@ def objective(original: Callable[..., float], manager: Any, trial: Trial) -> flo
         raise
     _remove(folder, trial)
     return value
+
+
+def _folder_of(trial: Trial, folder_of_trials: Path) -> Path:
+    """The trial's folder of checkpoints: a new one, or that of the worker that it has lost."""
+    lost = folder_of_trials / trial.user_attrs[FOLDER] if FOLDER in trial.user_attrs else None
+    if lost is not None and not _is_locked(lost):
+        return lost
+    # Other studies may use the same log folder
+    trial.set_user_attr(FOLDER, f"trial_{trial.number}_{uuid4().hex[:8]}")
+    folder = folder_of_trials / trial.user_attrs[FOLDER]
+    if lost is not None:
+        shutil.copytree(lost, folder)
+    return folder
+
+
+def _is_locked(folder: Path) -> bool:
+    """Whether a worker writes to the folder, perhaps one that is suspended and was taken for dead."""
+    run_folder = RunFolder(folder)
+    try:
+        run_folder.lock()
+    except CheckpointError:
+        return True
+    run_folder.unlock()
+    return False
 
 
 def _remove(folder: Path, trial: Trial) -> None:

@@ -166,7 +166,7 @@ def test_lost_worker(start: Callable[[], Worker], storage: str, number: signal.S
         assert not [path for path in tmp_path.glob("study.log.heartbeats/*") if path.name != "now"]
 
     # The lost one went on, with all that its evaluations had found before
-    found = re.findall(r"trial_0_\w+ continues at step ([\d,]+)", "".join(texts))
+    found = re.findall(r"trial_\d_\w+ continues at step ([\d,]+)", "".join(texts))
     assert len(found) == 1 and N_STEPS // 10 <= int(found[0].replace(",", "")) < N_STEPS
     (again,) = [trial for trial in ended if trial.system_attrs.get("failed_trial") == 0]
     assert again.params == ended[0].params and list(again.intermediate_values) == [1, 2, 3]
