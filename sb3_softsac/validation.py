@@ -145,13 +145,22 @@ def check_options(model: Any) -> None:
     require(model.joint_batch in (None, "critic", "all"), "joint_batch", "'critic', 'all' or None")
     require(model.normalize_rewards in (None, "std", "bounded"), "normalize_rewards", "'std', 'bounded' or None")
     require(is_int(model.max_noise_repeat, 1), "max_noise_repeat", "an integer >= 1")
+    require(is_number(model.offline_fraction, 0.0, 1.0), "offline_fraction", "a number in [0, 1]")
+    parse_target_entropy(model.target_entropy, 1)
+    check_combinations(model)
+
+
+def check_combinations(model: Any) -> None:
+    """
+    :param model: ``SoftSAC`` with all options set, each of them valid
+    :raises ValueError: for options that make no sense beside others
+    """
     if model.max_noise_repeat > 1 and model.use_sde:
         raise ValueError(
             f"max_noise_repeat={model.max_noise_repeat} has no effect with use_sde=True, whose noise changes every "
             "sde_sample_freq steps: leave one of them out."
         )
     fraction = model.offline_fraction
-    require(is_number(fraction, 0.0, 1.0), "offline_fraction", "a number in [0, 1]")
     if model.offline_data is None and model._offline_source is None and fraction not in (0.0, 0.5):
         raise ValueError(f"offline_fraction={fraction} has no effect without offline_data: pass both, or neither.")
     if model.offline_data is not None and 0.0 < fraction < 1.0:
@@ -161,7 +170,6 @@ def check_options(model: Any) -> None:
                 f"offline_fraction={fraction} of batch_size={model.batch_size} is {n_offline} transitions, rounded: "
                 "choose a fraction that leaves some of each kind, or a larger batch_size."
             )
-    parse_target_entropy(model.target_entropy, 1)
 
 
 def parse_target_entropy(target_entropy: Any, n_actions: int) -> float:

@@ -45,14 +45,18 @@ class Sorter:
             (self.differences if known else self.faults).append(name)
         self.n_passed += report.when == "call" and report.passed
 
+    def pytest_collectreport(self, report: Any) -> None:
+        if report.failed:
+            self.faults.append(f"{report.nodeid} cannot be read:\n{report.longrepr}")
 
-def replace_sac() -> None:
+
+def replace_sac(_folder: Path) -> None:
     from sb3_softsac import SoftSAC
 
     stable_baselines3.SAC = sac.SAC = stable_baselines3.sac.SAC = SoftSAC  # type: ignore[misc]
 
 
-def replace_subproc_vec_env() -> None:
+def replace_subproc_vec_env(folder: Path) -> None:
     import ray
 
     from sb3_softsac.ray import RayVecEnv
@@ -61,8 +65,8 @@ def replace_subproc_vec_env() -> None:
         def __init__(self, env_fns: Any, start_method: str | None = None):
             super().__init__(env_fns)
 
-    # No actor reserves a core: a test makes more environments than there are
-    ray.init(include_dashboard=False)
+    # Actors import the tests' environments
+    ray.init(include_dashboard=False, runtime_env={"env_vars": {"PYTHONPATH": str(folder.resolve())}})
     vec_env.SubprocVecEnv = vec_env.subproc_vec_env.SubprocVecEnv = InItsPlace  # type: ignore[misc]
 
 
@@ -72,9 +76,17 @@ REPLACED = {"SAC": replace_sac, "SubprocVecEnv": replace_subproc_vec_env}
 def main() -> int:
     what, folder = sys.argv[1], Path(sys.argv[2]) / "tests"
     names = sorted(path.name for path in folder.glob("test_*.py") if what in path.read_text())
-    REPLACED[what]()
+    REPLACED[what](folder)
     found = Sorter()
-    arguments = ["-q", "-p", "no:cacheprovider", "--rootdir", str(folder.parent), *sys.argv[3:]]
+    arguments = [
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "--continue-on-collection-errors",
+        "--rootdir",
+        str(folder.parent),
+        *sys.argv[3:],
+    ]
     pytest.main([*arguments, *(str(folder / name) for name in names)], plugins=[found])
     print(f"\n{found.n_passed} passed; {len(found.differences)} known differences, {len(found.faults)} faults")
     for name in found.faults:
