@@ -79,7 +79,9 @@ def export(folder: Path) -> None:
         ep_lengths=run.evaluations["mean_length"][:, None],
     )
 
-    options = {name: header[name] for name in ("algo", "env", "config", "steps", "seed", "eval_freq")}
+    options = {name: header[name] for name in ("algo", "env", "config", "steps", "seed", "eval_freq", "final_episodes")}
+    if options["final_episodes"] == 200:
+        del options["final_episodes"]
     if config.stem == "softsac":
         del options["config"]
     words = [f"--{name.replace('_', '-')} {value}" for name, value in options.items()]

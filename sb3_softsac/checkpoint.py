@@ -146,7 +146,7 @@ def export_dataset(
     :param dataset_id: of the new dataset, for instance ``"pendulum/softsac-v0"``
     :param n_episodes: new episodes to play; None: those of the replay buffer
     :param env_id: id of the environment; None: that of the run
-    :param deterministic: new episodes are played with the most likely actions
+    :param deterministic: new episodes are played with the deterministic actions
     :raises CheckpointError: if ``path`` is damaged or has no replay buffer
     :raises ValueError: if there is such a dataset already, or the environment is not known
     """
