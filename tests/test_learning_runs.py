@@ -16,8 +16,8 @@ ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "benchmarks" / "learning.py"
 RESULTS = ROOT / "benchmarks" / "results"
 RUN = [
-    *("run", "--algo", "softsac", "--env", "Pendulum-v1", "--steps", "1200", "--eval-freq", "300"),
-    *("--eval-episodes", "2", "--final-episodes", "3", "--checkpoint-freq", "400", "--seed", "1"),
+    *("run", "--algo", "softsac", "--env", "Pendulum-v1", "--steps", "600", "--eval-freq", "150"),
+    *("--eval-episodes", "2", "--final-episodes", "3", "--checkpoint-freq", "200", "--seed", "1"),
 ]
 
 pytest.importorskip("rliable")
@@ -57,8 +57,8 @@ def test_run_that_is_killed_and_resumed_goes_on_as_if_nothing_had_happened(tmp_p
     others = start(*RUN, "--out", str(whole))
     process = start(*RUN, "--out", str(killed))
     deadline = time.monotonic() + 200
-    # After the evaluation at step 600, the last checkpoint is that of step 400
-    while not (csv := killed / "evaluations.csv").exists() or "\n600," not in csv.read_text():
+    # After the evaluation at step 300, the last checkpoint is that of step 200
+    while not (csv := killed / "evaluations.csv").exists() or "\n300," not in csv.read_text():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
@@ -66,13 +66,13 @@ def test_run_that_is_killed_and_resumed_goes_on_as_if_nothing_had_happened(tmp_p
     finished(others)
     output = finished(start("resume", str(killed)))
 
-    assert "goes on from step 400" in output
+    assert "goes on from step 200" in output
     assert evaluations(killed) == evaluations(whole)
     assert len(evaluations(whole)) == 1 + 4
     assert (killed / "final.csv").read_text() == (whole / "final.csv").read_text()
     assert not (killed / "checkpoints").exists()
     (resumed,) = json.loads((killed / "run.json").read_text())["resumed"]
-    assert resumed["at_step"] == 400 and [row.split(",")[0] for row in resumed["made_again"]] == ["600"]
+    assert resumed["at_step"] == 200 and [row.split(",")[0] for row in resumed["made_again"]] == ["300"]
 
     text = finished(start("report", str(tmp_path)))
     assert "1 of 1" in text, "the evaluation that was made again is the same"
