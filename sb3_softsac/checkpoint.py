@@ -194,7 +194,9 @@ def main() -> int:
                 "--episodes", type=int, metavar="N", help="play N new episodes with the policy instead"
             )
             command.add_argument("--env", metavar="ID", help="id of the environment; default: that of the run")
-            command.add_argument("--stochastic", action="store_true", help="with random instead of deterministic actions")
+            command.add_argument(
+                "--stochastic", action="store_true", help="with random instead of deterministic actions"
+            )
     args = parser.parse_args()
     try:
         with warnings.catch_warnings(record=True) as caught:
