@@ -9,6 +9,7 @@ A test that fails and is not in ``DIFFERENCES`` is a fault of ours. docs/migrati
 SoftSAC") says why those of SAC fail that are.
 """
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,8 @@ def replace_subproc_vec_env(folder: Path) -> None:
             super().__init__(env_fns)
 
     # Actors import the tests' environments
-    ray.init(include_dashboard=False, runtime_env={"env_vars": {"PYTHONPATH": str(folder.resolve())}})
+    path = os.pathsep.join([str(folder.resolve()), os.environ.get("PYTHONPATH", "")])
+    ray.init(include_dashboard=False, runtime_env={"env_vars": {"PYTHONPATH": path}})
     vec_env.SubprocVecEnv = vec_env.subproc_vec_env.SubprocVecEnv = InItsPlace  # type: ignore[misc]
 
 
