@@ -262,7 +262,8 @@ def draw_curves(tasks: dict[str, Arms], path: Path) -> None:
                 axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
         for axes in column:
             _tidy(axes)
-        column[0].legend(fontsize="small", framealpha=0.9)
+        # Above the picture: long names would cover the curves
+        column[0].legend(fontsize="small", loc="lower left", bbox_to_anchor=(0.0, 1.08))
     panels[0, 0].set_ylabel("return of an evaluation")
     panels[1, 0].set_ylabel("return of an evaluation")
     figure.savefig(path, dpi=110)
