@@ -145,7 +145,7 @@ def test_error_at_each_operation_of_a_save(
             assert faults.failed is None, "the error was swallowed"
         except OSError as error:
             assert error.errno == code
-        assert descriptors() == open_before
+        assert descriptors() <= open_before  # fewer, if something of another test has been collected meanwhile
         if faults.failed is None:  # past the last operation
             break
         failed.append(faults.failed)
