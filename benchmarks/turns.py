@@ -1,4 +1,8 @@
-"""Workers in processes of their own that take turns: what slows the machine down slows all. Not a benchmark itself."""
+"""
+Workers in separate processes that take turns: what slows the machine down slows all of them. Not a benchmark itself.
+
+``speed_ratio.py`` has its own, since some of its arms need another interpreter.
+"""
 
 import multiprocessing
 import sys

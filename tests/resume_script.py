@@ -178,6 +178,9 @@ CASES: dict[str, Case] = {
         kwargs={"compile": True, "learning_rate": LinearSchedule(1e-3, 0.0, 0.5), "random_steps": 10},
     ),
     "compiled_gsde": Case(stops=(32, 70), kwargs={"compile": True, "use_sde": True, "train_freq": 4}),
+    "compiled_delayed": Case(
+        stops=(32, 70), kwargs={"compile": True, "use_sde": True, "policy_delay": 2, "train_freq": 4}
+    ),
     "xqc": Case(
         lambda: pendulum(2), stops=(20, 62, 80, 96),
         kwargs={

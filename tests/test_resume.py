@@ -40,7 +40,8 @@ pytestmark = pytest.mark.processes
 # Cases that the default suite leaves out: others do nearly the same
 SLOW = set(
     "small_ring Hopper Walker2d Swimmer InvertedPendulum all_steps gsde gsde_warmup normal_noise ou_noise n_steps "
-    "frame_stack fixed_ent_coef sb3_buffer sb3_memory sb3_dict her dict_obs four_envs subproc Ant".split()
+    "frame_stack fixed_ent_coef sb3_buffer sb3_memory sb3_dict her dict_obs four_envs subproc Ant "
+    "compiled_delayed".split()
 )
 SMALL: dict[str, Any] = {
     "policy_kwargs": {"net_arch": [16]},
