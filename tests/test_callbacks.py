@@ -15,8 +15,8 @@ from sb3_softsac import CheckpointCallback, SaveBestTrainingReturnCallback, Soft
 
 def make_model(env: Any = "Pendulum-v1") -> SoftSAC:
     return SoftSAC(
-        "MlpPolicy", env, policy_kwargs={"net_arch": [16]}, buffer_size=500, learning_starts=20, batch_size=8, seed=0,
-        device="cpu",
+        "MlpPolicy", env, policy_kwargs={"net_arch": [16]}, buffer_size=500, learning_starts=20, batch_size=8,
+        train_freq=10, seed=0, device="cpu",
     )  # fmt: skip
 
 

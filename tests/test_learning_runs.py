@@ -18,6 +18,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 RUN = [
     *("run", "--algo", "softsac", "--env", "Pendulum-v1", "--steps", "600", "--eval-freq", "150"),
     *("--eval-episodes", "2", "--final-episodes", "3", "--checkpoint-freq", "200", "--seed", "1"),
+    *("--option", "policy_kwargs.net_arch=[32, 32]"),
 ]
 
 pytest.importorskip("rliable")

@@ -590,7 +590,7 @@ def test_learns_pendulum_a_little() -> None:
     """Not a benchmark: learning visibly works in 4,000 steps (random policy: about -1200)."""
     model = SoftSAC(
         "MlpPolicy", "Pendulum-v1", learning_rate=3e-3, batch_size=64, policy_kwargs={"net_arch": [32, 32]},
-        buffer_size=10_000, seed=1, device="cpu",
+        buffer_size=10_000, seed=1, device="cpu", compile=True,
     )  # fmt: skip
     model.learn(4000)
     mean_return, _ = evaluate_policy(model, make_vec_env("Pendulum-v1", seed=0), n_eval_episodes=10)
