@@ -70,6 +70,8 @@ OWN_OPTIONS: "dict[str, Callable[[Trial, str], Any]]" = {
     "joint_batch": lambda trial, name: trial.suggest_categorical(name, [None, "critic", "all"]),
     "unit_norm": lambda trial, name: trial.suggest_categorical(name, [None, "weights"]),
     "n_atoms": lambda trial, name: trial.suggest_categorical(name, [None, 101]),
+    # Categorical critics need "bounded", whatever is drawn here
+    "normalize_rewards": lambda trial, name: trial.suggest_categorical(name, [None, "std"]),
     "dropout_rate": lambda trial, name: trial.suggest_categorical(name, [0.0, 0.01]),
     "max_noise_repeat": lambda trial, name: trial.suggest_categorical(name, [1, 16]),
 }
@@ -93,7 +95,7 @@ def excluded_options(hyperparams: dict[str, Any]) -> list[str]:
     if not str(hyperparams.get("ent_coef", "auto")).startswith("auto"):
         excluded += NOT_WITH_FIXED_ENT_COEF
     if hyperparams.get("normalize"):
-        excluded.append("n_atoms")  # needs scaled rewards, which VecNormalize scales already
+        excluded += ["n_atoms", "normalize_rewards"]  # VecNormalize scales rewards already
     return excluded
 
 
@@ -140,7 +142,7 @@ def _with_own_options(hyperparams: dict[str, Any], own: dict[str, Any]) -> dict[
     if policy_kwargs.get("log_std_bounding") == "tanh":
         policy_kwargs["log_std_bounds"] = (-5, 2)  # a policy starts in the middle of the bounds: -9 is next to no noise
     if policy_kwargs.get("normalization") != "batch" and not policy_kwargs.get("normalize_input"):
-        own.pop("joint_batch", None)
+        own["joint_batch"] = None  # not left out: the configuration may have another value
     if policy_kwargs.get("n_atoms"):
         own["normalize_rewards"] = "bounded"
     return {**hyperparams, **own, "policy_kwargs": {**hyperparams["policy_kwargs"], **policy_kwargs}}

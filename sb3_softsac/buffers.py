@@ -286,7 +286,7 @@ class ReplayBuffer(SB3ReplayBuffer):
 
         :param first: first row
         :param rows: result of :meth:`get_rows`
-        :raises ValueError: if a next observation belongs to none of these rows
+        :raises ValueError: if a next observation belongs to none of these rows, or two belong to one
         """
         last = first + len(rows["actions"])
         for name, storage in _named("observations", self.observations).items():
@@ -296,6 +296,8 @@ class ReplayBuffer(SB3ReplayBuffer):
         on_side = rows["side_index"]
         if on_side.size and not 0 <= on_side.min() <= on_side.max() < (last - first) * self.n_envs:
             raise ValueError("side_index points outside of its rows")
+        if (np.diff(on_side) <= 0).any():
+            raise ValueError("side_index is not ascending")
         while len(self._free_slots) < on_side.size:
             self._grow_side()
         slots = np.array([self._free_slots.pop() for _ in range(on_side.size)], dtype=np.int32)

@@ -1,6 +1,7 @@
 """Callbacks for training with SoftSAC."""
 
 import os
+import pickle
 import signal
 import sys
 import threading
@@ -14,8 +15,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.utils import safe_mean
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_softsac.persistence import callback_state
-from sb3_softsac.persistence.atomic_files import as_path
+from sb3_softsac.persistence import atomic_files, callback_state
 from sb3_softsac.persistence.envs import env_state
 from sb3_softsac.persistence.run_folder import RunFolder
 from sb3_softsac.softsac import SoftSAC
@@ -56,7 +56,7 @@ class CheckpointCallback(BaseCallback):
         if save_freq < 0 or keep_last < 1:
             raise ValueError(f"save_freq={save_freq} must be at least 0, and keep_last={keep_last} at least 1.")
         self.save_freq = save_freq
-        self.save_path = as_path(save_path)
+        self.save_path = atomic_files.as_path(save_path)
         self.keep_last = keep_last
         self.on_signal = _signals(on_signal)
         self.save_replay_buffer = save_replay_buffer
@@ -218,7 +218,7 @@ class SaveBestTrainingReturnCallback(BaseCallback):
     def _init_callback(self) -> None:
         if self.save_path is None:
             raise ValueError("save_path=None only works in the RL Zoo, where it is the run's folder: pass a folder.")
-        self._folder = Path(self.save_path)
+        self._folder = atomic_files.as_path(self.save_path)
 
     def _on_step(self) -> bool:
         return True
@@ -237,13 +237,16 @@ class SaveBestTrainingReturnCallback(BaseCallback):
             return
         self._episodes_seen = self.model._episode_num
         mean_return = float(safe_mean(returns))
-        if mean_return <= self.best_mean_return:
+        path = self._folder / f"{self.name}.zip"
+        # A continued run has the best return of the file that it was loaded from: a new folder gets its own best model
+        if mean_return <= max(self.threshold, self.best_mean_return if path.exists() else self.threshold):
             return
         self.best_mean_return = mean_return
         self._folder.mkdir(parents=True, exist_ok=True)
-        self.model.save(self._folder / f"{self.name}.zip", exclude=["replay_buffer"])
+        self.model.save(path, exclude=["replay_buffer"])
         vec_normalize = self.model.get_vec_normalize_env()
         if vec_normalize is not None:
-            vec_normalize.save(str(self._folder / f"{self.name}_vecnormalize.pkl"))
+            with atomic_files.atomic_file(self._folder / f"{self.name}_vecnormalize.pkl") as file:
+                pickle.dump(vec_normalize, file)  # as VecNormalize.save(), which takes local files only
         if self.verbose > 0:
             print(f"Mean training return {mean_return:.1f} at step {self.num_timesteps}: saved {self.name}.zip")

@@ -57,6 +57,11 @@ class JournalStorage(optuna.storages.JournalStorage, Heartbeat):
         self._heartbeats = Path(f"{path}.heartbeats")
         self._on_stale = on_stale
 
+    def create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> int:
+        trial_id: int = super().create_new_trial(study_id, template_trial)
+        self._heartbeat(trial_id)  # its worker may be killed before the first one
+        return trial_id
+
     def record_heartbeat(self, trial_id: int) -> None:
         self._heartbeat(trial_id)
 
@@ -76,6 +81,8 @@ class JournalStorage(optuna.storages.JournalStorage, Heartbeat):
         return stale
 
     def set_trial_state_values(self, trial_id: int, state: TrialState, values: Any = None) -> bool:
+        if state == TrialState.RUNNING:
+            self._heartbeat(trial_id)  # it may have waited for long
         is_set: bool = super().set_trial_state_values(trial_id, state, values)
         if state.is_finished():
             (self._heartbeats / str(trial_id)).unlink(missing_ok=True)

@@ -440,3 +440,14 @@ def test_optimize_memory_usage_has_nothing_left_to_do() -> None:
     assert not model.replay_buffer.dones.any()
     # the unannounced reset between the two is kept apart
     assert not np.array_equal(model.replay_buffer.next_observations[59], model.replay_buffer.observations[60])
+
+
+@pytest.mark.parametrize("index", [[0] * 30, [3, 1], [4]])
+def test_rows_with_a_wrong_index_are_refused(index: list[int]) -> None:
+    """It may come from a hostile file: more entries than rows had made the buffer grow without end."""
+    buffer = ReplayBuffer(20, BOX_SPACE, ACTION_SPACE, "cpu")
+    for _ in range(4):
+        buffer.add(np.zeros((1, 3)), np.ones((1, 3)), np.zeros((1, 2)), np.zeros(1), np.ones(1), [{}])
+    rows = {**buffer.get_rows(0, 4), "side_index": np.array(index), "side_observations": np.zeros((len(index), 3))}
+    with pytest.raises(ValueError, match="side_index"):
+        ReplayBuffer(20, BOX_SPACE, ACTION_SPACE, "cpu").set_rows(0, rows)

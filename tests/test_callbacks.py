@@ -1,6 +1,7 @@
 """Callbacks."""
 
 import pathlib
+import pickle
 import signal
 from typing import Any
 
@@ -11,6 +12,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from sb3_softsac import CheckpointCallback, SaveBestTrainingReturnCallback, SoftSAC
+from sb3_softsac.persistence import atomic_files
 
 
 def make_model(env: Any = "Pendulum-v1") -> SoftSAC:
@@ -60,6 +62,32 @@ def test_saves_normalisation(tmp_path: pathlib.Path) -> None:
     callback = SaveBestTrainingReturnCallback(save_path=str(tmp_path), min_episodes=1)
     make_model(venv).learn(210, callback=callback)
     assert (tmp_path / "best_training_model_vecnormalize.pkl").exists()
+
+
+def test_continued_run_has_a_best_model_in_a_new_folder(tmp_path: pathlib.Path) -> None:
+    """And none below the threshold that is given now."""
+
+    def best_of(folder: str, threshold: float = float("-inf")) -> SaveBestTrainingReturnCallback:
+        return SaveBestTrainingReturnCallback(threshold, str(tmp_path / folder), min_episodes=1)
+
+    model = make_model()
+    model.learn(210, callback=best_of("old"))
+    model._callback.best_mean_return = 0.0  # type: ignore[union-attr]  # better than any other
+    model.save(tmp_path / "model.zip")
+    for folder, threshold in (("old", float("-inf")), ("new", float("-inf")), ("none", 1e6)):
+        callback = best_of(folder, threshold)
+        SoftSAC.load(tmp_path / "model.zip", gym.make("Pendulum-v1"), device="cpu").learn(210, callback=callback)
+        assert (callback.best_mean_return < 0.0) == (folder == "new")
+        assert (tmp_path / folder / "best_training_model.zip").exists() == (folder != "none")
+
+
+def test_best_model_on_object_storage() -> None:
+    folder = atomic_files.as_path("memory://bucket/best")
+    callback = SaveBestTrainingReturnCallback(save_path="memory://bucket/best", min_episodes=1)
+    make_model(VecNormalize(make_vec_env("Pendulum-v1"))).learn(210, callback=callback)
+    assert SoftSAC.load("memory://bucket/best/best_training_model.zip", device="cpu").num_timesteps > 0
+    with (folder / "best_training_model_vecnormalize.pkl").open("rb") as file:
+        assert isinstance(pickle.load(file), VecNormalize)
 
 
 @pytest.mark.parametrize(

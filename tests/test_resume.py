@@ -24,12 +24,13 @@ from stable_baselines3 import SAC, HerReplayBuffer
 from stable_baselines3.common import callbacks as sb3_callbacks
 from stable_baselines3.common.buffers import ReplayBuffer as SB3ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
+from stable_baselines3.common.envs import BitFlippingEnv, FakeImageEnv
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.noise import NormalActionNoise, OrnsteinUhlenbeckActionNoise
 from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.utils import LinearSchedule
-from stable_baselines3.common.vec_env import VecEnv, VecNormalize
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize, VecTransposeImage
 
 from sb3_softsac import CheckpointCallback, CheckpointError, ReplayBuffer, SoftSAC, SoftSACPolicy
 from sb3_softsac.persistence import model_file
@@ -497,6 +498,80 @@ def test_ent_coef_changed_at_load(tmp_path: Path) -> None:
     assert learned.log_ent_coef.exp().item() == pytest.approx(0.5)
     learned.learn(20)
     assert learned.log_ent_coef.exp().item() != pytest.approx(0.5, rel=1e-6)
+
+
+@pytest.mark.parametrize(("before", "given", "expected"), [(0.1, 0.2, 0.2), ("auto_0.1", "auto_0.5", 0.5)])
+def test_another_value_of_ent_coef_at_load(before: Any, given: Any, expected: float, tmp_path: Path) -> None:
+    model = saved_model(tmp_path / "model.zip", ent_coef=before)
+    for how in ({"ent_coef": given}, {"custom_objects": {"ent_coef": given}}):
+        changed = load(tmp_path / "model.zip", **how)
+        assert changed._ent_coef.value().item() == pytest.approx(expected)
+        changed.learn(5)
+    # The RL Zoo repeats that of the file, which has been learned since then
+    same = load(tmp_path / "model.zip", ent_coef=before)
+    assert same._ent_coef.value().item() == model._ent_coef.value().item()
+    assert_same(model.get_parameters(), same.get_parameters())
+
+
+@pytest.mark.parametrize("use_sde", [False, True])
+def test_use_sde_cannot_change_at_load(use_sde: bool, tmp_path: Path) -> None:
+    saved_model(tmp_path / "model.zip", use_sde=use_sde)
+    with pytest.raises(ValueError, match=f"use_sde={not use_sde} differs from that of the file.*Leave it out"):
+        load(tmp_path / "model.zip", use_sde=not use_sde)
+    assert load(tmp_path / "model.zip", use_sde=use_sde).actor.use_sde == use_sde
+
+
+def test_stats_window_size_at_load(tmp_path: Path) -> None:
+    saved_model(tmp_path / "model.zip", steps=3 * EPISODE, stats_window_size=3)
+    loaded = load(tmp_path / "model.zip", stats_window_size=2)
+    assert len(loaded.ep_info_buffer) == 2
+    loaded.learn(EPISODE)
+    assert len(loaded.ep_info_buffer) == 2
+
+
+def channels_last() -> gym.Env:
+    return FakeImageEnv(screen_height=36, screen_width=40, n_channels=3, discrete=False)
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_order_of_channels_is_kept_without_an_environment(skip: bool, tmp_path: Path) -> None:
+    """By VecTransposeImage, which need not do anything."""
+    env = VecTransposeImage(DummyVecEnv([channels_last]), skip=skip)
+    network = {"features_extractor_class": FlattenExtractor, "net_arch": [16]}
+    model = SoftSAC("CnnPolicy", env, buffer_size=10, device="cpu", policy_kwargs=network)
+    model.save(tmp_path / "0.zip", exclude=["replay_buffer"])
+    for i in range(2):
+        without = SoftSAC.load(tmp_path / f"{i}.zip", device="cpu")
+        assert without._unread is not None and without._unread.is_transposed != skip
+        without.save(tmp_path / f"{i + 1}.zip")
+
+
+class ObjectAtTheEnd(BitFlippingEnv):
+    """The info of an episode's last step is not plain data."""
+
+    def step(self, action: Any) -> Any:
+        obs, reward, terminated, truncated, info = super().step(action)
+        if terminated or truncated:
+            info["object"] = object()
+        return obs, reward, terminated, truncated, info
+
+
+def test_infos_of_hindsight_that_cannot_be_saved(tmp_path: Path) -> None:
+    """That of the newest row can be, but an older one cannot: training goes on, and the model is saved."""
+    env = ObjectAtTheEnd(n_bits=4, continuous=True, max_steps=5)
+    model = SoftSAC(
+        "MultiInputPolicy", env, replay_buffer_class=HerReplayBuffer, replay_buffer_kwargs={"copy_info_dict": True},
+        **SMALL,
+    )  # fmt: skip
+    with pytest.warns(UserWarning, match="The replay buffer is not saved: infos"):
+        model.learn(13, callback=CheckpointCallback(13, tmp_path / "run", on_signal=False))
+    with pytest.warns(UserWarning, match="The replay buffer is not saved: infos"):
+        model.save(tmp_path / "model.zip")
+    with pytest.raises(TypeError, match="infos"):
+        model.save_replay_buffer(tmp_path / "buffer.zip")
+    assert not (tmp_path / "buffer.zip").exists()
+    for path in (tmp_path / "run", tmp_path / "model.zip"):
+        assert SoftSAC.load(path, env, device="cpu").num_timesteps == 13
 
 
 @pytest.mark.parametrize("use_sde", [False, True])
@@ -1006,12 +1081,23 @@ def test_paths(tmp_path: Path) -> None:
     model = saved_model(tmp_path / "Pendulum-v1.zip", tensorboard_log=tmp_path / "logs")
     (tmp_path / "Pendulum-v1").mkdir()  # as the zoo does
     assert load(tmp_path / "Pendulum-v1").tensorboard_log == tmp_path / "logs"
+    (tmp_path / "Walk1.5-v0").mkdir()
+    model.save(tmp_path / "Walk1.5-v0")
+    assert (tmp_path / "Walk1.5-v0.zip").is_file() and load(tmp_path / "Walk1.5-v0").num_timesteps == 50
     with pytest.raises(CheckpointError, match="no checkpoint"):
         load(tmp_path / "logs")
     with (tmp_path / "file").open("wb") as file:
         file.write(b"something else")
         with pytest.raises(ValueError, match="position 14"):
             model.save(file)
+
+
+def test_present_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match="no checkpoint"):
+        load(".")
+    make_model().learn(20, callback=CheckpointCallback(20, ".", on_signal=False))
+    assert load(".").num_timesteps == 20
 
 
 def test_what_is_given_at_load(tmp_path: Path) -> None:

@@ -358,6 +358,15 @@ def look_inside(folder: Path) -> None:
         _, log_std, _ = model.actor.get_action_dist_params(th.randn(256, 3))
         assert log_std.mean() > -3.0 or sampled["policy_kwargs"]["unit_norm"] is not None
 
+    # A configuration's own values do not contradict what is sampled
+    for name in presets.PRESETS:
+        preset = {**presets.preset(name), "gradient_steps": 1}
+        for _ in range(10):
+            trial = study.ask()
+            trial.set_user_attr(EXCLUDED, excluded_options(preset))
+            sampled = HYPERPARAMS_SAMPLER["softsac"](trial, 1, 1, {"using_her_replay_buffer": False})
+            SoftSAC("MlpPolicy", make("Pendulum-v1"), **{**preset, **sampled, "buffer_size": 10})
+
     # Options without a meaning beside the others are not sampled
     trial = study.ask()
     trial.set_user_attr(EXCLUDED, excluded_options({"use_sde": True, "ent_coef": 0.1, "normalize": True}))

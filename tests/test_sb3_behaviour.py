@@ -554,6 +554,28 @@ def test_her_waits_for_the_first_episode(verbose: int, capsys: pytest.CaptureFix
     assert said.count("Updates are delayed: they are due before the end of the first episode") == verbose
 
 
+class FlippingForPoints(BitFlippingEnv):
+    """:param points: reward of each step"""
+
+    def __init__(self, points: float):
+        super().__init__(n_bits=4, continuous=True, max_steps=5)
+        self.points = points
+
+    def compute_reward(self, *args: Any) -> Any:
+        return np.full_like(super().compute_reward(*args), self.points)
+
+
+def test_her_asks_the_present_environment() -> None:
+    """SB3's buffer would ask the first one, even if it was closed."""
+    old, new = (DummyVecEnv([lambda points=points: FlippingForPoints(points)]) for points in (1.0, 2.0))
+    model = SoftSAC("MultiInputPolicy", old, replay_buffer_class=HerReplayBuffer, **SMALL)
+    model.learn(60)
+    model.set_env(new)
+    assert isinstance(model.replay_buffer, HerReplayBuffer)
+    assert set(model.replay_buffer.sample(100).rewards.unique().tolist()) == {1.0, 2.0}  # as it was, and relabelled
+    model.learn(20, reset_num_timesteps=False)
+
+
 def test_her_without_an_episode_has_learned_nothing() -> None:
     env = gym.wrappers.TimeLimit(BitFlippingEnv(n_bits=12, continuous=True, max_steps=10**6), 10**6)
     her: dict[str, Any] = {"replay_buffer_class": HerReplayBuffer, "learning_starts": 5, "seed": 0}

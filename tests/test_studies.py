@@ -205,3 +205,28 @@ def test_trial_that_ends_its_workers(tmp_path: Path) -> None:
     """It is enqueued again a few times, then it has failed and its files are removed."""
     (tmp_path / "trial_0").mkdir()
     assert in_new_process(lose_again_and_again, tmp_path) == [*["WAITING"] * 5, "FAIL"]
+
+
+def stale_trials(path: str, enqueued: bool) -> list[list[int]]:
+    """Stale ones as soon as there is a trial, and when its worker has been silent for long."""
+    from sb3_softsac import studies
+
+    storage = studies.JournalStorage(path, lambda study, trial: None)
+    study = optuna.create_study(storage=storage)
+    if enqueued:
+        study.enqueue_trial({})
+        make_old(Path(f"{path}.heartbeats"))
+    study.ask()
+    found = [storage._get_stale_trial_ids(study._study_id)]
+    make_old(Path(f"{path}.heartbeats"))
+    return [*found, storage._get_stale_trial_ids(study._study_id)]
+
+
+def make_old(folder: Path) -> None:
+    for path in folder.iterdir():
+        os.utime(path, (1e9, 1e9))
+
+
+@pytest.mark.parametrize("enqueued", [False, True])
+def test_worker_that_was_killed_before_its_first_heartbeat(enqueued: bool, tmp_path: Path) -> None:
+    assert in_new_process(stale_trials, str(tmp_path / "journal"), enqueued) == [[], [0]]

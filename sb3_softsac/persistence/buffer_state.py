@@ -111,6 +111,17 @@ def segments(buffer: SB3ReplayBuffer) -> list[Segment]:
     return [(first, min(first + rows, size)) for first in range(0, size, rows)]
 
 
+def check_rows(buffer: SB3ReplayBuffer) -> None:
+    """
+    :raises NotEncodable: if a used row holds an object that cannot be saved
+    """
+    for name, storage in _row_storages(buffer).items():
+        if storage.dtype == object:
+            for value in storage[: buffer.size()].flat:
+                if value != {}:  # the infos of HER, unless copy_info_dict is set
+                    encode(value, name.removesuffix(".json"))
+
+
 def may_have_changed(buffer: SB3ReplayBuffer, segment: Segment, rows_before: int | None) -> bool:
     """
     :param segment: the rows

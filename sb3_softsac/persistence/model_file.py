@@ -165,29 +165,30 @@ def _system_info() -> str:
     return text
 
 
-def read_parameters(archive: ArchiveReader, model: BaseAlgorithm, optional: set[str]) -> None:
+def read_parameters(archive: ArchiveReader, model: BaseAlgorithm, left_out: set[str]) -> None:
     """
     Read SB3's ``.pth`` members into a model.
 
     :param archive: archive to read from
     :param model: model with the same networks and optimisers
-    :param optional: names that may be in the file or in the model only
+    :param left_out: names of those that the model keeps as they are, whether they are in the file or not
     :raises CheckpointError: if the parameters of the file and the model differ
     """
     names, variable_names = model._get_torch_save_params()
     found = {name.removesuffix(".pth") for name in archive.sizes if name.endswith(".pth")} - {"pytorch_variables"}
-    if (found ^ set(names)) - optional:
+    if (found ^ set(names)) - left_out:
         raise CheckpointError(
             f"{archive.name} has the parameters {sorted(found)}, but {sorted(names)} are needed: was it saved with a "
             "different ent_coef, or by another algorithm?"
         )
-    parameters = {name: archive.torch(f"{name}.pth", model.device) for name in names if name in found}
+    wanted = (set(names) & found) - left_out
+    parameters = {name: archive.torch(f"{name}.pth", model.device) for name in names if name in wanted}
     with naming(f"the parameters in {archive.name}"):
         model.set_parameters(parameters, exact_match=parameters.keys() == set(names), device=model.device)
         if "pytorch_variables.pth" not in archive:
             return
         for name, value in archive.torch("pytorch_variables.pth", model.device).items():
-            if value is not None and name in variable_names:
+            if value is not None and name in set(variable_names) - left_out:
                 variable = recursive_getattr(model, name)
                 if variable.shape != value.shape:
                     raise CheckpointError(f"{name} in {archive.name} has the shape {tuple(value.shape)}.")
@@ -311,6 +312,7 @@ def open_model_file(path: str | Path | BinaryIO) -> Iterator[ModelFile]:
 
 
 def _find(path: Path) -> tuple[Path, tuple[RunFolder, Manifest] | None]:
+    path = path if path.name else path.resolve()  # Path(".") has no name
     zip_path = path.with_name(f"{path.name}.zip")
     if path.is_dir() and (RunFolder(path).numbers() or not zip_path.exists()):
         folder = RunFolder(path)
@@ -376,7 +378,8 @@ def new_file(path: str | Path | BinaryIO) -> Iterator[BinaryIO]:
         yield path
         return
     path = atomic_files.as_path(path)
-    path = path if path.suffix else path.with_name(f"{path.name}.zip")
+    # The RL Zoo makes a folder named after the environment, which may have a dot in its name
+    path = path if path.suffix and not path.is_dir() else path.with_name(f"{path.name}.zip")
     if path.parent.is_dir():
         atomic_files.remove_leftovers(path.parent, re.escape(path.name))
     with atomic_files.atomic_file(path) as file:

@@ -37,6 +37,7 @@ from sb3_softsac.validation import check_wrappers
 
 LOGGER_STATE = ("name_to_value", "name_to_count", "name_to_excluded")
 NOT_SAVED = "not_saved"  # names of logged values that cannot be encoded
+ENT_COEF_STATE = {"ent_coef_optimizer", "ent_coef_tensor", "log_ent_coef"}
 
 Self = TypeVar("Self", bound="ResumableAlgorithm")
 
@@ -55,9 +56,18 @@ class Unread(NamedTuple):
     """Parts of a file that ``load()`` did not restore, since it was called without an environment."""
 
     replay: str | None  # name of the file, if it has a replay buffer
-    statistics: dict[str, Any] | None  # VecNormalize's
-    is_transposed: bool  # VecTransposeImage puts the channels of images first
+    env: dict[str, Any] | None  # see env_state.without_envs
     n_updates: int  # updates of the policy in the file
+
+    @property
+    def statistics(self) -> dict[str, Any] | None:
+        """VecNormalize's."""
+        return env_state.statistics(self.env)
+
+    @property
+    def is_transposed(self) -> bool:
+        """Whether VecTransposeImage puts the channels of images first."""
+        return env_state.is_transposed(self.env)
 
 
 class ResumableAlgorithm(RolloutAlgorithm):
@@ -254,6 +264,8 @@ class ResumableAlgorithm(RolloutAlgorithm):
         """
         super().set_env(env, force_reset)
         self._note_deleted_buffer()
+        if isinstance(self.replay_buffer, HerReplayBuffer):
+            self.replay_buffer.env = self.env  # SB3 would go on computing rewards in the old environment
         if force_reset:
             self._rollout = None
         self._setup_replay_buffer()
@@ -342,7 +354,7 @@ class ResumableAlgorithm(RolloutAlgorithm):
         # Statistics are out of date if the policy was trained since then, as by the RL Zoo's ParallelTrainCallback
         if self._unread is None or self.replay_buffer is not None or self._n_updates != self._unread.n_updates:
             return None
-        return self._unread.statistics
+        return self._unread.env
 
     def savable_replay_buffer(self) -> SB3ReplayBuffer | None:
         """
@@ -359,7 +371,7 @@ class ResumableAlgorithm(RolloutAlgorithm):
         assert buffer is not None
         segments = None if rows_elsewhere else buffer_state.segments(buffer)
         state = buffer_state.get_state(buffer)
-        buffer_state.get_rows(buffer, buffer.pos - 1, buffer.pos)  # raises NotEncodable if rows cannot be encoded
+        buffer_state.check_rows(buffer)
         return {"description": buffer_state.describe(buffer), "state": state, "segments": segments}
 
     @classmethod
@@ -401,6 +413,10 @@ class ResumableAlgorithm(RolloutAlgorithm):
             data = model_file.read_data(file.archive, custom_objects, kwargs, allow_pickle)
             has_policy_kwargs = "policy_kwargs" in data or "policy_kwargs" in kwargs
             _check_data(data, kwargs, file.name)
+            # The RL Zoo passes the one that is in the file
+            has_new_ent_coef = "ent_coef" in (custom_objects or {}) or (
+                "ent_coef" in kwargs and kwargs["ent_coef"] != data.get("ent_coef", kwargs["ent_coef"])
+            )
             env = None if env is None else cls._wrap_env(env, data.get("verbose", 0))
             goes_on = _fit_to_env(data, env) and not force_reset
             if not goes_on:
@@ -408,14 +424,12 @@ class ResumableAlgorithm(RolloutAlgorithm):
             continues_random_states = env is not None and "random" in file.index and "seed" not in kwargs
             model = cls(policy=data["policy_class"], env=env, device=device, _init_setup_model=False)  # type: ignore[arg-type, call-arg]
             model._set_up(data, kwargs, is_seeded=not continues_random_states)
-            model._restore_policy(file, "ent_coef" in kwargs, has_policy_kwargs)
+            model._restore_policy(file, has_new_ent_coef, has_policy_kwargs)
             # The RL Zoo passes buffer_size=1 if it only evaluates
             wants_replay = "replay_buffer" not in (custom_objects or {}) and kwargs.get("buffer_size") != 1
             if env is None:
                 replay = file.name if wants_replay and file.replay is not None else None
-                state = file.index.get("env")
-                statistics, is_transposed = env_state.statistics(state), env_state.is_transposed(state)
-                model._unread = Unread(replay, statistics, is_transposed, model._n_updates)
+                model._unread = Unread(replay, env_state.without_envs(file.index.get("env")), model._n_updates)
                 return model
             with naming(f"the state of the run in {file.name}"):
                 if wants_replay:
@@ -444,11 +458,11 @@ class ResumableAlgorithm(RolloutAlgorithm):
         vars(self).update(data)
         random_steps = self.learning_starts if self.random_steps is None else self.random_steps
         self._warmed_up = self._warmed_up or self.num_timesteps >= random_steps
-        for name in ("ep_info_buffer", "ep_success_buffer"):
-            if getattr(self, name) is None:  # SB3 creates either both or none
-                setattr(self, name, deque(maxlen=self._stats_window_size))
         self._loaded = True
         vars(self).update(kwargs)
+        self._stats_window_size = vars(self).pop("stats_window_size", self._stats_window_size)
+        for name in ("ep_info_buffer", "ep_success_buffer"):
+            setattr(self, name, deque(getattr(self, name) or (), maxlen=self._stats_window_size))
         seed = self.seed
         self.seed = seed if is_seeded else None
         self._setup_model()
@@ -456,7 +470,7 @@ class ResumableAlgorithm(RolloutAlgorithm):
 
     def _restore_policy(self, file: ModelFile, has_new_ent_coef: bool, has_policy_kwargs: bool) -> None:
         try:
-            model_file.read_parameters(file.archive, self, {"ent_coef_optimizer"} if has_new_ent_coef else set())
+            model_file.read_parameters(file.archive, self, ENT_COEF_STATE if has_new_ent_coef else set())
         except CheckpointError as error:
             hint = "" if has_policy_kwargs else " The file has no policy_kwargs: pass policy_kwargs=... to load()."
             raise CheckpointError(f"{error}{hint}") from error
@@ -634,6 +648,11 @@ def _check_data(data: dict[str, Any], kwargs: dict[str, Any], name: str) -> None
             f"out, which has no default. Pass {arguments} to load()."
         )
     data.update({each: kwargs[each] for each in required if each not in data})
+    if kwargs.get("use_sde", data.get("use_sde")) != data.get("use_sde", kwargs.get("use_sde")):
+        raise ValueError(
+            f"use_sde={kwargs['use_sde']} differs from that of the file, whose networks are made for "
+            f"use_sde={data['use_sde']}. Leave it out, or make a new model."
+        )
     sde = {"use_sde": kwargs.get("use_sde", data.get("use_sde", False))}  # SB3 adds it to what the user passes
     is_given, given = "policy_kwargs" in kwargs, kwargs.pop("policy_kwargs", None) or {}
     data["policy_kwargs"] = {**sde, **data.get("policy_kwargs", given)}

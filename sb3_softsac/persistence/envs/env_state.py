@@ -123,8 +123,21 @@ def statistics(state: dict[str, Any] | None) -> dict[str, Any] | None:
     :param state: result of :func:`capture`
     :return: the part about ``VecNormalize``, which fits any number of environments; None if there is none
     """
+    return _part(state, (VEC_NORMALIZE,))
+
+
+def without_envs(state: dict[str, Any] | None) -> dict[str, Any] | None:
+    """
+    :param state: result of :func:`capture`
+    :return: the part that a policy needs without environments: that of ``VecNormalize`` and ``VecTransposeImage``; None
+        if there is none
+    """
+    return _part(state, (VEC_NORMALIZE, VEC_TRANSPOSE_IMAGE))
+
+
+def _part(state: dict[str, Any] | None, classes: tuple[str, ...]) -> dict[str, Any] | None:
     try:
-        wrappers = [layer for layer in state["wrappers"] if layer["class"] == VEC_NORMALIZE]  # type: ignore[index]
+        wrappers = [layer for layer in state["wrappers"] if layer["class"] in classes]  # type: ignore[index]
     except (TypeError, KeyError):  # no state, or a damaged one
         return None
     return {"n_envs": 0, "wrappers": wrappers, "envs": []} if wrappers else None
@@ -160,8 +173,11 @@ def is_transposed(state: dict[str, Any] | None) -> bool:
     :return: whether the environments were wrapped in ``VecTransposeImage``, which puts the channels of images first
     """
     try:
-        return any(layer["class"] == VEC_TRANSPOSE_IMAGE for layer in state["wrappers"])  # type: ignore[index]
-    except (TypeError, KeyError):  # no state, or a damaged one
+        return any(
+            layer["class"] == VEC_TRANSPOSE_IMAGE and layer.get("settings", {}).get("skip") is not True
+            for layer in state["wrappers"]  # type: ignore[index]
+        )
+    except (TypeError, KeyError, AttributeError):  # no state, or a damaged one
         return False
 
 

@@ -64,6 +64,7 @@ SETTINGS: dict[type, tuple[str, ...]] = {
     VecNormalize: (
         *("training", "norm_obs", "norm_reward", "clip_obs", "clip_reward", "gamma", "epsilon", "norm_obs_keys"),
     ),
+    VecTransposeImage: ("skip",),
 }
 # gym.make() uses the RL Zoo's class as soon as rl_zoo3 is imported; both have the same state
 SAME_CLASSES = {"rl_zoo3.gym_patches.PatchedTimeLimit": "gymnasium.wrappers.common.TimeLimit"}
