@@ -10,16 +10,18 @@ import shutil
 import sys
 import warnings
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import gymnasium as gym
 from stable_baselines3.common.utils import check_for_correct_spaces
+from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_softsac import datasets
 from sb3_softsac.persistence import atomic_files
 from sb3_softsac.persistence.archive import INDEX, ArchiveReader, ArchiveWriter, CheckpointError, naming
 from sb3_softsac.persistence.codec import decode
 from sb3_softsac.persistence.envs import env_state
+from sb3_softsac.persistence.envs.object_state import are_same, arguments_of, chain_of, class_name
 from sb3_softsac.persistence.model_file import ModelFile, open_model_file
 from sb3_softsac.persistence.run_folder import RunFolder
 from sb3_softsac.softsac import SoftSAC
@@ -111,8 +113,8 @@ def verify(path: Path) -> bool:
 
 def export(path: Path, output: Path) -> None:
     """
-    Write a small model file for prediction and fine-tuning: networks, optimisers, settings and VecNormalize's
-    statistics.
+    Write a small model file for prediction and fine-tuning: networks, optimisers, settings, VecNormalize's statistics
+    and how images are given.
 
     :param path: model file or folder of checkpoints
     :param output: file to write
@@ -124,8 +126,8 @@ def export(path: Path, output: Path) -> None:
                 continue
             with file.archive.open(name) as source, archive.member(name) as member:
                 shutil.copyfileobj(source, member)
-        index = {name: file.index.get(name) for name in ("num_timesteps", "n_envs")}
-        archive.close({**index, "env": env_state.statistics(file.index.get("env"))})
+        index = {name: file.index.get(name) for name in ("num_timesteps", "n_envs", "frozen")}
+        archive.close({**index, "env": env_state.without_envs(file.index.get("env"))})
     _print(f"Wrote {output} ({output.stat().st_size:,} bytes)")
 
 
@@ -145,13 +147,17 @@ def export_dataset(
     :param path: model file or folder of checkpoints
     :param dataset_id: of the new dataset, for instance ``"pendulum/softsac-v0"``
     :param n_episodes: new episodes to play; None: those of the replay buffer
-    :param env_id: id of the environment; None: that of the run
+    :param env_id: id of the environment; None: that of the run, made with the run's arguments
     :param deterministic: new episodes are played with the deterministic actions
     :raises CheckpointError: if ``path`` is damaged or has no replay buffer
-    :raises ValueError: if there is such a dataset already, or the environment is not known
+    :raises ValueError: if there is such a dataset already, or the environment is not known or cannot be made
     """
     with open_model_file(path) as file:
-        env_id = env_id or env_state.env_id(file.index.get("env"))
+        state, kwargs = None, {}
+        if env_id is None and (env_id := env_state.env_id(file.index.get("env"))) is not None:
+            state = file.index["env"]
+            with naming(f"the environment in {file.name}"):
+                kwargs = _arguments(state)
         if n_episodes is None:
             with naming(f"the spaces in {file.name}"):
                 data = file.archive.json("data")
@@ -161,15 +167,51 @@ def export_dataset(
         if env_id is None:
             raise ValueError(f"{path} does not say which environment its run was in: pass its id, --env ID.")
         model = SoftSAC.load(path, device="cpu")
-        env = SoftSAC._wrap_env(gym.make(env_id))
+        try:
+            inner = gym.make(env_id, **kwargs)
+        except Exception as error:  # environments can raise anything
+            raise ValueError(
+                f"{env_id} cannot be made with the arguments {kwargs}: {error}. Pass another id, --env ID."
+            ) from error
+        env = SoftSAC._wrap_env(inner)
         spaces = model.observation_space, model.action_space
         check_for_correct_spaces(env, *spaces)
+        if state is not None:
+            with naming(f"the environment in {path}"):
+                _warn_of_layers(state, env, env_id)
         statistics = None if model._unread is None else model._unread.statistics
         normalize = None if statistics is None else env_state.vec_normalize(statistics, spaces[0])
         episodes = datasets.play(model, env, n_episodes, normalize, deterministic)
     known = env_id if env_id in gym.registry else None
-    dataset = datasets.write(dataset_id, episodes, *spaces, env_id=known)
+    dataset = datasets.write(dataset_id, episodes, *spaces, env_id=known, env_kwargs=kwargs)
     _print(f"Wrote {dataset_id}: {dataset.total_steps:,} transitions in {dataset.total_episodes:,} episodes")
+
+
+def _arguments(state: dict[str, Any]) -> dict[str, Any]:
+    """Those of the run's environment, by name."""
+    made = state["envs"][0]["layers"][-1]["made"]
+    # What EzPickle has noted by position has a name, too, if it was passed to gym.make()
+    return {name: decode(tree) for name, tree in made.items() if name != "id" and not name.startswith("argument ")}
+
+
+def _warn_of_layers(state: dict[str, Any], env: VecEnv, env_id: str) -> None:
+    """Warn of the wrappers of the run that a new environment does not have."""
+    chain = chain_of(env)
+    here = [[class_name(obj), arguments_of(obj)] for obj in (*chain, *chain_of(chain[-1].envs[0]))]
+    missing = []
+    for layer in (*state["wrappers"][:-1], *state["envs"][0]["layers"][:-1]):
+        there = [layer["class"], layer["made"]]
+        is_statistics = layer["class"] == env_state.VEC_NORMALIZE
+        if not is_statistics and not any(are_same(there, each) for each in here):
+            arguments = ", ".join(f"{name}={decode(tree)}" for name, tree in layer["made"].items())
+            missing.append(f"{layer['class'].rpartition('.')[2]}({arguments})")
+    if missing:
+        warnings.warn(
+            f"The new episodes are played without what the run had around {env_id}: {', '.join(missing)}. If that "
+            "changes observations, actions, rewards or ends, register an environment that has it, and pass its id, "
+            "--env ID.",
+            stacklevel=3,
+        )
 
 
 def main() -> int:

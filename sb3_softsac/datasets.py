@@ -2,12 +2,15 @@
 Episodes into and out of replay buffers: Minari datasets (https://minari.farama.org), and anything with the same fields.
 """
 
+import dataclasses
 import inspect
 import shutil
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from typing import Any, NamedTuple
 
+import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 from stable_baselines3.common.base_class import BaseAlgorithm
@@ -93,12 +96,13 @@ def _minari() -> Any:
     return minari
 
 
-def _check_id(dataset_id: str) -> None:
-    """Minari itself looks for a dataset of any name, and makes a folder of any name."""
+def _check_id(dataset_id: str) -> str | None:
+    """Minari itself looks for a dataset of any name, and makes a folder of any name. Returns the namespace."""
     from minari.dataset.minari_dataset import parse_dataset_id
 
     try:
-        parse_dataset_id(dataset_id)
+        namespace: str | None = parse_dataset_id(dataset_id)[0]
+        return namespace
     except (TypeError, ValueError):
         raise ValueError(f"{dataset_id!r} is not a Minari id, such as 'pendulum/softsac-v0'.") from None
 
@@ -214,11 +218,14 @@ def _array(values: Any, name: str, where: str, dtype: np.dtype) -> np.ndarray:
     is_flag = dtype.kind == "b" and found.kind in "iu" and np.isin(array, (0, 1)).all()
     if found.kind not in "biuf" or not (np.can_cast(found, dtype, "same_kind") or is_flag):
         raise ValueError(f"{name} of {where} has the dtype {found}, expected {dtype} or one that can be cast to it.")
-    if not np.isfinite(array).all():
-        raise ValueError(
-            f"{name} of {where} has values that are not finite, in row {np.argwhere(~np.isfinite(array))[0][0]}."
-        )
-    return array.astype(dtype)
+    with np.errstate(over="ignore"):
+        cast = array.astype(dtype)
+    is_lost = ~np.isfinite(cast) if dtype.kind == "f" else cast != array
+    for is_wrong, what in ((~np.isfinite(array), "are not finite"), (is_lost, f"{dtype} cannot hold")):
+        if is_wrong.any():
+            row = np.argwhere(np.atleast_1d(is_wrong))[0][0]
+            raise ValueError(f"{name} of {where} has values that {what}, in row {row}.")
+    return cast
 
 
 def _require_shape(array: np.ndarray, expected: tuple[int, ...], what: str, why: str = "") -> None:
@@ -278,6 +285,8 @@ def play(
     :return: the episodes
     """
     for _ in range(n_episodes):
+        if model.use_sde and not deterministic:
+            model.policy.reset_noise()  # type: ignore[operator]
         obs: Any = env.reset()
         observations, actions, rewards, is_over = [obs], [], [], False
         while not is_over:
@@ -285,9 +294,9 @@ def play(
             action, _ = model.predict(seen, deterministic=deterministic)
             obs, reward, dones, infos = env.step(action)
             is_over = bool(dones[0])
-            # Of an episode that is over, obs is the next one's
-            next_obs = map_obs(lambda array: array[np.newaxis], infos[0]["terminal_observation"]) if is_over else obs
-            observations.append(next_obs)
+            # Of an episode that is over, obs is the next one's; its own last one may be an int
+            last_obs = infos[0].get("terminal_observation")
+            observations.append(map_obs(lambda value: np.asarray(value)[np.newaxis], last_obs) if is_over else obs)
             actions.append(action[0])
             rewards.append(float(reward[0]))
         yield Episode(
@@ -304,6 +313,7 @@ def write(
     observation_space: spaces.Space[Any],
     action_space: spaces.Space[Any],
     env_id: str | None = None,
+    env_kwargs: Mapping[str, Any] | None = None,
 ) -> Any:
     """
     Write episodes as a Minari dataset.
@@ -312,34 +322,60 @@ def write(
     :param episodes: the episodes
     :param observation_space: of their observations
     :param action_space: of their actions
-    :param env_id: of the environment, which the dataset can then recreate; None: it cannot
+    :param env_id: of the environment, which the dataset can then recreate if its spec fits into JSON; None: it cannot
+    :param env_kwargs: arguments that it was made with
     :return: ``minari.MinariDataset``
     :raises ValueError: if the dataset exists already, or if its id is not valid
     """
     minari = _minari()
     from minari.data_collector import EpisodeBuffer
+    from minari.dataset.minari_storage import MinariStorage
+    from minari.namespace import create_namespace
 
-    _check_id(dataset_id)
+    namespace = _check_id(dataset_id)
     folder = minari.storage.datasets_root_dir.get_dataset_path(dataset_id)
+    refusal = f"There is a dataset in {folder} already: choose another id, or `minari delete {dataset_id}`."
     if folder.exists():
-        raise ValueError(f"There is a dataset in {folder} already: choose another id, or `minari delete {dataset_id}`.")
-    # Images as they are: 0.5.3 has no such argument
-    exact = "jpeg_encoding" in inspect.signature(minari.create_dataset_from_buffers).parameters
+        raise ValueError(refusal)
+    spec = None if env_id is None else _spec(env_id, env_kwargs or {})
+    buffers = [EpisodeBuffer(**episode._asdict(), infos={}) for episode in episodes]
+    if namespace is not None:
+        with suppress(ValueError):  # it exists
+            create_namespace(namespace)
+    # Playing the episodes took a while: only the process that makes the folder may fill it, and remove it. Minari's own
+    # create_dataset_from_buffers() does not say whether it has made the folder
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", category=UserWarning, module="minari")  # no author, no permalink, ...
-            return minari.create_dataset_from_buffers(
-                dataset_id,
-                [EpisodeBuffer(**episode._asdict(), infos={}) for episode in episodes],
-                env=env_id,
-                observation_space=observation_space,
-                action_space=action_space,
-                algorithm_name="SoftSAC",
-                **({"jpeg_encoding": False} if exact else {}),
-            )
+        folder.mkdir(parents=True)
+    except FileExistsError:
+        raise ValueError(refusal) from None
+    # Images as they are: 0.5.3 has no such argument
+    has_jpeg = "jpeg_encoding" in inspect.signature(MinariStorage.new).parameters
+    exact: dict[str, Any] = {"jpeg_encoding": False} if has_jpeg else {}
+    try:
+        storage = MinariStorage.new(
+            folder / "data",
+            observation_space=observation_space,
+            action_space=action_space,
+            env_spec=spec,
+            **exact,
+        )
+        about = {"dataset_id": dataset_id, "algorithm_name": "SoftSAC", "minari_version": minari.__version__}
+        storage.update_metadata(about)
+        storage.update_episodes(buffers)
+        return minari.MinariDataset(storage)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)  # half a dataset would not even be listed
         raise
+
+
+def _spec(env_id: str, env_kwargs: Mapping[str, Any]) -> Any:
+    spec = gym.spec(env_id)
+    spec = dataclasses.replace(spec, kwargs={**spec.kwargs, **env_kwargs})
+    try:
+        spec.to_json()
+    except (TypeError, ValueError):  # an array, or a class that was registered without a name
+        return None
+    return spec
 
 
 def _flags(n_steps: int, terminated: bool) -> tuple[np.ndarray, np.ndarray]:

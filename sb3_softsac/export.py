@@ -31,6 +31,7 @@ from torch import nn
 
 import sb3_softsac
 from sb3_softsac.execution.runner import matmul_precision
+from sb3_softsac.persistence import atomic_files
 from sb3_softsac.persistence.archive import CheckpointError
 from sb3_softsac.persistence.envs import env_state
 from sb3_softsac.persistence.envs.object_state import chain_of
@@ -159,9 +160,11 @@ def export(
     :raises ImportError: if ``onnx`` or ``onnxscript`` is not installed
     :raises OSError: if the file cannot be written
     """
-    path = Path(path)
+    path = atomic_files.as_path(path)
     if path.suffix not in SUFFIXES:
         raise ValueError(f"path={str(path)!r} has the suffix {path.suffix!r}: use {' or '.join(SUFFIXES)}.")
+    if path.is_dir():  # new_file() would add .zip
+        raise IsADirectoryError(f"path={str(path)!r} is a folder: choose another name.")
     if with_log_std and model.use_sde:
         raise ValueError(
             "with_log_std=True is not possible with use_sde=True, whose noise depends on the latent features: leave it "
@@ -171,7 +174,7 @@ def export(
     if is_onnx:
         _require_onnx()
     normalize = _vec_normalize(model) if vec_normalize is None else vec_normalize
-    wrapping = _Wrapping(model.observation_space, normalize, _is_channels_last(model, channels_last))
+    wrapping = _Wrapping(model.observation_space, normalize, _channels_last(model, channels_last))
     assert isinstance(model.action_space, spaces.Box)
     model.policy.set_training_mode(False)
     policy = ExportedPolicy(model.actor, wrapping.inputs(), model.action_space, with_log_std).to(model.device).eval()
@@ -207,25 +210,23 @@ class _Wrapping:
 
     :param policy_space: what the policy reads
     :param normalize: VecNormalize, if there is one that normalises observations
-    :param channels_last: the environment gives images as (height, width, channels)
+    :param images: keys of what the environment gives as (height, width, channels)
     """
 
-    def __init__(self, policy_space: spaces.Space[Any], normalize: VecNormalize | None, channels_last: bool):
+    def __init__(self, policy_space: spaces.Space[Any], normalize: VecNormalize | None, images: list[str]):
         self.normalize = normalize if normalize is not None and normalize.norm_obs else None
         self.is_dict = isinstance(policy_space, spaces.Dict)
-        policy_parts = dict(policy_space.spaces) if isinstance(policy_space, spaces.Dict) else {INPUT: policy_space}
-        self.images = [key for key, part in policy_parts.items() if channels_last and is_image_space(part)]
-        if channels_last and not self.images:
-            raise ValueError(f"channels_last=True needs images, but the policy reads {policy_space}: leave it out.")
+        self.images = images
+        self.policy_parts = _parts(policy_space)
         self.parts = {
-            key: _with_channels_last(part) if key in self.images else part for key, part in policy_parts.items()
+            key: _with_channels_last(part) if key in self.images else part for key, part in self.policy_parts.items()
         }
         self.statistics: dict[str, RunningMeanStd] = {}
         if self.normalize is not None:
             obs_rms: Any = self.normalize.obs_rms
             self.statistics = dict(obs_rms) if isinstance(obs_rms, dict) else {INPUT: obs_rms}
         for key, statistics in self.statistics.items():
-            there, here = statistics.mean.shape, getattr(policy_parts.get(key), "shape", None)
+            there, here = statistics.mean.shape, getattr(self.policy_parts.get(key), "shape", None)
             if there != here:
                 raise ValueError(
                     f"vec_normalize={self.normalize} has statistics of shape {there} for {key!r}, but the policy "
@@ -265,7 +266,8 @@ class _Wrapping:
         """
         size = sum(int(np.prod(part.shape or ())) for part in self.parts.values())
         n = max(2, min(MAX_SAMPLES, MAX_NUMBERS // size))
-        samples = {key: _sample(part, self.statistics.get(key), n, rng) for key, part in self.parts.items()}
+        samples = {key: _sample(part, self.statistics.get(key), n, rng) for key, part in self.policy_parts.items()}
+        samples = {key: np.moveaxis(part, 1, -1) if key in self.images else part for key, part in samples.items()}
         return samples if self.is_dict else samples[INPUT]
 
 
@@ -307,12 +309,26 @@ def _vec_normalize(model: SoftSAC) -> VecNormalize | None:
     return None if statistics is None else env_state.vec_normalize(statistics, model.observation_space)
 
 
-def _is_channels_last(model: SoftSAC, asked: bool | None) -> bool:
-    if asked is not None:
-        return asked
-    if model.env is not None:
-        return any(isinstance(layer, VecTransposeImage) and not layer.skip for layer in chain_of(model.env))
-    return model._unread is not None and model._unread.is_transposed
+def _parts(space: spaces.Space[Any]) -> dict[str, spaces.Space[Any]]:
+    return dict(space.spaces) if isinstance(space, spaces.Dict) else {INPUT: space}
+
+
+def _channels_last(model: SoftSAC, asked: bool | None) -> list[str]:
+    """Keys of the images that go in with their channels last."""
+    parts = _parts(model.observation_space)
+    # VecNormalize makes float32 of images, and takes away their bounds
+    solid = [key for key, part in parts.items() if is_image_space(part, normalized_image=True)]
+    images = [key for key in solid if is_image_space(parts[key])] or solid
+    if asked and not images:
+        raise ValueError(
+            f"channels_last=True needs images, but the policy reads {model.observation_space}: leave it out."
+        )
+    if asked is None and model.env is not None:
+        layers = [x for x in chain_of(model.env) if isinstance(x, VecTransposeImage) and not x.skip]
+        is_dict = isinstance(model.observation_space, spaces.Dict)
+        return [key for layer in layers for key in (layer.image_space_keys if is_dict else images)]
+    is_last = asked if asked is not None else model._unread is not None and model._unread.is_transposed
+    return images if is_last else []
 
 
 # --- the files --------------------------------------------------------------------------------------------------------
@@ -503,7 +519,8 @@ def load_run(path: str | Path, allow_pickle: bool = False) -> tuple[SoftSAC, Vec
     :raises CheckpointError: (a ValueError) if a file is damaged, or needs ``allow_pickle=True``
     :raises FileNotFoundError: if there is no model
     """
-    path = Path(path)
+    path = atomic_files.as_path(path)
+    path = path if path.name else path.resolve()  # Path(".") has no name
     is_model = not path.is_dir() or RunFolder(path).numbers() or path.with_name(f"{path.name}.zip").exists()
     model_path, pickled = (path, None) if is_model else _of_zoo(path)
     model = SoftSAC.load(model_path, device="cpu", allow_pickle=allow_pickle)
@@ -515,7 +532,7 @@ def load_run(path: str | Path, allow_pickle: bool = False) -> tuple[SoftSAC, Vec
             f"{model_path} has no statistics of VecNormalize, and {pickled} is a pickle, which can run any code: if "
             "you trust it, pass allow_pickle=True."
         )
-    with pickled.open("rb") as file:
+    with atomic_files.open_file(pickled) as file:
         normalize = pickle.load(file)
     if not isinstance(normalize, VecNormalize):
         raise CheckpointError(f"{pickled} is not a VecNormalize, but a {type(normalize).__name__}.")
@@ -540,11 +557,13 @@ def main() -> int:
     :return: exit status
     """
     parser = argparse.ArgumentParser(prog="python -m sb3_softsac.export", description=__doc__.split("\n\n")[0])
-    parser.add_argument("path", type=Path, metavar="PATH", help="model file, checkpoint folder or the zoo's run folder")
-    parser.add_argument("-o", "--output", type=Path, default=Path("policy.onnx"), help="file to write (.onnx or .pt2)")
+    parser.add_argument("path", metavar="PATH", help="model file, checkpoint folder or the zoo's run folder")
+    parser.add_argument("-o", "--output", default="policy.onnx", help="file to write (.onnx or .pt2)")
     parser.add_argument("--with-log-std", action="store_true", help="also return mean and log_std, before tanh")
     parser.add_argument(
-        "--channels-last", action="store_true", default=None, help="images are given as (height, width, channels)"
+        "--channels-last",
+        action=argparse.BooleanOptionalAction,
+        help="images are given as (height, width, channels), or as (channels, height, width)",
     )
     parser.add_argument("--allow-pickle", action="store_true", help="unpickle what SB3 wrote, which can run any code")
     args = parser.parse_args()

@@ -6,6 +6,7 @@ they are drawn with. :func:`set_up` finds the data again and checks it.
 """
 
 import hashlib
+import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,14 @@ from stable_baselines3.common.buffers import ReplayBuffer as SB3ReplayBuffer
 
 from sb3_softsac import datasets
 from sb3_softsac.buffers import ReplayBuffer, map_obs
+from sb3_softsac.persistence import atomic_files
 from sb3_softsac.persistence.archive import CheckpointError
 from sb3_softsac.persistence.model_file import open_model_file
 from sb3_softsac.type_aliases import ReplayBatch
 
 Source = dict[str, Any]
-"""What is saved about offline data: ``reference`` (the id of a Minari dataset, the absolute path of a file, or None),
-``sha256`` of its transitions, and ``rng``, the generator that they are drawn with."""
+"""What is saved about offline data: ``reference`` (the id of a Minari dataset, the absolute path or the address of a
+file, or None), ``sha256`` of its transitions, and ``rng``, the generator that they are drawn with."""
 
 REMEDY = "pass it (or a copy) as offline_data=... to load(), or continue without it: offline_fraction=0.0."
 
@@ -31,14 +33,18 @@ def set_up(model: Any) -> None:
     """
     Read a model's offline data into its own replay buffer, unless that has been done.
 
-    :param model: ``SoftSAC``; its ``offline_data`` is then the buffer
+    :param model: ``SoftSAC``; its ``offline_data`` is then the buffer. If the user has set that to None, it stays None
     :raises ValueError: if the data cannot be read, or does not fit
     :raises CheckpointError: if the data of a loaded run is missing or different, and none is passed
     """
     data, source = model.offline_data, model._offline_source
     if model.offline_fraction == 0.0 or (data is None and source is None):
         return
+    if data is None and model._has_offline_data:
+        model._offline_source, model._has_offline_data = None, False
+        return
     if isinstance(data, ReplayBuffer) and source is not None and data.rng is source["rng"]:
+        _set_returns(data, model)
         return
     if data is not None:
         buffer, reference = _read(data, model), _reference(data)
@@ -57,6 +63,7 @@ def set_up(model: Any) -> None:
     rng = np.random.default_rng(np.random.randint(2**31)) if source is None else source["rng"]
     buffer.rng = rng
     model.offline_data, model._offline_source = buffer, {"reference": reference, "sha256": sha256, "rng": rng}
+    model._has_offline_data = True
 
 
 def seed(source: Source, number: int) -> None:
@@ -137,13 +144,21 @@ def _read(data: Any, model: Any) -> ReplayBuffer:
         buffer.add_stream(stream)
     if buffer.size() == 0:
         raise ValueError("offline_data has no transitions: pass other data, or leave it out.")
-    buffer.n_steps, buffer.gamma, buffer.device = model.n_steps, model.gamma, model.device
+    buffer.device = model.device
+    _set_returns(buffer, model)
     return buffer
+
+
+def _set_returns(buffer: ReplayBuffer, model: Any) -> None:
+    """As in the other part of the minibatches."""
+    online = model.replay_buffer
+    buffer.n_steps, buffer.gamma = getattr(online, "n_steps", 1), getattr(online, "gamma", model.gamma)
 
 
 def _reference(data: Any) -> str | None:
     if _is_file(data):
-        return str(Path(data).resolve())
+        path = atomic_files.as_path(data)
+        return str(path.resolve() if isinstance(path, Path) else path)
     if isinstance(data, str):
         return data
     # A part of a Minari dataset has the id of the whole
@@ -155,6 +170,8 @@ def _reference(data: Any) -> str | None:
 
 def _is_file(data: Any) -> bool:
     if not isinstance(data, str):
-        return isinstance(data, Path)
+        return isinstance(data, os.PathLike) or hasattr(data, "read_bytes")  # a UPath
+    if "://" in data:
+        return True
     path = Path(data)
     return path.is_absolute() or path.suffix == ".zip" or path.exists() or path.with_name(f"{path.name}.zip").exists()

@@ -15,6 +15,10 @@ from sb3_softsac import upstream
 
 adam = upstream.find("torch.optim.adam:adam")  # None: steps of optimisers are not compiled
 STEP_HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
+GLOBAL_STEP_HOOKS = {
+    name: upstream.find(f"torch.optim.optimizer:{name}")
+    for name in ("_global_optimizer_pre_hooks", "_global_optimizer_post_hooks")
+}
 ADAM_OPTIONS = ("amsgrad", "weight_decay", "eps", "maximize", "decoupled_weight_decay", "betas")
 _ADAM_KEYS = {*ADAM_OPTIONS, "differentiable"}
 
@@ -107,6 +111,7 @@ def is_plain_adam(optimizer: Optimizer) -> bool:
         type(optimizer) in (Adam, AdamW)
         and "step" not in vars(optimizer)
         and not any(getattr(optimizer, name, True) for name in STEP_HOOKS)
+        and all(hooks == {} for hooks in GLOBAL_STEP_HOOKS.values())
         and all(group.keys() >= _ADAM_KEYS and not group["differentiable"] for group in optimizer.param_groups)
     )
 
@@ -127,6 +132,7 @@ def moved_names(optimizer: Optimizer) -> list[str]:
     if type(optimizer) not in (Adam, AdamW):
         return []
     names = [f"torch.optim.Optimizer.{name}" for name in STEP_HOOKS if not hasattr(optimizer, name)]
+    names += [f"torch.optim.optimizer.{name}" for name, hooks in GLOBAL_STEP_HOOKS.items() if hooks is None]
     keys = {name for group in optimizer.param_groups for name in _ADAM_KEYS - group.keys()}
     names += [f"Adam's option {name}" for name in sorted(keys)]
     return names if adam is not None else [*names, "torch.optim.adam.adam"]

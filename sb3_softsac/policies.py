@@ -4,6 +4,7 @@ SB3's ``Actor``, ``ContinuousCritic`` and ``SACPolicy`` build the networks, so p
 ``SAC`` zip loads. What is replaced is everything between the networks' outputs and the losses.
 """
 
+import copy
 from typing import Any, ClassVar
 
 import numpy as np
@@ -26,7 +27,7 @@ from sb3_softsac import distributions, networks
 from sb3_softsac.heads import Outputs, make_head
 from sb3_softsac.networks import PLAIN, Architecture
 from sb3_softsac.type_aliases import PolicySample, TorchObs
-from sb3_softsac.validation import check_image_sizes
+from sb3_softsac.validation import check_image_sizes, check_starts
 
 LOG_STD_BOUNDS = (-20.0, 2.0)  # SB3's clamp
 BATCH_NORMS = (
@@ -137,6 +138,16 @@ class Actor(sb3_policies.Actor):
     def extract_features(self, obs: TorchObs, features_extractor: BaseFeaturesExtractor) -> th.Tensor:
         """See SB3."""
         return features_extractor(self.preprocessing(obs))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For ``deepcopy``, which refuses tensors with a graph: gSDE's matrices, and what they were drawn from."""
+        state = dict(vars(self))
+        if self.use_sde:
+            state["action_dist"] = dist = copy.copy(self.action_dist)
+            kept = {name: value for name, value in vars(dist).items() if not isinstance(value, th.distributions.Normal)}
+            vars(dist).clear()
+            vars(dist).update({k: v.detach() if isinstance(v, th.Tensor) else v for k, v in kept.items()})
+        return state
 
     def get_action_dist_params(self, obs: TorchObs) -> tuple[th.Tensor, th.Tensor, dict[str, th.Tensor]]:
         """
@@ -389,6 +400,7 @@ class SoftSACPolicy(sb3_policies.SACPolicy):
         if not isinstance(n_critics, int | np.integer) or n_critics < 1:
             raise ValueError(f"n_critics={n_critics!r} is not valid: it must be an integer >= 1.")
         extractor = features_extractor_class or self.default_features_extractor
+        check_starts(observation_space)
         check_image_sizes(observation_space, extractor, normalize_images)
         # SACPolicy.__init__ builds the networks, so what they are built from is set before it
         self.log_std_kwargs: dict[str, Any] = {
@@ -437,6 +449,12 @@ class SoftSACPolicy(sb3_policies.SACPolicy):
         self.actor_target = None
         if self.use_actor_target:
             self.make_actor_target()
+
+    def unscale_action(self, scaled_action: np.ndarray) -> np.ndarray:
+        """As in SB3, but rounding takes no action beyond its upper bound (the lower one is exact)."""
+        assert isinstance(self.action_space, spaces.Box)
+        actions: np.ndarray = np.minimum(super().unscale_action(scaled_action), self.action_space.high)
+        return actions
 
     def project_to_unit_norm(self, network: Actor | Critic, finite: th.Tensor | None = None) -> None:
         """

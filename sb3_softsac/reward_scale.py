@@ -1,8 +1,10 @@
 """The scale of rewards: what brings returns into the support of categorical critics, whatever units a task has."""
 
 import numpy as np
-from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.buffers import ReplayBuffer as SB3ReplayBuffer
 from stable_baselines3.common.running_mean_std import RunningMeanStd
+
+from sb3_softsac.buffers import ReplayBuffer
 
 EPSILON = 1e-8
 
@@ -26,7 +28,7 @@ class RewardScale:
         """
         self._add(self._next_returns(rewards, dones, gamma))
 
-    def update_from(self, buffer: ReplayBuffer, gamma: float) -> None:
+    def update_from(self, buffer: SB3ReplayBuffer, gamma: float) -> None:
         """
         Take in what a replay buffer holds already.
 
@@ -34,7 +36,9 @@ class RewardScale:
         :param gamma: discount factor
         """
         rows = (np.arange(buffer.size()) + (buffer.pos if buffer.full else 0)) % buffer.buffer_size
-        returns = [self._next_returns(buffer.rewards[row], buffer.dones[row], gamma) for row in rows.tolist()]
+        # Ours also marks where a reset or a dataset has cut an episode short
+        ends = buffer.ends if isinstance(buffer, ReplayBuffer) else buffer.dones
+        returns = [self._next_returns(buffer.rewards[row], ends[row], gamma) for row in rows.tolist()]
         if returns:
             self._add(np.concatenate(returns))
 
@@ -55,10 +59,14 @@ class RewardScale:
     def _next_returns(self, rewards: np.ndarray, dones: np.ndarray, gamma: float) -> np.ndarray:
         if len(self.returns) != len(rewards):
             self.returns = np.zeros(len(rewards))
-        returns: np.ndarray = gamma * self.returns + rewards
-        self.returns = np.where(dones, 0.0, returns)
+        before = gamma * self.returns
+        returns: np.ndarray = before + rewards
+        self.returns = np.where(dones, 0.0, np.where(np.isfinite(returns), returns, before))
         return returns
 
     def _add(self, returns: np.ndarray) -> None:
+        returns = returns[np.isfinite(returns)]  # one that is not would stay in the statistics for good
+        if len(returns) == 0:
+            return
         self.statistics.update(returns)
         self.max_return = max(self.max_return, float(np.abs(returns).max()))

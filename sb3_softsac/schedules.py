@@ -10,7 +10,8 @@ SYNTAX = "'lin_<first>' (linear to 0), 'lin_<first>_<last>' or 'cos_<first>_<las
 def parse(text: str) -> Callable[[float], float]:
     """
     :param text: kind, first and last value
-    :return: function of the remaining progress, from 1 to 0
+    :return: function of the remaining progress, from 1 to 0. The last rollout may go on behind the end, where SB3's
+        progress is negative: the rate then stays what it is at the end
     :raises ValueError: if the text is not valid
     """
     kind, *numbers = text.split("_")
@@ -18,9 +19,9 @@ def parse(text: str) -> Callable[[float], float]:
     if not (0.0 <= first < math.inf and 0.0 <= last < math.inf):
         raise ValueError(f"{text!r} is not valid: it must be {SYNTAX}.")
     if kind == "lin":
-        return lambda progress: last + (first - last) * progress
+        return lambda progress: last + (first - last) * max(progress, 0.0)
     if kind == "cos":
-        return lambda progress: last + (first - last) * 0.5 * (1.0 - math.cos(math.pi * progress))
+        return lambda progress: last + (first - last) * 0.5 * (1.0 - math.cos(math.pi * max(progress, 0.0)))
     raise ValueError(f"{text!r} is not valid: it must be {SYNTAX}.")
 
 

@@ -139,7 +139,8 @@ class SoftSAC(ResumableAlgorithm):
     # The networks are in the policy, and what remains of the entropy coefficient is among the parameters
     NOT_IN_FILES = (
         *ResumableAlgorithm.NOT_IN_FILES,
-        *("actor", "critic", "critic_target", "actor_target", "_ent_coef", "offline_data"),
+        *("actor", "critic", "critic_target", "actor_target", "_ent_coef", "offline_data", "_has_offline_data"),
+        "_made_from",
     )
 
     _runner: Runner | None = None
@@ -149,6 +150,8 @@ class SoftSAC(ResumableAlgorithm):
     _reward_scale: RewardScale | None = None
     _held_noise: HeldNoise | None = None
     _offline_source: offline.Source | None = None
+    _has_offline_data = False  # it has been read: from then on, offline_data=None means that the user wants it no more
+    _made_from: dict[str, Any]  # values of the arguments that something was made from
 
     def __init__(
         self,
@@ -275,17 +278,52 @@ class SoftSAC(ResumableAlgorithm):
         self.use_actor_target = self.policy.actor_target is not None
         self._create_aliases()
 
+        self._make_ent_coef()
         check_networks(self)
-        self.target_entropy = parse_target_entropy(self.target_entropy, int(np.prod(self.action_space.shape)))
+        self._note_arguments()
+
+    def _make_ent_coef(self) -> None:
         first_learning_rate = self._schedule(self.ent_coef_learning_rate)(1.0)
         self._ent_coef: EntCoef = make_ent_coef(self.ent_coef, first_learning_rate, self.device)
-        for name, default in (("ent_coef_learning_rate", None), ("ent_coef_loss", "log")):
-            value = getattr(self, name)
-            if self.log_ent_coef is None and value != default:
+
+    def _note_arguments(self) -> None:
+        """After making what is made from them."""
+        self.target_entropy = parse_target_entropy(self.target_entropy, int(np.prod(self.action_space.shape)))
+        names = ("n_steps", "gamma", "learning_rate", "lr_schedule", "ent_coef")
+        self._made_from = {name: getattr(self, name) for name in names}
+
+    def _take_changes(self) -> None:
+        """Make anew what was made from arguments that the user has changed since."""
+        changed = {name for name, value in self._made_from.items() if getattr(self, name) != value}
+        self._convert_train_freq()
+        buffer, kwargs = self.replay_buffer, self.replay_buffer_kwargs
+        if "n_steps" in changed:
+            if not isinstance(buffer, ReplayBuffer) or "n_steps" in kwargs:
                 raise ValueError(
-                    f"{name}={value!r} has no effect on the fixed ent_coef={self.ent_coef}: use "
-                    f"ent_coef='auto_{self.ent_coef}' to learn it, or leave {name} out."
+                    f"n_steps={self.n_steps} has no effect on this replay buffer (replay_buffer_class="
+                    f"{type(buffer).__name__}, replay_buffer_kwargs={kwargs}): set it back to "
+                    f"{self._made_from['n_steps']}, or make a new model without these."
                 )
+            buffer.n_steps, self._runner = self.n_steps, None
+        if isinstance(buffer, ReplayBuffer) and changed & {"n_steps", "gamma"} and "gamma" not in kwargs:
+            buffer.gamma = self.gamma
+        if "learning_rate" in changed and "lr_schedule" not in changed:  # SB3's users change the schedule itself
+            self._setup_lr_schedule()
+        if "ent_coef" in changed:
+            self._make_ent_coef()
+        if self.use_actor_target != (self.policy.actor_target is not None):
+            if self.use_actor_target:
+                self.policy.make_actor_target()
+            else:
+                self.policy.actor_target = None
+            self._create_aliases()
+            self._runner = None
+        self._note_arguments()
+
+    def _convert_train_freq(self) -> None:
+        """As in SB3, which refuses lists and NumPy's numbers."""
+        parts: Any = self.train_freq if isinstance(self.train_freq, tuple | list) else (self.train_freq, "step")
+        self.train_freq = TrainFreq(int(parts[0]), TrainFrequencyUnit(parts[1]))  # type: ignore[assignment]
 
     def _adopt_sb3_classes(self) -> None:
         """A model saved by SB3's ``SAC`` names SB3's policy and buffer classes: use our counterparts."""
@@ -307,8 +345,9 @@ class SoftSAC(ResumableAlgorithm):
         if self.replay_buffer_class is None or issubclass(self.replay_buffer_class, ReplayBuffer):
             self.replay_buffer_class = self.replay_buffer_class or ReplayBuffer
             self.optimize_memory_usage = False  # nothing left to do, and SB3 would cut the last episode for its sake
-            # A user's subclass need not know n-step returns
-            own: dict[str, Any] = {"n_steps": self.n_steps, "gamma": self.gamma} if self.n_steps > 1 else {}
+            own: dict[str, Any] = {"n_steps": self.n_steps, "gamma": self.gamma}
+            if self.n_steps == 1 and "n_steps" not in self.replay_buffer_kwargs:
+                own = {}  # a user's subclass need not know n-step returns
         else:
             own = {"optimize_memory_usage": self.optimize_memory_usage}
             if issubclass(self.replay_buffer_class, HerReplayBuffer):
@@ -378,6 +417,7 @@ class SoftSAC(ResumableAlgorithm):
 
     def _setup_learn(self, total_timesteps: int, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
         check_options(self)  # first, since these may raise
+        self._take_changes()
         check_networks(self)
         self._set_device_replay()
         self._set_reward_scale()
@@ -565,14 +605,13 @@ class SoftSAC(ResumableAlgorithm):
             yield Minibatches(samples if divisor == 1.0 else with_scaled_rewards(samples, 1.0 / divisor), n)
 
     def _update_options(self) -> UpdateOptions:
-        assert isinstance(self.target_entropy, float)
         return UpdateOptions(
             gamma=self.gamma,
             tau=self.tau,
             target_update_interval=self.target_update_interval,
             policy_delay=self.policy_delay,
             policy_delay_compensation=self.policy_delay_compensation,
-            target_entropy=self.target_entropy,
+            target_entropy=float(self.target_entropy),
             ent_coef_loss=self.ent_coef_loss,
             log_action_scale=log_action_scale(self.action_space) if self.entropy_space == "env" else 0.0,
             max_grad_norm=self.max_grad_norm,

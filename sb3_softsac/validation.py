@@ -9,6 +9,7 @@ import numpy as np
 from gymnasium import spaces
 from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, CombinedExtractor, NatureCNN
+from stable_baselines3.common.type_aliases import TrainFrequencyUnit
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecTransposeImage, unwrap_vec_normalize
 
 from sb3_softsac import networks, schedules
@@ -23,7 +24,8 @@ MEANINGLESS_BOUND = 100.0
 def check_action_space(action_space: spaces.Space[Any]) -> None:
     """
     :param action_space: of the environment
-    :raises ValueError: unless it is a ``Box`` whose bounds are finite and apart; the message has the fix
+    :raises ValueError: unless it is a ``Box`` whose bounds are finite and apart, and their difference is one of its
+        dtype; the message has the fix
     """
     if not isinstance(action_space, spaces.Box):
         raise ValueError(
@@ -32,7 +34,16 @@ def check_action_space(action_space: spaces.Space[Any]) -> None:
         )
     low, high = action_space.low.ravel(), action_space.high.ravel()
     with np.errstate(over="ignore", invalid="ignore"):
-        bad = ~(np.isfinite(high - low) & (low < high))
+        width = high - low
+    wraps = (low < high) & (width <= 0)  # of integers. SB3 would compute wrong actions with it
+    if wraps.any():
+        i = int(np.flatnonzero(wraps)[0])
+        raise ValueError(
+            f"Action dimension {i} has the bounds [{low[i]}, {high[i]}], too far apart for {low.dtype}: "
+            "give the environment a Box of float32, for instance with gymnasium.wrappers.TransformAction(env, lambda "
+            f"action: action.round().astype('{low.dtype}'), Box(low, high, dtype='float32'))."
+        )
+    bad = ~(np.isfinite(width) & (low < high))
     if bad.any():
         i = int(np.flatnonzero(bad)[0])
         raise ValueError(
@@ -71,6 +82,26 @@ def check_wrappers(env: VecEnv) -> None:
         env = env.venv
 
 
+def check_starts(space: spaces.Space[Any]) -> None:
+    """
+    :param space: observation space
+    :raises ValueError: if discrete values do not start at 0; torch would complain about a value, in mid-run
+    """
+    for name, part in _parts(space):
+        if isinstance(part, spaces.Discrete | spaces.MultiDiscrete) and np.any(part.start != 0):
+            raise ValueError(
+                f"{name}={part} does not start at 0, but SB3 encodes its values from 0 on. Shift them, for instance "
+                "with gymnasium.wrappers.TransformObservation(env, lambda obs: obs - start, Discrete(n))."
+            )
+
+
+def _parts(space: spaces.Space[Any]) -> list[tuple[str, spaces.Space[Any]]]:
+    """With their names."""
+    if isinstance(space, spaces.Dict):
+        return [(f"observation_space[{key!r}]", part) for key, part in space.spaces.items()]
+    return [("observation_space", space)]
+
+
 def check_image_sizes(space: spaces.Space[Any], extractor: type[BaseFeaturesExtractor], normalize_images: bool) -> None:
     """
     :param space: observation space, images with channels first
@@ -80,13 +111,11 @@ def check_image_sizes(space: spaces.Space[Any], extractor: type[BaseFeaturesExtr
     """
     if extractor not in (NatureCNN, CombinedExtractor):
         return
-    parts = space.spaces.items() if isinstance(space, spaces.Dict) else [("", space)]
-    for key, part in parts:
+    for name, part in _parts(space):
         if not is_image_space(part, normalized_image=not normalize_images):
             continue
         height, width = part.shape[1:]  # type: ignore[index]
         if min(height, width) < MIN_IMAGE_SIZE:
-            name = f"observation_space[{key!r}]" if key else "observation_space"
             least = f"{MIN_IMAGE_SIZE} x {MIN_IMAGE_SIZE}"
             raise ValueError(
                 f"{name} is an image of {height} x {width} pixels, but NatureCNN needs at least {least}. Enlarge it, "
@@ -113,8 +142,9 @@ def check_options(model: Any) -> None:
 
     for name in ("buffer_size", "batch_size", "n_steps", "target_update_interval", "policy_delay"):
         require(is_int(getattr(model, name), 1), name, "an integer >= 1")
-    frequency = model.train_freq[0] if isinstance(model.train_freq, tuple | list) else model.train_freq
-    require(is_int(frequency, 1), "train_freq", "an integer >= 1, or (an integer >= 1, 'step' or 'episode')")
+    parts = model.train_freq if isinstance(model.train_freq, tuple | list) else (model.train_freq, "step")
+    valid = len(parts) == 2 and is_int(parts[0], 1) and parts[1] in ("step", "episode", *TrainFrequencyUnit)
+    require(valid, "train_freq", "an integer >= 1, or (an integer >= 1, 'step' or 'episode')")
     require(is_int(model.gradient_steps, -1), "gradient_steps", "an integer >= 0, or -1: one for each step collected")
     require(is_number(model.learning_starts, 0), "learning_starts", "a number >= 0")
     require(model.random_steps is None or is_number(model.random_steps, 0), "random_steps", "a number >= 0, or None")
@@ -197,11 +227,23 @@ def parse_target_entropy(target_entropy: Any, n_actions: int) -> float:
 
 def check_networks(model: Any) -> None:
     """
-    :param model: ``SoftSAC`` with its networks
-    :raises ValueError: for options that make no sense with these networks or this environment
+    :param model: ``SoftSAC`` with its networks and entropy coefficient
+    :raises ValueError: for options that make no sense with these or with this environment
     """
     from sb3_softsac.policies import Actor, Critic  # which imports this module
 
+    if model.use_sde != model.actor.use_sde:
+        raise ValueError(
+            f"use_sde={model.use_sde} has no effect on this actor, which was made with use_sde={model.actor.use_sde}: "
+            "make a new model."
+        )
+    for name, default in (("ent_coef_learning_rate", None), ("ent_coef_loss", "log")):
+        value = getattr(model, name)
+        if model.log_ent_coef is None and value != default:
+            raise ValueError(
+                f"{name}={value!r} has no effect on the fixed ent_coef={model.ent_coef}: use "
+                f"ent_coef='auto_{model.ent_coef}' to learn it, or leave {name} out."
+            )
     has_batch_norm = bool(networks.batch_norms(model.policy))
     head = head_of(model.critic)
     if model.joint_batch is not None and not has_batch_norm:

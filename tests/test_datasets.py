@@ -11,10 +11,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import gymnasium as gym
 import minari
 import numpy as np
 import pytest
 import resume_script
+from fsspec.implementations.memory import MemoryFileSystem
 from gymnasium import spaces
 from hypothesis import given
 from hypothesis import strategies as st
@@ -25,6 +27,7 @@ from stable_baselines3.common.vec_env import VecNormalize
 from sb3_softsac import CheckpointCallback, CheckpointError, ReplayBuffer, SoftSAC, checkpoint, datasets
 from sb3_softsac.buffers import map_obs
 from sb3_softsac.execution import device_replay
+from sb3_softsac.persistence import atomic_files
 
 BOX = spaces.Box(-np.inf, np.inf, (3,), dtype=np.float64)
 ACTIONS = spaces.Box(np.array([-2.0, 0.0], dtype=np.float32), np.array([2.0, 10.0], dtype=np.float32))
@@ -326,6 +329,15 @@ MISTAKES: dict[str, tuple[Callable[[Any], Any], str]] = {
     "width": (with_key("state", lambda a: a[:, :2]), "observations['state'] of episode 1 has the shape (5, 2), "),
     "image": (with_key("image", lambda a: a / 255), "observations['image'] of episode 1 has the dtype float64"),
     "kind": (with_key("kind", lambda a: a + 4), "observations['kind'] of episode 1 has values from 4 to "),
+    "large reward": (
+        with_field("rewards", lambda a: a * [1.0, 1e39, 1.0, 1.0]),
+        "rewards of episode 1 has values that float32 cannot hold, in row 1.",
+    ),
+    "large state": (with_key("state", lambda a: a + 1e39), "observations['state'] of episode 1 has values that float"),
+    "large pixel": (
+        with_key("image", lambda a: a + np.uint16(256)),
+        "observations['image'] of episode 1 has values that uint8 cannot hold, in row 0.",
+    ),
 }
 
 
@@ -475,6 +487,122 @@ def test_errors_on_the_command_line(
     with pytest.raises(RuntimeError, match="no more"):
         datasets.write("some/two-v0", broken(), model.observation_space, model.action_space)
     assert not (minari_folder / "some" / "two-v0").exists()
+
+
+class Constant(gym.Env[int, np.ndarray]):
+    """Observations are ints, as in Gymnasium's toy texts."""
+
+    def __init__(self, value: int = 1) -> None:
+        self.value = value
+        self.observation_space, self.action_space = spaces.Discrete(9), spaces.Box(-1.0, 1.0, (2,))
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[int, dict[str, Any]]:
+        super().reset(seed=seed)
+        self.left = 3
+        return self.value, {}
+
+    def step(self, action: np.ndarray) -> tuple[int, float, bool, bool, dict[str, Any]]:
+        self.left -= 1
+        return self.value, 1.0, self.left == 0, False, {}
+
+
+@pytest.fixture
+def constant_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    spec = gym.envs.registration.EnvSpec("Constant-v0", f"{__name__}:Constant")
+    monkeypatch.setitem(gym.registry, "Constant-v0", spec)
+    env = gym.wrappers.ClipReward(gym.make("Constant-v0", value=5), -2.0, 2.0)
+    SoftSAC("MlpPolicy", env, **SMALL).learn(10).save(tmp_path / "constant.zip")
+    return tmp_path / "constant.zip"
+
+
+@pytest.mark.parametrize(
+    ("args", "value", "lost"),
+    [
+        ((), 5, ""),
+        (("--episodes", 2), 5, "what the run had around Constant-v0: ClipReward(min_reward=-2.0, max_reward=2.0). If"),
+        (("--episodes", 2, "--env", "Constant-v0"), 1, ""),
+    ],
+)
+def test_environment_of_the_run(
+    args: tuple[Any, ...],
+    value: int,
+    lost: str,
+    constant_run: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert command(monkeypatch, "export-dataset", constant_run, "some/constant-v0", *args) == 0
+    err = capsys.readouterr().err
+    assert lost in err if lost else "around" not in err
+    dataset = minari.load_dataset("some/constant-v0")
+    assert dataset.total_episodes >= 2
+    for episode in dataset:
+        np.testing.assert_array_equal(episode.observations, value)
+    assert dataset.env_spec is not None
+    assert gym.make(dataset.env_spec).unwrapped.value == value  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(("entry_point", "kwargs"), [(Constant, {}), ("a:b", {"x": np.ones(2)}), ("a:b", {"x": int})])
+def test_environments_that_are_no_json(
+    entry_point: Any, kwargs: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(gym.registry, "Odd-v0", gym.envs.registration.EnvSpec("Odd-v0", entry_point))
+    data = [datasets.Episode(**each) for each in draw_dataset(BOX, [3])]
+    assert datasets.write("some/one-v0", data, BOX, ACTIONS, "Odd-v0", kwargs).env_spec is None
+
+
+def test_environments_that_cannot_be_made(
+    constant_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = "export-dataset", constant_run, "some/constant-v0", "--episodes", 1
+    assert command(monkeypatch, *args, "--env", "Nothing-v0") == 1
+    assert "Nothing-v0 cannot be made with the arguments {}: " in capsys.readouterr().err
+    monkeypatch.setattr(Constant, "__init__", lambda self: None)
+    assert command(monkeypatch, *args) == 1
+    assert "Constant-v0 cannot be made with the arguments {'value': 5}: " in capsys.readouterr().err
+
+
+def test_each_episode_has_its_own_gsde_noise() -> None:
+    model = SoftSAC("MlpPolicy", Constant(), use_sde=True, **SMALL)
+    first, second = datasets.play(model, model.env, 2, deterministic=False)  # type: ignore[arg-type]
+    for episode in (first, second):
+        assert (episode.actions == episode.actions[0]).all()
+    assert not np.allclose(first.actions, second.actions)
+
+
+def test_another_process_was_quicker() -> None:
+    mine, other = ([datasets.Episode(**each) for each in draw_dataset(BOX, lengths)] for lengths in ([3, 4], [5]))
+
+    def slow() -> Any:
+        yield mine[0]
+        datasets.write("some/one-v0", other, BOX, ACTIONS)
+        yield mine[1]
+
+    with pytest.raises(ValueError, match="There is a dataset in "):
+        datasets.write("some/one-v0", slow(), BOX, ACTIONS)
+    assert minari.load_dataset("some/one-v0").total_steps == 5
+
+
+def test_two_processes_at_once(monkeypatch: pytest.MonkeyPatch, minari_folder: Path) -> None:
+    """The other makes the folder after this one has looked, and is still writing."""
+    folder = minari_folder / "some" / "one-v0"
+    folder.mkdir(parents=True)
+    monkeypatch.setattr(Path, "exists", lambda self: False)
+    with pytest.raises(ValueError, match="There is a dataset in "):
+        datasets.write("some/one-v0", [], BOX, ACTIONS)
+    monkeypatch.undo()
+    assert folder.is_dir()
+
+
+def test_half_a_dataset_is_removed(monkeypatch: pytest.MonkeyPatch, minari_folder: Path) -> None:
+    def interrupt(storage: Any) -> None:
+        assert storage.total_steps == 3
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(minari, "MinariDataset", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        datasets.write("some/one-v0", [datasets.Episode(**each) for each in draw_dataset(BOX, [3])], BOX, ACTIONS)
+    assert not (minari_folder / "some" / "one-v0").exists()
 
 
 def test_datasets_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -681,6 +809,20 @@ def test_data_that_is_missing_or_different_at_load(kind: str, tmp_path: Path, mi
         load(pendulum())
     with pytest.warns(UserWarning, match="The continuation differs: offline_data"):
         load(pendulum(), offline_data=data).learn(5)
+
+
+@pytest.mark.parametrize("suffix", [".zip", ""])
+@pytest.mark.parametrize("make", [str, atomic_files.as_path])
+def test_data_on_object_storage(make: Callable[[str], Any], suffix: str, tmp_path: Path) -> None:
+    pytest.importorskip("upath")
+    try:
+        make_model(offline_data=None).learn(40).save("memory://bucket/source.zip")
+        make_model(offline_data=make(f"memory://bucket/source{suffix}")).learn(40).save(tmp_path / "model")
+        assert SoftSAC.load(tmp_path / "model", pendulum()).offline_data.size() == 40
+    finally:
+        MemoryFileSystem.store.clear()
+    with pytest.raises(CheckpointError, match=f"offline data 'memory://bucket/source{suffix}' of the run cannot be re"):
+        SoftSAC.load(tmp_path / "model", pendulum())
 
 
 @pytest.mark.parametrize("kind", ["episodes", "buffer", "part"])

@@ -18,10 +18,18 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
+from fsspec.implementations.memory import MemoryFileSystem
 from gymnasium import spaces
 from stable_baselines3 import SAC
 from stable_baselines3.common.envs import FakeImageEnv
-from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecFrameStack, VecNormalize
+from stable_baselines3.common.vec_env import (
+    DummyVecEnv,
+    VecEnv,
+    VecExtractDictObs,
+    VecFrameStack,
+    VecNormalize,
+    VecTransposeImage,
+)
 from torch import nn
 from twins import SMALL, NormExtractor
 
@@ -237,6 +245,37 @@ def test_torch_export(name: str, tmp_path: Path) -> None:
         np.testing.assert_allclose(action.numpy(), expected(model, obs), atol=TOLERANCE)
 
 
+BOTH = spaces.Dict({"image": IMAGE, "vector": VECTOR})
+RAW: dict[str, Any] = {"policy_kwargs": {"normalize_images": False}}
+ABOVE = {
+    "normalized": Case(lambda: normalized(VecTransposeImage(vec_env(IMAGE))), "CnnPolicy", RAW),
+    "normalized_dict": Case(lambda: normalized(VecTransposeImage(vec_env(BOTH))), "MultiInputPolicy", RAW),
+    "image_of_dict": Case(lambda: VecExtractDictObs(VecTransposeImage(vec_env(BOTH)), "image"), "CnnPolicy"),
+    "vector_of_dict": Case(lambda: VecExtractDictObs(VecTransposeImage(vec_env(BOTH)), "vector")),
+}
+
+
+@pytest.mark.parametrize("channels_last", [None, False])
+@pytest.mark.parametrize("with_env", [True, False])
+@pytest.mark.parametrize("name", ABOVE)
+def test_layers_above_transposed_images(name: str, with_env: bool, channels_last: bool | None, tmp_path: Path) -> None:
+    """Their observations may be no images any more."""
+    model = make(ABOVE[name])
+    space = model.observation_space
+    obs = observations(DummyVecEnv([lambda: Spaces(space)]), 7)  # as the policy would see them without normalisation
+    parts = obs if isinstance(obs, dict) else {"obs": obs}
+    want = expected(model, obs)
+    if not with_env:
+        model.save(tmp_path / "model.zip")
+        model = SoftSAC.load(tmp_path / "model.zip", device="cpu")
+    model.export(tmp_path / "policy.pt2", channels_last=channels_last)
+    if channels_last is None:
+        parts = {key: part.transpose(0, 2, 3, 1) if part.ndim == 4 else part for key, part in parts.items()}
+    tensors = {key: th.as_tensor(part) for key, part in parts.items()}
+    (action,) = th.export.load(tmp_path / "policy.pt2").module()(tensors if isinstance(obs, dict) else tensors["obs"])
+    np.testing.assert_allclose(action.numpy(), want, atol=TOLERANCE)
+
+
 def test_metadata(tmp_path: Path) -> None:
     model = make(CASES["plain"])
     model.learn(30)
@@ -369,7 +408,7 @@ def trained() -> SoftSAC:
     return model
 
 
-@pytest.mark.parametrize("kind", ["file", "checkpoints", "best", "last", "killed"])
+@pytest.mark.parametrize("kind", ["file", "checkpoints", "best", "last", "killed", "here", "checkpoints here"])
 def test_command_reads_runs(
     kind: str, trained: SoftSAC, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -379,15 +418,18 @@ def test_command_reads_runs(
     if kind == "file":
         path = tmp_path / "model.zip"
         trained.save(path)
-    elif kind in ("best", "last"):
-        trained.save(run / ("best_model.zip" if kind == "best" else "Env-v0.zip"))
+    elif kind in ("best", "last", "here"):
+        trained.save(run / ("Env-v0.zip" if kind == "last" else "best_model.zip"))
         (run / "rl_model_20_steps.zip").write_text("not that")
     else:
-        path = tmp_path / "run" if kind == "checkpoints" else run
-        folder = path if kind == "checkpoints" else run / "checkpoints"
+        path = run if kind == "killed" else tmp_path / "run"
+        folder = run / "checkpoints" if kind == "killed" else path
         callback = CheckpointCallback(1, folder)
         callback.init_callback(trained)
         callback.save()
+    if "here" in kind:
+        monkeypatch.chdir(path)
+        path = Path(".")
     out = tmp_path / "out" / "policy.pt2"
     assert export_by_command(monkeypatch, path, "-o", out) == 0
     printed = capsys.readouterr().out
@@ -395,6 +437,21 @@ def test_command_reads_runs(
     policy, obs = th.export.load(out).module(), observations(trained.env, 7)
     (action,) = policy({key: th.as_tensor(part) for key, part in obs.items()})
     np.testing.assert_allclose(action.numpy(), expected(trained, obs), atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["", "/best_model", "/best_model.zip"])
+def test_command_reads_and_writes_object_storage(
+    name: str, trained: SoftSAC, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("upath")
+    try:
+        trained.save("memory://bucket/Env-v0_1/best_model.zip")
+        arguments = f"memory://bucket/Env-v0_1{name}", "-o", "memory://bucket/policy.pt2", "--no-channels-last"
+        assert export_by_command(monkeypatch, *arguments) == 0
+        assert "/bucket/policy.pt2" in MemoryFileSystem.store
+        assert "Input image: uint8, B, 3, 36, 40" in capsys.readouterr().out
+    finally:
+        MemoryFileSystem.store.clear()
 
 
 def test_statistics_beside_the_model(
@@ -425,17 +482,27 @@ def test_statistics_beside_the_model(
 
 
 def test_light_file(tmp_path: Path, trained: SoftSAC) -> None:
-    """It has the statistics, but does not say how images are given: the policy's own order, unless one says so."""
+    """It has the statistics, and says how images are given."""
     trained.save(tmp_path / "model.zip")
     checkpoint.export(tmp_path / "model.zip", tmp_path / "light.zip")
     model = SoftSAC.load(tmp_path / "light.zip", device="cpu")
     obs = observations(trained.env, 7)
-    for channels_last in (None, True):
+    for channels_last in (None, False):
         model.export(tmp_path / "policy.pt2", channels_last=channels_last)
-        image = obs["image"] if channels_last else obs["image"].transpose(0, 3, 1, 2)
+        image = obs["image"] if channels_last is None else obs["image"].transpose(0, 3, 1, 2)
         tensors = {key: th.as_tensor(part) for key, part in {**obs, "image": image}.items()}
         (action,) = th.export.load(tmp_path / "policy.pt2").module()(tensors)
         np.testing.assert_allclose(action.numpy(), expected(trained, obs), atol=TOLERANCE)
+
+
+def test_light_file_keeps_parameters_frozen(tmp_path: Path) -> None:
+    model = make(CASES["plain"])
+    frozen = next(model.actor.latent_pi.parameters())
+    frozen.requires_grad_(False)
+    model.save(tmp_path / "model.zip")
+    checkpoint.export(tmp_path / "model.zip", tmp_path / "light.zip")
+    loaded = SoftSAC.load(tmp_path / "light.zip", device="cpu")
+    assert [parameter.requires_grad for parameter in loaded.actor.latent_pi.parameters()][:2] == [False, True]
 
 
 def test_there_is_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -193,6 +193,19 @@ def test_predict_deterministic_is_tanh_of_the_mean(use_sde: bool) -> None:
     assert single.shape == (2,)
 
 
+def test_saturated_actions_are_within_the_bounds() -> None:
+    """In float32, -1.2 + (0.7 - -1.2) is more than 0.7. All other actions are SB3's."""
+    policy = SoftSACPolicy(OBSERVATION_SPACE, spaces.Box(-1.2, 0.7, (1,)), lambda _: 1e-3, net_arch=[8])
+    scaled = np.linspace(-1.0, 1.0, 1001, dtype=np.float32).reshape(-1, 1)
+    sb3s, ours = BasePolicy.unscale_action(policy, scaled), policy.unscale_action(scaled)
+    assert sb3s[-1] > policy.action_space.high and ours.dtype == np.float32
+    np.testing.assert_array_equal(ours[:-1], sb3s[:-1])
+    with th.no_grad():
+        policy.actor.mu.bias.fill_(100.0)
+    action, _ = policy.predict(np.zeros(4, dtype=np.float32), deterministic=True)
+    assert policy.action_space.contains(action) and action == policy.action_space.high
+
+
 def test_stochastic_predictions_have_the_policys_distribution() -> None:
     policy = make_policy()
     obs = observations(1)

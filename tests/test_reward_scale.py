@@ -6,13 +6,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch as th
+from gymnasium import spaces
 from stable_baselines3 import HerReplayBuffer
 from stable_baselines3.common.buffers import ReplayBuffer as SB3ReplayBuffer
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import BitFlippingEnv
 from twins import SMALL
 
-from sb3_softsac import SoftSAC
+from sb3_softsac import ReplayBuffer, SoftSAC
 from sb3_softsac.execution.device_replay import StoredBatch, with_scaled_rewards
 from sb3_softsac.reward_scale import RewardScale
 
@@ -60,6 +61,26 @@ def test_new_episodes_and_other_environments() -> None:
     scale.update(np.array([2.0, 2.0, 2.0]), np.array([False] * 3), GAMMA)
     np.testing.assert_allclose(scale.returns, 2.0)
     assert scale.max_return == pytest.approx(1.0 + GAMMA * 4.0)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("from_buffer", [False, True])
+def test_rewards_that_are_not_finite_are_left_out(bad: float, from_buffer: bool) -> None:
+    scale = RewardScale()
+    rewards = np.array([[1.0, 2.0], [bad, 2.0], [1.0, bad], [bad, bad]], dtype=np.float32)
+    if from_buffer:
+        box = spaces.Box(-1.0, 1.0, (1,))
+        buffer = SB3ReplayBuffer(8, box, box, "cpu", n_envs=2)
+        for row in rewards:
+            buffer.add(*np.zeros((3, 2, 1)), row, np.zeros(2), [{}, {}])
+        scale.update_from(buffer, GAMMA)
+    else:
+        for row in rewards:
+            scale.update(row, np.zeros(2, dtype=bool), GAMMA)
+    kept = np.array([1.0, 2.0, 2.0 + 2.0 * GAMMA, 1.0 + GAMMA**2])
+    assert scale.statistics.count == pytest.approx(4, abs=1e-3)
+    assert scale.divisor() == pytest.approx(kept.std(), rel=1e-3) and scale.max_return == pytest.approx(kept.max())
+    np.testing.assert_allclose(scale.returns, [GAMMA + GAMMA**3, GAMMA**2 * kept[2]])
 
 
 def sampled_rewards(model: SoftSAC) -> np.ndarray:
@@ -122,6 +143,28 @@ def test_it_can_begin_at_load(tmp_path: Path) -> None:
     assert loaded._reward_divisor() == pytest.approx(other._reward_divisor(), rel=1e-5)
     loaded.learn(10)
     assert loaded._reward_scale is not None and loaded._reward_scale.statistics.count == pytest.approx(40, abs=1e-3)
+
+
+@pytest.mark.parametrize("buffer_class", [ReplayBuffer, SB3ReplayBuffer])
+def test_it_begins_with_a_buffer(buffer_class: type[SB3ReplayBuffer]) -> None:
+    """A ring, whose episodes end nowhere but in ``ends``: they were cut off. SB3's needs ``dones``."""
+    rewards, ends = series(200, 1)
+    ends[-1] = True
+    space = spaces.Box(-1.0, 1.0, (1,))
+    buffer = buffer_class(120, space, space, device="cpu")
+    for rows in np.split(np.arange(200), np.flatnonzero(ends)[:-1] + 1):
+        if isinstance(buffer, ReplayBuffer):
+            none = np.zeros(len(rows), dtype=bool)
+            episode = {"observations": np.zeros((len(rows) + 1, 1)), "actions": np.zeros((len(rows), 1))}
+            buffer.add_dataset([{**episode, "rewards": rewards[rows, 0], "terminations": none, "truncations": none}])
+        else:
+            for row in rows:
+                buffer.add(np.zeros(1), np.zeros(1), np.zeros(1), rewards[row], ends[row], [{}])
+    scale, expected = RewardScale(), returns_slowly(rewards[80:], ends[80:])
+    scale.update_from(buffer, GAMMA)
+    assert scale.max_return == pytest.approx(np.abs(expected).max())
+    assert scale.divisor() == pytest.approx(expected.std(), rel=1e-3)
+    np.testing.assert_array_equal(scale.returns, 0.0)
 
 
 def test_nothing_is_scaled_before_the_first_reward() -> None:

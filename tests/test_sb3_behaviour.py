@@ -585,6 +585,20 @@ def test_her_without_an_episode_has_learned_nothing() -> None:
     assert model._n_updates == 0 and model.num_timesteps == 20
 
 
+@pytest.mark.parametrize(
+    "space", [gym.spaces.Discrete(3, start=1), gym.spaces.MultiDiscrete([2, 3], start=[0, -1])], ids=type
+)
+@pytest.mark.parametrize("is_part", [False, True])
+def test_discrete_values_that_do_not_start_at_0(space: Any, is_part: bool) -> None:
+    class Numbers(gym.Env):
+        observation_space = gym.spaces.Dict({"number": space}) if is_part else space
+        action_space = gym.spaces.Box(-1.0, 1.0, (1,))
+
+    name = r"observation_space\['number'\]" if is_part else "observation_space"
+    with pytest.raises(ValueError, match=rf"{name}=.*Discrete\(.* does not start at 0.*Shift them"):
+        SoftSAC("MultiInputPolicy" if is_part else "MlpPolicy", Numbers())
+
+
 def test_small_images() -> None:
     with pytest.raises(
         ValueError, match=r"observation_space is an image of 20 x 40 pixels.*36 x 36.*ResizeObs.*extrac"

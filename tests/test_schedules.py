@@ -20,6 +20,7 @@ from sb3_softsac import SoftSAC, schedules
 def test_parse(text: str, values: tuple[float, ...]) -> None:
     schedule = schedules.parse(text)
     assert [schedule(progress) for progress in (1.0, 0.5, 0.0)] == pytest.approx(list(values))
+    assert schedule(-0.3) == schedule(0.0)  # the last rollout may go on behind the end
 
 
 def test_cosine_is_flat_at_both_ends() -> None:

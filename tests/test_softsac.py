@@ -1,5 +1,7 @@
 """SoftSAC's own options, schedules, errors and log."""
 
+import copy
+import re
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -8,13 +10,17 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
+from gymnasium.wrappers import TransformAction
 from stable_baselines3 import SAC
+from stable_baselines3.common.buffers import NStepReplayBuffer
+from stable_baselines3.common.buffers import ReplayBuffer as SB3ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.logger import KVWriter, Logger
 from stable_baselines3.common.noise import NormalActionNoise, OrnsteinUhlenbeckActionNoise
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+from stable_baselines3.common.type_aliases import TrainFreq, TrainFrequencyUnit
 from stable_baselines3.common.vec_env import SubprocVecEnv
 from torch import nn
 
@@ -460,6 +466,8 @@ class BoxActions(gym.Env):
         (spaces.Box(-3e38, 3e38, (1,)), "dimension 0 has the bounds"),
         (spaces.Box(np.array([0.5]), np.array([0.5]), dtype=np.float64), "low below high"),
         (spaces.Discrete(3), "Box action space"),
+        (spaces.Box(-100, 100, (1,), np.int8), r"0 has the bounds \[-100, 100\], too far apart for int8: give"),
+        (spaces.Box(np.array([0, -(2**62)]), 2**62, dtype=np.int64), "dimension 1 .* too far apart for int64"),
     ],
 )
 def test_bad_action_spaces(space: spaces.Space, message: str) -> None:
@@ -472,6 +480,15 @@ def test_nan_action_bounds() -> None:
     space.high = np.array([1.0, np.nan], dtype=np.float32)
     with pytest.raises(ValueError, match="dimension 1 has the bounds"):
         SoftSAC("MlpPolicy", BoxActions(space))
+
+
+def test_whole_numbers_as_the_error_says() -> None:
+    """The environment's step asserts that each action is in its space."""
+    env = BoxActions(spaces.Box(-100, 100, (2,), np.int8))
+    space = spaces.Box(env.action_space.low, env.action_space.high, dtype="float32")
+    wrapped = TransformAction(env, lambda action: action.round().astype("int8"), space)
+    with pytest.warns(UserWarning, match="-100 and 100"):
+        SoftSAC("MlpPolicy", wrapped, learning_starts=20, batch_size=8, **SMALL).learn(25)
 
 
 def test_bounds_that_stand_for_none_warn() -> None:
@@ -501,13 +518,13 @@ def test_uneven_action_bounds_are_kept() -> None:
         ("qf_learning_rate", -1e-3), ("ent_coef_learning_rate", "fast"), ("learning_rate", float("nan")), ("tau", 1.5),
         ("gamma", -0.1), ("batch_size", 0), ("n_steps", 0), ("buffer_size", 0), ("gradient_steps", -2),
         ("learning_starts", -5), 
-        ("train_freq", 0), ("train_freq", 1.5),
+        ("train_freq", 0), ("train_freq", 1.5), ("train_freq", []), ("train_freq", (4,)), ("train_freq", [4, "steps"]),
         ("ent_coef", "automatic"), ("target_entropy", "low"), ("target_entropy", float("inf")),
         ("tau", "0.005"), ("gamma", None), ("max_grad_norm", "1"), ("target_entropy", None), ("use_actor_target", "no"),
     ],
 )  # fmt: skip
 def test_bad_options(option: str, value: Any) -> None:
-    with pytest.raises(ValueError, match=f"{option}={value!r}"):
+    with pytest.raises(ValueError, match=re.escape(f"{option}={value!r}")):
         SoftSAC("MlpPolicy", "Pendulum-v1", **{option: value})
 
 
@@ -524,6 +541,14 @@ def test_options_that_exclude_each_other() -> None:
 def test_target_entropy(target_entropy: Any) -> None:
     model = SoftSAC("MlpPolicy", "Pendulum-v1", target_entropy=target_entropy, **SMALL)
     assert model.target_entropy == pytest.approx(-1.0 if target_entropy == "auto" else float(target_entropy))
+
+
+@pytest.mark.parametrize(
+    "train_freq", [np.int64(4), [4, "step"], (np.int64(4), "step"), TrainFreq(4, TrainFrequencyUnit.STEP)]
+)
+def test_train_freq(train_freq: Any) -> None:
+    model = SoftSAC("MlpPolicy", "Pendulum-v1", train_freq=train_freq, **SMALL)
+    assert model.train_freq == TrainFreq(4, TrainFrequencyUnit.STEP) and type(model.train_freq.frequency) is int
 
 
 def test_gradient_steps_minus_one_with_episodes() -> None:
@@ -631,6 +656,134 @@ def test_changed_schedule_reaches_all_optimizers() -> None:
     assert model.ent_coef_optimizer is not None
     optimizers = model.actor.optimizer, model.ent_coef_optimizer, model.critic.optimizer
     assert [optimizer.param_groups[0]["lr"] for optimizer in optimizers] == [1e-6, 1e-6, 0.01]
+
+
+BATCH_NORM = {"net_arch": [16], "normalization": "batch"}
+CHANGES: list[tuple[str, Any, dict[str, Any]]] = [
+    ("learning_rate", 1e-2, {}), ("learning_rate", "cos_1e-2", {}), ("qf_learning_rate", 1e-2, {}),
+    ("ent_coef_learning_rate", 1e-2, {}), ("batch_size", 16, {}), ("tau", 0.5, {}), ("gamma", 0.5, {}),
+    ("gamma", 0.5, {"n_steps": 3}), ("gamma", 0.5, {"replay_buffer_kwargs": {"n_steps": 3}}), ("n_steps", 3, {}),
+    ("n_steps", 3, {"gamma": 0.5}), ("n_steps", 1, {"n_steps": 3}), ("train_freq", 4, {}),
+    ("train_freq", (2, "step"), {}), ("gradient_steps", 2, {}),
+    ("ent_coef", 0.3, {}), ("ent_coef", "auto_0.1", {"ent_coef": 0.3}), ("target_update_interval", 3, {}),
+    ("target_entropy", -3, {}), ("target_entropy", "auto_0.5", {}), ("target_entropy", np.float32(-3), {}),
+    ("policy_delay", 2, {}), ("policy_delay_compensation", True, {"policy_delay": 2}), ("random_steps", 70, {}),
+    ("use_actor_target", True, {}), ("use_actor_target", False, {"use_actor_target": True}),
+    ("ent_coef_loss", "exp", {"ent_coef": "auto_0.1"}), ("entropy_space", "env", {}), ("max_grad_norm", 0.01, {}),
+    ("joint_batch", "critic", {"policy_kwargs": BATCH_NORM}), ("use_critic_target", False, {}),
+    ("normalize_rewards", "std", {}), ("max_noise_repeat", 8, {}), ("sde_sample_freq", 2, {"use_sde": True}),
+]  # fmt: skip
+
+
+class Seed(BaseCallback):
+    def _on_training_start(self) -> None:
+        self.model.set_random_seed(3)
+
+    def _on_step(self) -> bool:
+        return True
+
+
+def learn_seeded(model: SoftSAC, n_steps: int) -> dict[str, th.Tensor]:
+    """Some updates, and the networks after them."""
+    model.learning_starts = 0
+    model.learn(n_steps, callback=Seed(), reset_num_timesteps=False)
+    return snapshot(model)
+
+
+@pytest.mark.parametrize(("name", "value", "options"), CHANGES)
+def test_argument_changed_between_two_calls_of_learn(name: str, value: Any, options: dict[str, Any]) -> None:
+    """The model goes on as if it had been made with it."""
+    options = {"batch_size": 8, "learning_rate": 1e-3, "compile": False, **options}
+    changed, made, unchanged = pendulum(**options), pendulum(**{**options, name: value}), pendulum(**options)
+    setattr(changed, name, value)
+    found, expected, otherwise = (learn_seeded(model, 8) for model in (changed, made, unchanged))
+    th.testing.assert_close(found, expected, rtol=0.0, atol=0.0)
+    if found.keys() == otherwise.keys():
+        assert not all(th.equal(value, otherwise[key]) for key, value in expected.items())
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "options", "message"),
+    [
+        ("use_sde", True, {}, "use_sde=True .*: make a new model"),
+        ("use_sde", False, {"use_sde": True}, "use_sde=False .*: make a new model"),
+        ("n_steps", 3, {"replay_buffer_class": SB3ReplayBuffer}, "n_steps=3 .*class=ReplayBuffer.* set it back to 1"),
+        ("n_steps", 5, {"replay_buffer_kwargs": {"n_steps": 3}}, "n_steps=5 .*{'n_steps': 3}.* set it back to 1"),
+        ("ent_coef_learning_rate", 1e-3, {"ent_coef": 0.3}, "no effect on the fixed ent_coef=0.3"),
+        ("ent_coef_loss", "exp", {"ent_coef": 0.3}, "no effect on the fixed ent_coef=0.3"),
+        ("ent_coef", "high", {}, "ent_coef='high' is not valid"),
+        ("train_freq", (1, "day"), {}, r"train_freq=\(1, 'day'\) is not valid"),
+    ],
+)
+def test_argument_that_cannot_be_changed(name: str, value: Any, options: dict[str, Any], message: str) -> None:
+    model = SoftSAC("MlpPolicy", "Pendulum-v1", **SMALL, **options)
+    before = getattr(model, name)
+    setattr(model, name, value)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=message):
+            model.learn(1)
+    setattr(model, name, before)
+    model.learn(1)
+
+
+@pytest.mark.parametrize("also", ["nothing", "learning_rate"])
+def test_schedule_of_the_user_stays(also: str) -> None:
+    model = pendulum()
+    model.lr_schedule = schedule = lambda progress: 1e-6
+    if also == "learning_rate":
+        model.learning_rate = 0.5
+    model.learn(1)
+    assert model.lr_schedule is schedule
+    model.learning_rate = 0.25
+    model.learn(1)
+    assert model.lr_schedule(1.0) == 0.25
+
+
+def test_target_entropy_set_before_train() -> None:
+    model = pendulum()
+    model.target_entropy = -3
+    model.train(1, 8)
+    assert model._n_updates == 1
+
+
+def test_offline_data_set_to_none(tmp_path: Any) -> None:
+    model = pendulum(offline_data=pendulum().replay_buffer, batch_size=8)
+    model.learn(1)
+    assert len(model.offline_data.rewards) == 64
+    model.offline_data = None
+    model.learn(1)
+    assert model.offline_data is None and model._offline_source is None
+    model.train(1, 8)
+    model.save(tmp_path / "model")
+    assert SoftSAC.load(tmp_path / "model", gym.make("Pendulum-v1"), device="cpu").offline_data is None
+
+
+@pytest.mark.parametrize(
+    ("options", "n_steps"),
+    [
+        ({"replay_buffer_kwargs": {"n_steps": 3}}, 3),
+        ({"replay_buffer_kwargs": {"n_steps": 3, "gamma": 0.5}, "gamma": 0.9}, 3),
+        ({"replay_buffer_class": NStepReplayBuffer, "replay_buffer_kwargs": {"n_steps": 3, "gamma": 0.5}}, 3),
+        ({"replay_buffer_class": SB3ReplayBuffer}, 1),
+    ],
+)
+def test_offline_data_has_the_returns_of_the_replay_buffer(options: dict[str, Any], n_steps: int) -> None:
+    model = pendulum(**{"gamma": 0.5, "offline_data": pendulum().replay_buffer, **options})
+    assert (model.offline_data.n_steps, model.offline_data.gamma) == (n_steps, 0.5)
+    model.train(1, 8)
+    assert model._n_updates == 1
+
+
+@pytest.mark.parametrize("options", [{}, {"use_actor_target": True}])
+def test_copy_with_gsde(options: dict[str, Any]) -> None:
+    model = pendulum(use_sde=True, **options)
+    model.train(1, 8)
+    twin = copy.deepcopy(model)
+    assert model.actor.action_dist.exploration_mat.requires_grad  # for those who sample with it
+    obs = np.ones((1, 3), dtype=np.float32)
+    assert np.array_equal(model.predict(obs)[0], twin.predict(obs)[0])  # with the same matrix
+    expected, found = learn_seeded(model, 5), learn_seeded(twin, 5)
+    assert all(th.equal(value, found[name]) for name, value in expected.items())
 
 
 class NewestFirst(ReplayBuffer):

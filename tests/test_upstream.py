@@ -61,6 +61,8 @@ BUFFERS, SDE = (
 
 NAMES = {
     "torch.optim.adam:adam": "optimizers.pure_step compiles it; without it only gradients are compiled",
+    "torch.optim.optimizer:_global_optimizer_pre_hooks": "optimizers.is_plain_adam; without it no update runs in C++",
+    "torch.optim.optimizer:_global_optimizer_post_hooks": "optimizers.is_plain_adam; without it no update runs in C++",
     "torch:_foreach_lerp_": "gradient_step.update_targets averages with it; without it one tensor at a time",
     "torch._dynamo.exc:TorchDynamoException": "inductor._is_of_compiler knows the compiler's errors by their module",
     "torch._dynamo:config.patch": "inductor.tracing sets trace_autograd_ops with it; without it nothing is compiled",
@@ -78,6 +80,7 @@ NAMES = {
     f"{BASE}._setup_lr_schedule": "softsac overrides it, for NumPy's numbers",
     f"{BASE}._update_info_buffer": "rollouts._collect_rollout calls it at each step",
     f"{BASE}._update_current_progress_remaining": "rollouts._collect_rollout calls it at each step",
+    f"{OFF_POLICY}._convert_train_freq": "softsac overrides it, for lists and NumPy's numbers",
     f"{OFF_POLICY}._store_transition": "rollouts._collect_rollout calls it at each step",
     f"{OFF_POLICY}._on_step": "rollouts._collect_rollout calls it at each step",
     f"{OFF_POLICY}.dump_logs": "rollouts._collect_rollout calls it when an episode is to be logged",
