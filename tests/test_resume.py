@@ -836,6 +836,23 @@ def test_continues_an_older_checkpoint(tmp_path: Path) -> None:
     assert_same(*contents)
 
 
+def test_checkpoint_that_is_replaced_while_it_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the process that writes there, if it keeps only one."""
+    callback = CheckpointCallback(20, tmp_path, keep_last=1, on_signal=False)
+    make_model().learn(20, callback=callback)
+    newest_valid = RunFolder.newest_valid
+
+    def then_replaced(folder: RunFolder) -> Any:
+        manifest = newest_valid(folder)
+        monkeypatch.undo()
+        callback.save()
+        assert not (tmp_path / manifest["state"]["file"]).exists()
+        return manifest
+
+    monkeypatch.setattr(RunFolder, "newest_valid", then_replaced)
+    assert load(tmp_path).num_timesteps == 20
+
+
 def test_without_the_replay_buffer(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     model = make_model()

@@ -296,8 +296,8 @@ def open_model_file(path: str | Path | BinaryIO) -> Iterator[ModelFile]:
     name, run = "the file object", None
     source: AbstractContextManager[BinaryIO]
     if atomic_files.is_path(path):
-        found, run = _find(atomic_files.as_path(path))
-        name, source = str(found), atomic_files.open_file(found)
+        found, run, source = _open(atomic_files.as_path(path))
+        name = str(found)
     else:
         source = nullcontext(path)
     with source as file:
@@ -309,6 +309,17 @@ def open_model_file(path: str | Path | BinaryIO) -> Iterator[ModelFile]:
             raise
         except (*DAMAGE, AssertionError) as error:  # impossible settings can fail anywhere
             raise CheckpointError(f"{name} cannot be loaded: {type(error).__name__}: {error}") from error
+
+
+def _open(path: Path) -> tuple[Path, tuple[RunFolder, Manifest] | None, BinaryIO]:
+    found, run = _find(path)
+    try:
+        return found, run, atomic_files.open_file(found)
+    except FileNotFoundError:
+        # With keep_last=1, the process that writes there may have replaced the checkpoint since it was verified
+        if run is None or max(run[0].numbers(), default=-1) <= run[1]["number"]:
+            raise
+        return _open(path)
 
 
 def _find(path: Path) -> tuple[Path, tuple[RunFolder, Manifest] | None]:
