@@ -130,12 +130,13 @@ class CheckpointCallback(BaseCallback):
         model = self.model
         self._folder.lock()
         try:
+            buffer = model.savable_replay_buffer() if self.save_replay_buffer else None
+            leaves_out = not self.save_replay_buffer or (buffer is None and model.replay_buffer is not None)
+            exclude = ("replay_buffer",) if leaves_out else ()
             self._folder.save(
                 model.num_timesteps,
-                lambda file: model.write(
-                    file, exclude=() if self.save_replay_buffer else ("replay_buffer",), rows_elsewhere=True
-                ),
-                model.savable_replay_buffer() if self.save_replay_buffer else None,
+                lambda file: model.write(file, exclude, rows_elsewhere=True),
+                buffer,
                 self.keep_last,
             )
         finally:
@@ -218,7 +219,9 @@ class SaveBestTrainingReturnCallback(BaseCallback):
     def _init_callback(self) -> None:
         if self.save_path is None:
             raise ValueError("save_path=None only works in the RL Zoo, where it is the run's folder: pass a folder.")
-        self._folder = atomic_files.as_path(self.save_path)
+        # A continued run has the best return of the file that it was loaded from: a new folder gets its own best model
+        self._path = atomic_files.as_path(self.save_path) / f"{self.name}.zip"
+        self._is_there = self._path.exists()
 
     def _on_step(self) -> bool:
         return True
@@ -237,16 +240,14 @@ class SaveBestTrainingReturnCallback(BaseCallback):
             return
         self._episodes_seen = self.model._episode_num
         mean_return = float(safe_mean(returns))
-        path = self._folder / f"{self.name}.zip"
-        # A continued run has the best return of the file that it was loaded from: a new folder gets its own best model
-        if mean_return <= max(self.threshold, self.best_mean_return if path.exists() else self.threshold):
+        if mean_return <= max(self.threshold, self.best_mean_return if self._is_there else self.threshold):
             return
-        self.best_mean_return = mean_return
-        self._folder.mkdir(parents=True, exist_ok=True)
-        self.model.save(path, exclude=["replay_buffer"])
+        self.best_mean_return, self._is_there = mean_return, True
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self.model.save(self._path, exclude=["replay_buffer"])
         vec_normalize = self.model.get_vec_normalize_env()
         if vec_normalize is not None:
-            with atomic_files.atomic_file(self._folder / f"{self.name}_vecnormalize.pkl") as file:
+            with atomic_files.atomic_file(self._path.with_name(f"{self.name}_vecnormalize.pkl")) as file:
                 pickle.dump(vec_normalize, file)  # as VecNormalize.save(), which takes local files only
         if self.verbose > 0:
             print(f"Mean training return {mean_return:.1f} at step {self.num_timesteps}: saved {self.name}.zip")

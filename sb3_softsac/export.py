@@ -98,6 +98,7 @@ class ExportedPolicy(nn.Module):
     """
 
     low: th.Tensor
+    high: th.Tensor
     range: th.Tensor
 
     def __init__(
@@ -109,6 +110,7 @@ class ExportedPolicy(nn.Module):
         self.inputs = nn.ModuleList(inputs.values())
         self.with_log_std = with_log_std
         self.register_buffer("low", th.as_tensor(action_space.low))
+        self.register_buffer("high", th.as_tensor(action_space.high))
         self.register_buffer("range", th.as_tensor(action_space.high - action_space.low))
 
     def forward(self, obs: TorchObs) -> tuple[th.Tensor, ...]:
@@ -122,7 +124,8 @@ class ExportedPolicy(nn.Module):
         else:
             obs = self.inputs[0](obs)
         scaled = self.actor(obs, deterministic=True).reshape(-1, *self.low.shape)
-        outputs: tuple[th.Tensor, ...] = (self.low + 0.5 * (scaled + 1.0) * self.range,)
+        # Rounding may go beyond the upper bound, see SoftSACPolicy.unscale_action
+        outputs: tuple[th.Tensor, ...] = (th.minimum(self.low + 0.5 * (scaled + 1.0) * self.range, self.high),)
         if self.with_log_std:
             outputs += self.actor.get_action_dist_params(obs)[:2]
         return tuple(output.detach() for output in outputs)  # so that .numpy() works on those of a .pt2

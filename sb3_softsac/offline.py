@@ -26,6 +26,7 @@ Source = dict[str, Any]
 """What is saved about offline data: ``reference`` (the id of a Minari dataset, the absolute path or the address of a
 file, or None), ``sha256`` of its transitions, and ``rng``, the generator that they are drawn with."""
 
+DEFAULT_FRACTION = 0.5
 REMEDY = "pass it (or a copy) as offline_data=... to load(), or continue without it: offline_fraction=0.0."
 
 
@@ -37,11 +38,9 @@ def set_up(model: Any) -> None:
     :raises ValueError: if the data cannot be read, or does not fit
     :raises CheckpointError: if the data of a loaded run is missing or different, and none is passed
     """
+    drop_unwanted(model)
     data, source = model.offline_data, model._offline_source
     if model.offline_fraction == 0.0 or (data is None and source is None):
-        return
-    if data is None and model._has_offline_data:
-        model._offline_source, model._has_offline_data = None, False
         return
     if isinstance(data, ReplayBuffer) and source is not None and data.rng is source["rng"]:
         _set_returns(data, model)
@@ -64,6 +63,14 @@ def set_up(model: Any) -> None:
     buffer.rng = rng
     model.offline_data, model._offline_source = buffer, {"reference": reference, "sha256": sha256, "rng": rng}
     model._has_offline_data = True
+
+
+def drop_unwanted(model: Any) -> None:
+    """
+    :param model: ``SoftSAC``; it goes on without offline data if the user has set ``offline_data`` to None
+    """
+    if model.offline_data is None and model._has_offline_data:
+        model._offline_source, model._has_offline_data, model.offline_fraction = None, False, DEFAULT_FRACTION
 
 
 def seed(source: Source, number: int) -> None:

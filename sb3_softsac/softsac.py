@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, BinaryIO, ClassVar, cast
 
 import numpy as np
 import torch as th
@@ -140,7 +140,6 @@ class SoftSAC(ResumableAlgorithm):
     NOT_IN_FILES = (
         *ResumableAlgorithm.NOT_IN_FILES,
         *("actor", "critic", "critic_target", "actor_target", "_ent_coef", "offline_data", "_has_offline_data"),
-        "_made_from",
     )
 
     _runner: Runner | None = None
@@ -151,7 +150,6 @@ class SoftSAC(ResumableAlgorithm):
     _held_noise: HeldNoise | None = None
     _offline_source: offline.Source | None = None
     _has_offline_data = False  # it has been read: from then on, offline_data=None means that the user wants it no more
-    _made_from: dict[str, Any]  # values of the arguments that something was made from
 
     def __init__(
         self,
@@ -294,19 +292,20 @@ class SoftSAC(ResumableAlgorithm):
 
     def _take_changes(self) -> None:
         """Make anew what was made from arguments that the user has changed since."""
-        changed = {name for name, value in self._made_from.items() if getattr(self, name) != value}
+        made_from = self._made_from or {}
+        changed = {name for name, value in made_from.items() if getattr(self, name) != value}
         self._convert_train_freq()
         buffer, kwargs = self.replay_buffer, self.replay_buffer_kwargs
-        if "n_steps" in changed:
-            if not isinstance(buffer, ReplayBuffer) or "n_steps" in kwargs:
+        for name in changed & ({"n_steps", "gamma"} if getattr(buffer, "n_steps", 1) > 1 else {"n_steps"}):
+            if buffer is not None and (not isinstance(buffer, ReplayBuffer) or name in kwargs):
                 raise ValueError(
-                    f"n_steps={self.n_steps} has no effect on this replay buffer (replay_buffer_class="
-                    f"{type(buffer).__name__}, replay_buffer_kwargs={kwargs}): set it back to "
-                    f"{self._made_from['n_steps']}, or make a new model without these."
+                    f"{name}={getattr(self, name)} has no effect on this replay buffer (replay_buffer_class="
+                    f"{type(buffer).__name__}, replay_buffer_kwargs={kwargs}): set it back to {made_from[name]}, or "
+                    "make a new model without these."
                 )
-            buffer.n_steps, self._runner = self.n_steps, None
-        if isinstance(buffer, ReplayBuffer) and changed & {"n_steps", "gamma"} and "gamma" not in kwargs:
-            buffer.gamma = self.gamma
+        if isinstance(buffer, ReplayBuffer) and changed & {"n_steps", "gamma"}:
+            buffer.n_steps, buffer.gamma = kwargs.get("n_steps", self.n_steps), kwargs.get("gamma", self.gamma)
+            self._runner = None
         if "learning_rate" in changed and "lr_schedule" not in changed:  # SB3's users change the schedule itself
             self._setup_lr_schedule()
         if "ent_coef" in changed:
@@ -342,6 +341,7 @@ class SoftSAC(ResumableAlgorithm):
 
     def _setup_replay_buffer(self) -> None:
         """Make the replay buffer, unless there is one or the model was loaded without an environment, to predict."""
+        self.replay_buffer_kwargs = self.replay_buffer_kwargs or {}
         if self.replay_buffer_class is None or issubclass(self.replay_buffer_class, ReplayBuffer):
             self.replay_buffer_class = self.replay_buffer_class or ReplayBuffer
             self.optimize_memory_usage = False  # nothing left to do, and SB3 would cut the last episode for its sake
@@ -417,8 +417,8 @@ class SoftSAC(ResumableAlgorithm):
 
     def _setup_learn(self, total_timesteps: int, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
         check_options(self)  # first, since these may raise
-        self._take_changes()
         check_networks(self)
+        self._take_changes()
         self._set_device_replay()
         self._set_reward_scale()
         total_timesteps, callback = super()._setup_learn(total_timesteps, *args, **kwargs)
@@ -676,6 +676,11 @@ class SoftSAC(ResumableAlgorithm):
                 found = tuple(matrix.shape), tuple(matrices.shape)
                 raise ValueError(f"exploration matrices have the shapes {found}, not {tuple(shape)} each")
             dist.exploration_mat, dist.exploration_matrices = matrix.to(self.device), matrices.to(self.device)
+
+    def write(self, file: BinaryIO, *args: Any, **kwargs: Any) -> tuple[int, str]:
+        """See ``ResumableAlgorithm``."""
+        offline.drop_unwanted(self)
+        return super().write(file, *args, **kwargs)
 
     def get_parameters(self) -> dict[str, dict[str, Any]]:
         """

@@ -190,6 +190,13 @@ def check_combinations(model: Any) -> None:
             f"max_noise_repeat={model.max_noise_repeat} has no effect with use_sde=True, whose noise changes every "
             "sde_sample_freq steps: leave one of them out."
         )
+    for name, default in (("ent_coef_learning_rate", None), ("ent_coef_loss", "log")):
+        value = getattr(model, name)
+        if not str(model.ent_coef).startswith("auto") and value != default:
+            raise ValueError(
+                f"{name}={value!r} has no effect on the fixed ent_coef={model.ent_coef}: use "
+                f"ent_coef='auto_{model.ent_coef}' to learn it, or leave {name} out."
+            )
     fraction = model.offline_fraction
     if model.offline_data is None and model._offline_source is None and fraction not in (0.0, 0.5):
         raise ValueError(f"offline_fraction={fraction} has no effect without offline_data: pass both, or neither.")
@@ -227,8 +234,8 @@ def parse_target_entropy(target_entropy: Any, n_actions: int) -> float:
 
 def check_networks(model: Any) -> None:
     """
-    :param model: ``SoftSAC`` with its networks and entropy coefficient
-    :raises ValueError: for options that make no sense with these or with this environment
+    :param model: ``SoftSAC`` with its networks
+    :raises ValueError: for options that make no sense with these networks or this environment
     """
     from sb3_softsac.policies import Actor, Critic  # which imports this module
 
@@ -237,13 +244,6 @@ def check_networks(model: Any) -> None:
             f"use_sde={model.use_sde} has no effect on this actor, which was made with use_sde={model.actor.use_sde}: "
             "make a new model."
         )
-    for name, default in (("ent_coef_learning_rate", None), ("ent_coef_loss", "log")):
-        value = getattr(model, name)
-        if model.log_ent_coef is None and value != default:
-            raise ValueError(
-                f"{name}={value!r} has no effect on the fixed ent_coef={model.ent_coef}: use "
-                f"ent_coef='auto_{model.ent_coef}' to learn it, or leave {name} out."
-            )
     has_batch_norm = bool(networks.batch_norms(model.policy))
     head = head_of(model.critic)
     if model.joint_batch is not None and not has_batch_norm:

@@ -20,6 +20,7 @@ from test_buffers import ACTION_SPACE, BOX_SPACE, DICT_SPACE, make_obs
 from sb3_softsac import CheckpointError, ReplayBuffer
 from sb3_softsac.persistence import buffer_state
 from sb3_softsac.persistence.archive import ArchiveReader, ArchiveWriter
+from sb3_softsac.persistence.codec import NotEncodable
 from sb3_softsac.persistence.run_folder import RunFolder
 
 GOAL_SPACE = spaces.Dict({name: BOX_SPACE for name in ("observation", "achieved_goal", "desired_goal")})
@@ -395,3 +396,19 @@ def float32(buffer: Any) -> Any:
     for name in ("observations", "next_observations", "actions"):
         setattr(buffer, name, getattr(buffer, name).astype(np.float32))
     return buffer
+
+
+def test_rows_of_a_users_class_may_be_arrays() -> None:
+    class WithArrays(SB3ReplayBuffer):
+        def __init__(self, *args: Any, **kwargs: Any):
+            super().__init__(*args, **kwargs)
+            self.extras = np.full((self.buffer_size, self.n_envs), None, dtype=object)
+            for i in range(self.buffer_size):
+                self.extras[i, 0] = np.zeros(3)
+
+    buffer = WithArrays(4, BOX_SPACE, ACTION_SPACE, "cpu")
+    buffer.full = True
+    buffer_state.check_rows(buffer)
+    buffer.extras[2, 0] = object()
+    with pytest.raises(NotEncodable, match="extras"):
+        buffer_state.check_rows(buffer)

@@ -503,14 +503,41 @@ def test_ent_coef_changed_at_load(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("before", "given", "expected"), [(0.1, 0.2, 0.2), ("auto_0.1", "auto_0.5", 0.5)])
 def test_another_value_of_ent_coef_at_load(before: Any, given: Any, expected: float, tmp_path: Path) -> None:
     model = saved_model(tmp_path / "model.zip", ent_coef=before)
-    for how in ({"ent_coef": given}, {"custom_objects": {"ent_coef": given}}):
+    kinds: list[dict[str, Any]] = [{"ent_coef": given}, {"custom_objects": {"ent_coef": given}}]
+    for how in kinds:
         changed = load(tmp_path / "model.zip", **how)
         assert changed._ent_coef.value().item() == pytest.approx(expected)
         changed.learn(5)
     # The RL Zoo repeats that of the file, which has been learned since then
-    same = load(tmp_path / "model.zip", ent_coef=before)
-    assert same._ent_coef.value().item() == model._ent_coef.value().item()
-    assert_same(model.get_parameters(), same.get_parameters())
+    kinds = [{"ent_coef": before}, {"custom_objects": {"ent_coef": before}}]
+    for how in kinds:
+        same = load(tmp_path / "model.zip", **how)
+        assert same._ent_coef.value().item() == model._ent_coef.value().item()
+        assert_same(model.get_parameters(), same.get_parameters())
+
+
+@pytest.mark.parametrize("before", ["auto", 0.2])
+@pytest.mark.parametrize("after", ["auto_0.5", 0.1])
+def test_ent_coef_changed_before_saving(before: Any, after: Any, tmp_path: Path) -> None:
+    """And before the next learn(), which would have made the coefficient from it."""
+    model = saved_model(tmp_path / "model.zip", ent_coef=before)
+    model.ent_coef = after
+    model.save(tmp_path / "model.zip")
+    loaded = load(tmp_path / "model.zip")
+    for each in (model, loaded):
+        each.learn(0)
+        assert each._ent_coef.value().item() == pytest.approx(0.1 if after == 0.1 else 0.5)
+
+
+def test_refused_ent_coef_leaves_the_coefficient(tmp_path: Path) -> None:
+    model = saved_model(tmp_path / "model.zip", ent_coef_loss="exp")
+    value = model._ent_coef.value().item()
+    model.ent_coef = 0.1
+    with pytest.raises(ValueError, match="no effect on the fixed ent_coef=0"):
+        model.learn(1)
+    model.ent_coef = "auto"
+    model.learn(0)
+    assert model._ent_coef.value().item() == value != 1.0
 
 
 @pytest.mark.parametrize("use_sde", [False, True])

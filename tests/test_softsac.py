@@ -709,6 +709,13 @@ def test_argument_changed_between_two_calls_of_learn(name: str, value: Any, opti
         ("use_sde", False, {"use_sde": True}, "use_sde=False .*: make a new model"),
         ("n_steps", 3, {"replay_buffer_class": SB3ReplayBuffer}, "n_steps=3 .*class=ReplayBuffer.* set it back to 1"),
         ("n_steps", 5, {"replay_buffer_kwargs": {"n_steps": 3}}, "n_steps=5 .*{'n_steps': 3}.* set it back to 1"),
+        ("gamma", 0.5, {"replay_buffer_kwargs": {"n_steps": 3, "gamma": 0.9}}, "gamma=0.5 .*back to 0.99"),
+        (
+            "gamma",
+            0.5,
+            {"replay_buffer_class": NStepReplayBuffer, "replay_buffer_kwargs": {"n_steps": 3}},
+            "gamma=0.5 ",
+        ),
         ("ent_coef_learning_rate", 1e-3, {"ent_coef": 0.3}, "no effect on the fixed ent_coef=0.3"),
         ("ent_coef_loss", "exp", {"ent_coef": 0.3}, "no effect on the fixed ent_coef=0.3"),
         ("ent_coef", "high", {}, "ent_coef='high' is not valid"),
@@ -746,12 +753,16 @@ def test_target_entropy_set_before_train() -> None:
     assert model._n_updates == 1
 
 
-def test_offline_data_set_to_none(tmp_path: Any) -> None:
-    model = pendulum(offline_data=pendulum().replay_buffer, batch_size=8)
+@pytest.mark.parametrize("learns_before_saving", [False, True])
+def test_offline_data_set_to_none(learns_before_saving: bool, tmp_path: Any) -> None:
+    model = pendulum(offline_data=pendulum().replay_buffer, offline_fraction=0.25, batch_size=8)
     model.learn(1)
     assert len(model.offline_data.rewards) == 64
     model.offline_data = None
-    model.learn(1)
+    if learns_before_saving:
+        model.learn(1)
+    else:
+        model.save(tmp_path / "model")
     assert model.offline_data is None and model._offline_source is None
     model.train(1, 8)
     model.save(tmp_path / "model")

@@ -118,7 +118,7 @@ def check_rows(buffer: SB3ReplayBuffer) -> None:
     for name, storage in _row_storages(buffer).items():
         if storage.dtype == object:
             for value in storage[: buffer.size()].flat:
-                if value != {}:  # the infos of HER, unless copy_info_dict is set
+                if type(value) is not dict or value:  # the infos of HER are empty, unless copy_info_dict is set
                     encode(value, name.removesuffix(".json"))
 
 

@@ -9,7 +9,6 @@ import os
 import warnings
 from collections import deque
 from collections.abc import Iterable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
 
@@ -83,12 +82,13 @@ class ResumableAlgorithm(RolloutAlgorithm):
     _pending = Pending()
     _unread: Unread | None = None
     _tensorboard_run: str | None = None  # folder of the run within tensorboard_log
+    _made_from: dict[str, Any] | None = None  # values of the arguments that something was made from
 
     # Attributes of this process, in no copy and no file
     OF_PROCESS: tuple[str, ...] = ("_callback", "_late_callbacks", "run_folders", "after_step")
     # Further attributes that are in no file, besides those that SB3 leaves out
     NOT_IN_FILES: tuple[str, ...] = (
-        *("lr_schedule", "save_exclude", "is_learning", "_loaded", "_pending", "_unread", "_mid_step"),
+        *("lr_schedule", "save_exclude", "is_learning", "_loaded", "_pending", "_unread", "_mid_step", "_made_from"),
     )
 
     def _setup_replay_buffer(self) -> None:
@@ -298,7 +298,8 @@ class ResumableAlgorithm(RolloutAlgorithm):
         :param file: file object to append to
         :param exclude: see :meth:`save`
         :param include: see :meth:`save`
-        :param rows_elsewhere: leave out the rows of the replay buffer, which the caller saves separately
+        :param rows_elsewhere: leave out the rows of the replay buffer, which the caller saves separately, after
+            :meth:`savable_replay_buffer`
         :return: size of the file in bytes, and its SHA-256
         """
         self._note_deleted_buffer()
@@ -310,13 +311,8 @@ class ResumableAlgorithm(RolloutAlgorithm):
         skipped.add("replay_buffer")  # it has its own members
         replay = None
         if self.replay_buffer is not None and "replay_buffer" not in exclude:
-            try:
+            if rows_elsewhere or self.savable_replay_buffer() is not None:
                 replay = self._replay_index(rows_elsewhere)
-            except NotEncodable as error:
-                warnings.warn(
-                    f"The replay buffer is not saved: {error}. To avoid this warning, pass exclude=['replay_buffer'].",
-                    stacklevel=3,
-                )
         elif self._unread is not None and self._unread.replay is not None and "replay_buffer" not in exclude:
             warnings.warn(
                 f"The replay buffer in {self._unread.replay} was not read, and is not in the new file. Pass env=... to "
@@ -339,6 +335,7 @@ class ResumableAlgorithm(RolloutAlgorithm):
                     "machine": model_file.machine(self.device, self._known_threads()),
                     "random": self._pending.random_states or encode(get_random_states(self.device)),
                     "exploration": encode(self._exploration_state()),
+                    "ent_coef": encode((self._made_from or vars(self)).get("ent_coef")),
                     "env": self._env_state(),
                     "frozen": model_file.frozen_parameters(self.policy),
                     "mid_step": self._mid_step,
@@ -358,20 +355,26 @@ class ResumableAlgorithm(RolloutAlgorithm):
 
     def savable_replay_buffer(self) -> SB3ReplayBuffer | None:
         """
-        :return: the replay buffer; None if there is none, or if it cannot be saved
+        :return: the replay buffer; None if there is none, or, with a warning, if it cannot be saved
         """
-        if self.replay_buffer is not None:
-            with suppress(NotEncodable):
+        buffer = self.replay_buffer
+        if buffer is not None:
+            try:
                 self._replay_index(rows_elsewhere=True)
-                return self.replay_buffer
-        return None
+                buffer_state.check_rows(buffer)
+            except NotEncodable as error:
+                warnings.warn(
+                    f"The replay buffer is not saved: {error}. To avoid this warning, pass exclude=['replay_buffer'].",
+                    stacklevel=4,
+                )
+                return None
+        return buffer
 
     def _replay_index(self, rows_elsewhere: bool) -> dict[str, Any]:
         buffer = self.replay_buffer
         assert buffer is not None
         segments = None if rows_elsewhere else buffer_state.segments(buffer)
         state = buffer_state.get_state(buffer)
-        buffer_state.check_rows(buffer)
         return {"description": buffer_state.describe(buffer), "state": state, "segments": segments}
 
     @classmethod
@@ -413,10 +416,9 @@ class ResumableAlgorithm(RolloutAlgorithm):
             data = model_file.read_data(file.archive, custom_objects, kwargs, allow_pickle)
             has_policy_kwargs = "policy_kwargs" in data or "policy_kwargs" in kwargs
             _check_data(data, kwargs, file.name)
-            # The RL Zoo passes the one that is in the file
-            has_new_ent_coef = "ent_coef" in (custom_objects or {}) or (
-                "ent_coef" in kwargs and kwargs["ent_coef"] != data.get("ent_coef", kwargs["ent_coef"])
-            )
+            # What the state in the file was made from; in older files, that is the attribute
+            made_from = decode(file.index["ent_coef"]) if "ent_coef" in file.index else data.get("ent_coef")
+            has_new_ent_coef = kwargs.get("ent_coef", data.get("ent_coef", made_from)) != made_from
             env = None if env is None else cls._wrap_env(env, data.get("verbose", 0))
             goes_on = _fit_to_env(data, env) and not force_reset
             if not goes_on:
@@ -571,6 +573,7 @@ class ResumableAlgorithm(RolloutAlgorithm):
         """
         assert self.replay_buffer is not None, "The replay buffer is not defined"
         index = self._replay_index(rows_elsewhere=False)
+        buffer_state.check_rows(self.replay_buffer)
         with model_file.new_file(path) as file, ArchiveWriter(file) as archive:
             buffer_state.write_rows(archive, self.replay_buffer)
             archive.close({"replay": index})

@@ -111,7 +111,7 @@ def restore(env: VecEnv, state: dict[str, Any], mid_episode: bool) -> list[str]:
         if state["n_envs"] != env.num_envs:
             _restore_statistics(chain, state)
             if state["n_envs"] == 0:
-                return ["the state is that of VecNormalize only"] if mid_episode else []
+                return ["the file has no state of the environments"] if mid_episode else []
             return [f"the state is that of {state['n_envs']} environments, not {env.num_envs}"]
         return _restore_vec_env(chain, state, mid_episode)
     except Exception as error:
