@@ -468,10 +468,10 @@ def resume(seed: int, paths: list[Path]) -> list[tuple[dict[str, Any], list[Any]
     """
     :return: for each path, what :func:`learn` returns of the continued run, and the warnings that it gave
     """
-    return [resume_one(seed, path) for path in paths]
+    return [resume_one(seed, path, paths[0].parent) for path in paths]
 
 
-def resume_one(seed: int, path: Path) -> tuple[dict[str, Any], list[Any], list[str]]:
+def resume_one(seed: int, path: Path, folder: Path) -> tuple[dict[str, Any], list[Any], list[str]]:
     begin()
     mix = draw(seed)
     with warnings.catch_warnings(record=True) as caught:
@@ -480,7 +480,7 @@ def resume_one(seed: int, path: Path) -> tuple[dict[str, Any], list[Any], list[s
         env = mix.make_env()
         again = offline_data(mix, env)
         model = SoftSAC.load(path, env, device="cpu", force_reset=False, allow_pickle=True, **again)
-        state, rows = learn(mix, model, path.parent / "resumed")
+        state, rows = learn(mix, model, folder)  # in another one, there would be other best models
     ours = [str(w.message) for w in caught if issubclass(w.category, UserWarning)]
     return state, rows, [text for text in ours if "continu" in text or "not saved" in text or "lost" in text]
 
