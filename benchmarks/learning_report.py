@@ -21,7 +21,7 @@ from matplotlib.axes import Axes
 
 REFERENCE = "SB3 SAC"
 NAMES = {"softsac": "SoftSAC", "sac": REFERENCE}
-COLOURS = {"SoftSAC": "C0", REFERENCE: "0.45"}
+COLOURS = {"SoftSAC": "C0", "SoftSAC compact": "C3", REFERENCE: "0.45"}
 LAST = 5  # evaluations that are a run's score
 BOOTSTRAP_SAMPLES = 2000
 DIAGNOSTICS = ("entropy", "log_std", "saturated_actions", "ent_coef", "q_value", "critic_loss")
@@ -38,6 +38,7 @@ class Run(NamedTuple):
     evaluations: dict[str, np.ndarray]  # columns of its CSV file, each (N,)
     final: np.ndarray | None  # returns of the evaluation after training
     resumed: list[dict[str, Any]]
+    learning_starts: int  # steps before the first update
 
     @property
     def score(self) -> float:
@@ -88,6 +89,7 @@ def read_run(folder: Path) -> Run:
         {name: data[name] for name in data.dtype.names or ()},
         np.atleast_1d(np.genfromtxt(final, delimiter=",", names=True))["episode_return"] if final.exists() else None,
         record.get("resumed", []),
+        int(record["hyperparameters"].get("learning_starts", 100)),
     )
 
 
@@ -232,8 +234,7 @@ def _at(line: str, run: Run) -> bool:
 
 def draw_curves(tasks: dict[str, Arms], path: Path) -> None:
     """
-    Curves over steps, and below them over training time: thin lines are seeds, thick ones interquartile means with 95%
-    intervals, crosses where a run was killed and continued.
+    Curves over steps, and below them over training time (see :func:`draw_arm`).
 
     :param tasks: see :func:`read_runs`
     :param path: picture
@@ -246,22 +247,11 @@ def draw_curves(tasks: dict[str, Arms], path: Path) -> None:
         column[1].set(xlabel="hours of training")
         column[0].xaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(_thousands))
         for i, (arm, runs) in enumerate(arms.items()):
-            colour = COLOURS.get(arm, f"C{i + 1}")
-            length = min(len(run.evaluations["steps"]) for run in runs)
-            returns = np.stack([run.evaluations["mean_return"][:length] for run in runs])
-            xs = [run.evaluations["steps"] for run in runs], [run.hours for run in runs]
-            centre, low, high = _band(returns)
-            for axes, each in zip(column, xs, strict=True):
-                for x, run in zip(each, runs, strict=True):
-                    axes.plot(x, run.evaluations["mean_return"], color=colour, linewidth=0.6, alpha=0.6)
-                    steps, stops = run.evaluations["steps"], [start["at_step"] for start in run.resumed]
-                    heights = np.interp(stops, steps, run.evaluations["mean_return"])
-                    axes.plot(np.interp(stops, steps, x), heights, "kx", markersize=6, zorder=3)
-                x = np.mean([one[:length] for one in each], axis=0)
-                axes.plot(x, centre, color=colour, linewidth=2, label=f"{arm}, {_count(len(runs), 'seed')}")
-                axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+            label, colour = f"{arm}, {_count(len(runs), 'seed')}", COLOURS.get(arm, f"C{i + 1}")
+            draw_arm(column[0], runs, [run.evaluations["steps"] for run in runs], label, colour)
+            draw_arm(column[1], runs, [run.hours for run in runs], label, colour)
         for axes in column:
-            _tidy(axes)
+            tidy(axes)
         # Above the picture: long names would cover the curves
         column[0].legend(fontsize="small", loc="lower left", bbox_to_anchor=(0.0, 1.08))
     panels[0, 0].set_ylabel("return of an evaluation")
@@ -269,6 +259,29 @@ def draw_curves(tasks: dict[str, Arms], path: Path) -> None:
     figure.savefig(path, dpi=110)
     plt.close(figure)
     print(f"Picture: {relative(path)}")
+
+
+def draw_arm(axes: Axes, runs: list[Run], xs: list[np.ndarray], label: str, colour: str) -> None:
+    """
+    Curves of one arm: thin lines are seeds, the thick one is their interquartile mean with its 95% interval. Crosses
+    are where a run was killed and continued.
+
+    :param axes: of the task
+    :param runs: of the arm on the task
+    :param xs: where their evaluations are on the horizontal axis, (N,) each
+    :param label: for the legend
+    :param colour: of all lines
+    """
+    for x, run in zip(xs, runs, strict=True):
+        axes.plot(x, run.evaluations["mean_return"], color=colour, linewidth=0.6, alpha=0.6)
+        steps, stops = run.evaluations["steps"], [start["at_step"] for start in run.resumed]
+        heights = np.interp(stops, steps, run.evaluations["mean_return"])
+        axes.plot(np.interp(stops, steps, x), heights, "kx", markersize=6, zorder=3)
+    length = min(len(x) for x in xs)
+    centre, low, high = _band(np.stack([run.evaluations["mean_return"][:length] for run in runs]))
+    x = np.mean([one[:length] for one in xs], axis=0)
+    axes.plot(x, centre, color=colour, linewidth=2, label=label)
+    axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
 
 
 def draw_diagnostics(tasks: dict[str, Arms], path: Path) -> None:
@@ -299,7 +312,7 @@ def draw_diagnostics(tasks: dict[str, Arms], path: Path) -> None:
                     values = run.evaluations.get(name)
                     if values is not None and not np.isnan(values).all():
                         axes.plot(run.evaluations["steps"], values, color=COLOURS.get(arm, f"C{i + 1}"), linewidth=0.9)
-            _tidy(axes)
+            tidy(axes)
             if name in ("critic_loss", "ent_coef"):
                 axes.set_yscale("log")
     for name, axes in zip(names, panels[:, 0], strict=True):
@@ -329,7 +342,10 @@ def _count(number: int, what: str) -> str:
     return f"{number} {what}" + ("s" if number > 1 else "")
 
 
-def _tidy(axes: Axes) -> None:
+def tidy(axes: Axes) -> None:
+    """
+    :param axes: get the look of all pictures
+    """
     axes.set_xlim(left=0)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)

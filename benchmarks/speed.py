@@ -99,6 +99,8 @@ ARMS = {
 CELLS = {
     "halfcheetah": Cell("HalfCheetah", "HalfCheetah-v5", 768),
     "humanoid": Cell("Humanoid", "Humanoid-v5", 512),
+    "hopper": Cell("Hopper", "Hopper-v5", 768),
+    "walker2d": Cell("Walker2d", "Walker2d-v5", 768),
     "pendulum": Cell("Pendulum", "Pendulum-v1", 768),
     "batch1024": Cell("HalfCheetah,\nbatch size 1024", "HalfCheetah-v5", 256, batch_size=1024),
     "freq32": Cell("HalfCheetah,\n32 updates\nevery 32 steps", "HalfCheetah-v5", 768, train_freq=32, gradient_steps=32),

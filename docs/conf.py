@@ -27,7 +27,7 @@ myst_heading_anchors = 3
 autodoc_mock_imports = ["ray"]  # an extra
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
-autodoc_typehints_description_target = "documented"
+autodoc_typehints_description_target = "documented_params"
 autodoc_preserve_defaults = True
 # Names of the arguments are in the signature, one to a line; the rest is below it
 maximum_signature_line_length = 88

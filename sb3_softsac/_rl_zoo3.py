@@ -10,6 +10,7 @@ import importlib.util
 import inspect
 import io
 import json
+import sys
 import zipfile
 from collections.abc import Callable
 from functools import wraps
@@ -27,7 +28,6 @@ from sb3_softsac.softsac import SoftSAC
 
 if TYPE_CHECKING:
     from optuna import Trial
-    from rl_zoo3.exp_manager import ExperimentManager
     from stable_baselines3.common.vec_env import VecEnv
 
 ALGO = "softsac"
@@ -87,10 +87,7 @@ HER_OPTIONS = ("n_sampled_goal", "goal_selection_strategy")
 
 
 def excluded_options(hyperparams: dict[str, Any]) -> list[str]:
-    """
-    :param hyperparams: what a trial does not sample
-    :return: names of ``OWN_OPTIONS`` that have no meaning beside it
-    """
+    """Names of ``OWN_OPTIONS`` that have no meaning beside what a trial does not sample."""
     excluded = list(NOT_WITH_SDE) if hyperparams.get("use_sde") else []
     if not str(hyperparams.get("ent_coef", "auto")).startswith("auto"):
         excluded += NOT_WITH_FIXED_ENT_COEF
@@ -102,15 +99,7 @@ def excluded_options(hyperparams: dict[str, Any]) -> list[str]:
 def sample_softsac_params(
     trial: "Trial", n_actions: int, n_envs: int, additional_args: dict[str, Any]
 ) -> dict[str, Any]:
-    """
-    Sampler for ``-optimize``: what the zoo samples for SAC, and ``OWN_OPTIONS``.
-
-    :param trial: the trial to draw from
-    :param n_actions: dimension of the action space
-    :param n_envs: number of environments
-    :param additional_args: what the zoo says about hindsight replay
-    :return: arguments of ``SoftSAC``
-    """
+    """Sampler for ``-optimize``, called by the zoo: what it samples for SAC, and ``OWN_OPTIONS``."""
     hyperparams_opt = importlib.import_module("rl_zoo3.hyperparams_opt")
     hyperparams = hyperparams_opt.sample_sac_params(trial, n_actions, n_envs, additional_args)
     excluded = trial.user_attrs.get(EXCLUDED, ())
@@ -119,12 +108,7 @@ def sample_softsac_params(
 
 
 def convert_softsac_params(sampled_params: dict[str, Any]) -> dict[str, Any]:
-    """
-    Converter for ``--trial-id``.
-
-    :param sampled_params: parameters of a stored trial of :func:`sample_softsac_params`
-    :return: arguments of ``SoftSAC``, as :func:`sample_softsac_params` had returned them
-    """
+    """Converter for ``--trial-id``: arguments as :func:`sample_softsac_params` returned them."""
     hyperparams_opt = importlib.import_module("rl_zoo3.hyperparams_opt")
     own = {name: value for name, value in sampled_params.items() if name in OWN_OPTIONS}
     # The zoo's converter hands these to the algorithm instead of its buffer
@@ -150,41 +134,28 @@ def _with_own_options(hyperparams: dict[str, Any], own: dict[str, Any]) -> dict[
 
 def patch(module: ModuleType) -> None:
     """
-    Add SoftSAC, in place: the zoo's modules hold references to each other's objects. Doing it again changes nothing.
-
-    :param module: a module of the zoo that has been loaded
+    Add SoftSAC to a module of the zoo, in place: the modules hold references to each other's objects. A second
+    call changes nothing.
     """
     if module.__name__ == "rl_zoo3.utils":
         module.ALGOS[ALGO] = SoftSAC
-        _patch_store_dict(module.StoreDict)
+        _replace_method(module.StoreDict, "__call__", _store_dict)
     elif module.__name__ == "rl_zoo3.hyperparams_opt":
         module.HYPERPARAMS_SAMPLER[ALGO] = sample_softsac_params
         module.HYPERPARAMS_CONVERTER[ALGO] = convert_softsac_params
-    elif module.__name__ == "rl_zoo3.exp_manager" and not hasattr(module.ExperimentManager, "_knows_softsac"):
-        _patch_manager(module.ExperimentManager)
-        module.ExperimentManager._knows_softsac = True
+    elif module.__name__ == "rl_zoo3.exp_manager":
+        for name, method in METHODS.items():
+            _replace_method(module.ExperimentManager, name, method)
 
 
-def _patch_manager(manager: Any) -> None:
-    for name, method in METHODS.items():
-        _replace_method(manager, name, method)
-
-
-def _patch_store_dict(action: Any) -> None:
+def _store_dict(
+    original: Callable[..., None], self: Any, parser: Any, namespace: Any, values: list[str], *args: Any
+) -> None:
     """
     ``-params`` evaluates its values as Python, and most shells take the quotes of ``qf_learning_rate:'lin_1e-3'`` away:
     a rate that is no Python is text.
     """
-    original = action.__call__
-    if getattr(original, "_knows_softsac", False):
-        return
-
-    @wraps(original)
-    def replacement(self: Any, parser: Any, namespace: Any, values: list[str], *args: Any) -> None:
-        original(self, parser, namespace, [_quoted(value) for value in values], *args)
-
-    vars(replacement)["_knows_softsac"] = True
-    action.__call__ = replacement
+    original(self, parser, namespace, [_quoted(value) for value in values], *args)
 
 
 def _quoted(argument: str) -> str:
@@ -199,15 +170,18 @@ def _quoted(argument: str) -> str:
         return f"{name}:{value!r}" if is_text else argument
 
 
-def _replace_method(manager: Any, name: str, method: Callable[..., Any]) -> None:
-    """:param method: takes what it replaces, then the manager and the arguments"""
-    original = getattr(manager, name)
+def _replace_method(cls: Any, name: str, method: Callable[..., Any]) -> None:
+    """:param method: takes what it replaces, then the object and the arguments"""
+    original = getattr(cls, name)
+    if hasattr(original, "_knows_softsac"):
+        return
 
     @wraps(original)
-    def replacement(self: "ExperimentManager", *args: Any, **kwargs: Any) -> Any:
+    def replacement(self: Any, *args: Any, **kwargs: Any) -> Any:
         return method(original, self, *args, **kwargs)
 
-    setattr(manager, name, replacement)
+    vars(replacement)["_knows_softsac"] = True
+    setattr(cls, name, replacement)
 
 
 def _init(original: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
@@ -287,7 +261,7 @@ def _load_pretrained_agent(original: Callable[..., Any], self: Any, hyperparams:
     print("Loading pretrained agent")
     changes = {name: value for name, value in hyperparams.items() if name not in ("policy", "policy_kwargs")}
     noise = changes.pop("action_noise", None)
-    # Goes on where the file was written, random states included: the zoo draws a new seed for each command
+    # Goes on where the file was written, random states included
     model = SoftSAC.load(
         self.trained_agent,
         env=env,
@@ -297,6 +271,10 @@ def _load_pretrained_agent(original: Callable[..., Any], self: Any, hyperparams:
         verbose=self.verbose,
         **changes,
     )
+    if _asks_for_seed() and self.seed != model.seed:
+        print(f"Seed {self.seed} instead of the file's, {model.seed}")
+        model.seed = self.seed
+        model.set_random_seed(self.seed)
     if repr(getattr(model.action_noise, "base_noise", model.action_noise)) != repr(noise):
         model.action_noise = noise
     buffer_path = Path(self.trained_agent).parent / "replay_buffer.pkl"
@@ -304,6 +282,11 @@ def _load_pretrained_agent(original: Callable[..., Any], self: Any, hyperparams:
         print("Loading replay buffer")
         model.load_replay_buffer(buffer_path, truncate_last_traj=self.truncate_last_trajectory)
     return model
+
+
+def _asks_for_seed() -> bool:
+    """Whether the command has a seed. The zoo itself draws one for each command without."""
+    return any(argument.partition("=")[0] == "--seed" for argument in sys.argv)
 
 
 def _learn(original: Callable[..., None], self: Any, model: Any) -> None:
@@ -358,19 +341,15 @@ METHODS: dict[str, Callable[..., Any]] = {
 }
 
 
-def edited_code(loader: ExecutionLoader, name: str) -> CodeType:
+def edited_code(loader: ExecutionLoader, name: str) -> CodeType | None:
     """
     :param loader: loader of a module of the zoo
     :param name: name of the module
     :return: the module's code with SoftSAC in it; as it is, if the source is not there
-    :raises ImportError: if there is no code either
     """
     source = loader.get_source(name)
     if source is None:
-        code = loader.get_code(name)
-        if code is None:
-            raise ImportError(f"{name} has no code", name=name)
-        return code
+        return loader.get_code(name)
     tree = _Editor().visit(ast.parse(source))
     return compile(ast.fix_missing_locations(tree), loader.get_filename(name), "exec", dont_inherit=True)
 
@@ -396,18 +375,10 @@ class _Editor(ast.NodeTransformer):
         ("huggingface_hub.repocard", "metadata_save"): (__name__, "metadata_save"),
     }
 
-    def visit_List(self, node: ast.List) -> ast.List:
-        self._add_softsac(node)
-        return node
-
-    def visit_Tuple(self, node: ast.Tuple) -> ast.Tuple:
-        self._add_softsac(node)
-        return node
-
-    def _add_softsac(self, node: ast.List | ast.Tuple) -> None:
+    def visit_List(self, node: ast.List | ast.Tuple) -> ast.List | ast.Tuple:
         self.generic_visit(node)
         if not isinstance(node.ctx, ast.Load):
-            return
+            return node
         elements = node.elts
         names = [ast.unparse(element) for element in elements]
         if names == ["'dummy'", "'subproc'"]:
@@ -416,6 +387,9 @@ class _Editor(ast.NodeTransformer):
             elements.append(ast.Constant(ALGO))
         elif "SAC" in names:
             elements.append(ast.parse(f"__import__({__name__!r}, fromlist=['SoftSAC']).SoftSAC", mode="eval").body)
+        return node
+
+    visit_Tuple = visit_List
 
     def visit_ImportFrom(self, node: ast.ImportFrom) -> list[ast.ImportFrom]:
         statements = []
@@ -428,9 +402,7 @@ class _Editor(ast.NodeTransformer):
 
 
 def generate_metadata(model_name: str, env_id: str, mean_reward: float, std_reward: float) -> dict[str, Any]:
-    """
-    :return: the head of a model card, as the function of this name returned it before sb3-team-hf-integration 3.2
-    """
+    """The head of a model card, as the function of this name returned it before sb3-team-hf-integration 3.2."""
     hub = importlib.import_module("huggingface_sb3.push_to_hub")
     if hasattr(hub, "generate_metadata"):
         metadata: dict[str, Any] = hub.generate_metadata(model_name, env_id, mean_reward, std_reward)

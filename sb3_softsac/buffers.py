@@ -51,6 +51,12 @@ def rows_of(batch: Any, rows: slice) -> Any:
     return type(batch)(*(None if part is None else map_obs(lambda tensor: tensor[rows], part) for part in batch))
 
 
+def rows_by_age(buffer: SB3ReplayBuffer) -> np.ndarray:
+    """Used rows of a buffer, oldest first."""
+    rows: np.ndarray = (np.arange(buffer.size()) + (buffer.pos if buffer.full else 0)) % buffer.buffer_size
+    return rows
+
+
 def _named(name: str, obs: Obs) -> dict[str, np.ndarray]:
     """One name for an array, one with each key for a dict of arrays."""
     return {f"{name}.{key}": value for key, value in obs.items()} if isinstance(obs, dict) else {name: obs}
@@ -103,6 +109,7 @@ class ReplayBuffer(SB3ReplayBuffer):
     """
 
     observations: Obs  # type: ignore[assignment]
+    action_space: spaces.Box
 
     def __init__(
         self,
@@ -128,7 +135,12 @@ class ReplayBuffer(SB3ReplayBuffer):
 
         # np.zeros takes memory only where it is written: a model that only predicts needs none
         rows = (self.buffer_size, self.n_envs)
-        self.observations = self._zeros_obs(rows)
+        try:
+            self.observations = self._zeros_obs(rows)
+        except MemoryError as error:
+            raise MemoryError(
+                f"buffer_size={buffer_size}: {error}. Use a smaller buffer_size, or smaller observations."
+            ) from error
         self.actions = np.zeros((*rows, self.action_dim), dtype=np.float32)
         self.rewards = np.zeros(rows, dtype=np.float32)
         self.dones = np.zeros(rows, dtype=np.float32)
@@ -159,9 +171,7 @@ class ReplayBuffer(SB3ReplayBuffer):
 
     @property
     def next_observations(self) -> Any:  # type: ignore[override]
-        """
-        :return: stand-in for SB3's array (or dict of arrays), which gathers rows when it is indexed
-        """
+        """Stand-in for SB3's array (or dict of arrays), which gathers rows when it is indexed."""
         if isinstance(self.observations, dict):
             return {key: NextObservations(self, key) for key in self.observations}
         return NextObservations(self, None)
@@ -176,9 +186,7 @@ class ReplayBuffer(SB3ReplayBuffer):
 
     @property
     def nbytes(self) -> int:
-        """
-        :return: size of all arrays in bytes, including rows that are not written yet
-        """
+        """Size of all arrays in bytes, including rows that are not written yet."""
         arrays = [self.actions, self.rewards, self.dones, self.timeouts, self._side_slot]
         for obs in (self.observations, self._side_obs, self._newest_next_obs):
             arrays += obs.values() if isinstance(obs, dict) else [obs]
@@ -307,9 +315,7 @@ class ReplayBuffer(SB3ReplayBuffer):
         self.mark_changed()
 
     def get_state(self) -> dict[str, Any]:
-        """
-        :return: the state besides the rows
-        """
+        """The state besides the rows."""
         newest = map_obs(np.copy, self._newest_next_obs)
         return {"pos": self.pos, "full": self.full, "newest_next_obs": newest, "rng": self.rng.bit_generator.state}
 
@@ -336,7 +342,7 @@ class ReplayBuffer(SB3ReplayBuffer):
         n_lost = int(is_shifted and other.full)
         n_rows = other.size() - n_lost
         n_new = min(n_rows * other.n_envs // self.n_envs, self.buffer_size)
-        order = (np.arange(n_rows) + (other.pos + n_lost if other.full else 0)) % other.buffer_size
+        order = rows_by_age(other)[n_lost:]
         kept = order[n_rows - -(-n_new * self.n_envs // other.n_envs) :]
         rows = np.tile(kept, other.n_envs)[-n_new * self.n_envs :].reshape(self.n_envs, n_new)
         env_indices = np.repeat(np.arange(other.n_envs), len(kept))[-n_new * self.n_envs :].reshape(self.n_envs, n_new)

@@ -19,6 +19,7 @@ from sb3_softsac.persistence import atomic_files, callback_state
 from sb3_softsac.persistence.envs import env_state
 from sb3_softsac.persistence.run_folder import RunFolder
 from sb3_softsac.softsac import SoftSAC
+from sb3_softsac.validation import is_int
 
 EXIT_STATUS = 143  # 128 + SIGTERM: schedulers expect it of a job that they have stopped
 UNCATCHABLE = {getattr(signal, name) for name in ("SIGKILL", "SIGSTOP") if hasattr(signal, name)}
@@ -53,8 +54,10 @@ class CheckpointCallback(BaseCallback):
         verbose: int = 0,
     ):
         super().__init__(verbose)
-        if save_freq < 0 or keep_last < 1:
-            raise ValueError(f"save_freq={save_freq} must be at least 0, and keep_last={keep_last} at least 1.")
+        if not (is_int(save_freq, 0) and is_int(keep_last, 1)):
+            raise ValueError(
+                f"save_freq={save_freq!r} must be an integer of at least 0, and keep_last={keep_last!r} of at least 1."
+            )
         self.save_freq = save_freq
         self.save_path = atomic_files.as_path(save_path)
         self.keep_last = keep_last

@@ -18,7 +18,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_softsac import datasets
 from sb3_softsac.persistence import atomic_files
-from sb3_softsac.persistence.archive import INDEX, ArchiveReader, ArchiveWriter, CheckpointError, naming
+from sb3_softsac.persistence.archive import INDEX, ArchiveWriter, CheckpointError, naming
 from sb3_softsac.persistence.codec import decode
 from sb3_softsac.persistence.envs import env_state
 from sb3_softsac.persistence.envs.object_state import are_same, arguments_of, chain_of, class_name
@@ -100,11 +100,8 @@ def verify(path: Path) -> bool:
     for number in folder.numbers():
         try:
             manifest = folder.manifest(number)
-            folder.verify(manifest)
-            name = manifest["state"]["file"]
-            with atomic_files.open_file(path / name) as file:
-                ArchiveReader(file, name).verify()
-            _print(f"checkpoint {number} (step {manifest['num_timesteps']}): whole")
+            with open_model_file(path / manifest["state"]["file"]):
+                _print(f"checkpoint {number} (step {manifest['num_timesteps']}): whole")
         except CheckpointError as error:
             _print(f"checkpoint {number}: {error}")
             whole = False
@@ -119,7 +116,10 @@ def export(path: Path, output: Path) -> None:
     :param path: model file or folder of checkpoints
     :param output: file to write
     :raises CheckpointError: if ``path`` is damaged
+    :raises ValueError: if ``output`` is ``path``
     """
+    if output.exists() and path.exists() and output.resolve() == path.resolve():
+        raise ValueError(f"{output} is the file to export from: choose another output, -o FILE.")
     with open_model_file(path) as file, atomic_files.atomic_file(output) as target, ArchiveWriter(target) as archive:
         for name in file.archive.sizes:
             if name.startswith("replay/") or name == INDEX:
@@ -150,8 +150,13 @@ def export_dataset(
     :param env_id: id of the environment; None: that of the run, made with the run's arguments
     :param deterministic: new episodes are played with the deterministic actions
     :raises CheckpointError: if ``path`` is damaged or has no replay buffer
-    :raises ValueError: if there is such a dataset already, or the environment is not known or cannot be made
+    :raises ValueError: if there is such a dataset already, or the environment is not known or cannot be made, or for
+        options of new episodes without them
     """
+    if n_episodes is not None and n_episodes < 1:
+        raise ValueError(f"n_episodes={n_episodes} must be at least 1, or None for those of the replay buffer.")
+    if n_episodes is None and (env_id is not None or not deterministic):
+        raise ValueError("env_id and deterministic are for new episodes: pass n_episodes, or leave them out.")
     with open_model_file(path) as file:
         state, kwargs = None, {}
         if env_id is None and (env_id := env_state.env_id(file.index.get("env"))) is not None:
@@ -215,9 +220,7 @@ def _warn_of_layers(state: dict[str, Any], env: VecEnv, env_id: str) -> None:
 
 
 def main() -> int:
-    """
-    :return: exit status
-    """
+    """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m sb3_softsac.checkpoint", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in (

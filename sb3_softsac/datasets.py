@@ -17,7 +17,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.preprocessing import is_image_space, is_image_space_channels_first
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
-from sb3_softsac.buffers import Obs, ReplayBuffer, Stream, map_obs
+from sb3_softsac.buffers import Obs, ReplayBuffer, Stream, map_obs, rows_by_age
 
 FIELDS = ("observations", "actions", "rewards", "terminations", "truncations")
 ROUNDING = 1e-6  # of the range of actions: further beyond it is not the rounding of float32
@@ -44,7 +44,6 @@ def read(dataset: Any, buffer: ReplayBuffer) -> Stream:
     :raises ValueError: naming the episode and the field that do not fit
     """
     space = buffer.action_space
-    assert isinstance(space, spaces.Box)
     dataset = load(dataset) if isinstance(dataset, str) else dataset
     _compare_actions(getattr(dataset, "action_space", None), space)
     parts, n_beyond, furthest = [], 0, 0.0
@@ -134,7 +133,6 @@ def _episodes(dataset: Any) -> Iterator[Any]:
 def _checked(episode: Any, where: str, buffer: ReplayBuffer) -> Stream:
     """Transitions of an episode; actions are scaled, but not clipped."""
     action_space = buffer.action_space
-    assert isinstance(action_space, spaces.Box)
     fields = {name: _field(episode, name, where) for name in FIELDS}
     rewards = _array(fields["rewards"], "rewards", where, np.dtype(np.float32))
     n_steps = rewards.size
@@ -246,8 +244,7 @@ def episodes(buffer: ReplayBuffer) -> Iterator[Episode]:
     :return: episodes; actions are in the environment's units
     """
     space = buffer.action_space
-    assert isinstance(space, spaces.Box)
-    order = (np.arange(buffer.size()) + (buffer.pos if buffer.full else 0)) % buffer.buffer_size
+    order = rows_by_age(buffer)
     for env_index in range(buffer.n_envs):
         for rows in np.split(order, np.flatnonzero(buffer.ends[order, env_index]) + 1):
             if len(rows) == 0:

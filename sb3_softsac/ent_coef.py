@@ -1,98 +1,59 @@
-"""The entropy coefficient (alpha, temperature), fixed or learned, behind one interface."""
+"""The entropy coefficient (alpha, temperature), fixed or learned."""
 
 import torch as th
 
 from sb3_softsac import losses
 
 
-class FixedEntCoef:
+class EntCoef:
     """
-    A constant entropy coefficient.
+    The entropy coefficient: a constant, or learned by its logarithm (https://arxiv.org/abs/1812.05905, section 5).
 
-    :param value: the coefficient, >= 0
+    :param value: the coefficient, >= 0; if it is learned, the first one, > 0
+    :param learning_rate: initial learning rate of Adam; None: it is not learned
     :param device: device of the coefficient
     """
 
-    log_ent_coef: th.Tensor | None = None
-    optimizer: th.optim.Optimizer | None = None
+    def __init__(self, value: float, learning_rate: float | None, device: th.device):
+        self.tensor: th.Tensor | None = None
+        self.log_ent_coef: th.Tensor | None = None
+        self.optimizer: th.optim.Optimizer | None = None
+        if learning_rate is None:
+            self.tensor = th.tensor(value, device=device)
+        else:
+            self.log_ent_coef = th.log(th.ones(1, device=device) * value).requires_grad_(True)
+            self.optimizer = th.optim.Adam([self.log_ent_coef], lr=learning_rate)
 
-    def __init__(self, value: float, device: th.device):
-        self.tensor: th.Tensor | None = th.tensor(value, device=device)
+    @property
+    def is_learned(self) -> bool:
+        """Whether it has an optimiser, and a loss."""
+        return self.log_ent_coef is not None
 
     def value(self) -> th.Tensor:
-        """
-        :return: the coefficient, detached, scalar
-        """
+        """The coefficient, detached: a scalar, or (1,) if it is learned."""
+        if self.log_ent_coef is not None:
+            return th.exp(self.log_ent_coef.detach())
         assert self.tensor is not None
         return self.tensor
 
     def tensors(self) -> list[th.Tensor]:
-        """
-        :return: its tensors
-        """
-        return [self.value()]
+        """What it consists of, besides the optimiser's state."""
+        return [self.value() if self.log_ent_coef is None else self.log_ent_coef]
 
     def optimizers(self) -> list[th.optim.Optimizer]:
-        """
-        :return: none
-        """
-        return []
-
-    def losses(self, log_prob: th.Tensor, target_entropy: float, kind: str) -> dict[str, th.Tensor]:
-        """
-        :return: no losses
-        """
-        return {}
-
-
-class LearnedEntCoef:
-    """
-    An entropy coefficient whose logarithm is optimised (https://arxiv.org/abs/1812.05905, section 5).
-
-    :param init_value: initial value of the coefficient, > 0
-    :param learning_rate: initial learning rate of Adam
-    :param device: device of the coefficient
-    """
-
-    tensor: th.Tensor | None = None
-
-    def __init__(self, init_value: float, learning_rate: float, device: th.device):
-        self.log_ent_coef: th.Tensor | None = th.log(th.ones(1, device=device) * init_value).requires_grad_(True)
-        self.optimizer: th.optim.Optimizer | None = th.optim.Adam([self.log_ent_coef], lr=learning_rate)
-
-    def value(self) -> th.Tensor:
-        """
-        :return: the coefficient, detached, shape (1,)
-        """
-        assert self.log_ent_coef is not None
-        return th.exp(self.log_ent_coef.detach())
-
-    def tensors(self) -> list[th.Tensor]:
-        """
-        :return: its tensors
-        """
-        assert self.log_ent_coef is not None
-        return [self.log_ent_coef]
-
-    def optimizers(self) -> list[th.optim.Optimizer]:
-        """
-        :return: the optimiser of its logarithm
-        """
-        assert self.optimizer is not None
-        return [self.optimizer]
+        """The optimiser of its logarithm, if it is learned."""
+        return [] if self.optimizer is None else [self.optimizer]
 
     def losses(self, log_prob: th.Tensor, target_entropy: float, kind: str) -> dict[str, th.Tensor]:
         """
         :param log_prob: see :func:`losses.ent_coef_loss`
         :param target_entropy: see :func:`losses.ent_coef_loss`
         :param kind: see :func:`losses.ent_coef_loss`
-        :return: loss by log key
+        :return: loss by log key; none if the coefficient is not learned
         """
-        assert self.log_ent_coef is not None
+        if self.log_ent_coef is None:
+            return {}
         return {"ent_coef_loss": losses.ent_coef_loss(self.log_ent_coef, log_prob, target_entropy, kind)}
-
-
-EntCoef = FixedEntCoef | LearnedEntCoef
 
 
 def make_ent_coef(ent_coef: str | float, learning_rate: float, device: th.device) -> EntCoef:
@@ -112,9 +73,9 @@ def make_ent_coef(ent_coef: str | float, learning_rate: float, device: th.device
     except ValueError:
         value = float("nan")
     if learned and 0.0 < value < float("inf"):
-        return LearnedEntCoef(value, learning_rate, device)
+        return EntCoef(value, learning_rate, device)
     if not learned and 0.0 <= value < float("inf"):
-        return FixedEntCoef(value, device)
+        return EntCoef(value, None, device)
     raise ValueError(
         f"ent_coef={ent_coef!r} is not valid: use a number >= 0, 'auto', or 'auto_<first value>' with a value > 0 "
         "(for instance 'auto_0.1')."

@@ -9,6 +9,7 @@ SB3's preprocessing, and the step from tanh to the units of the action space.
 
 import argparse
 import contextlib
+import copy
 import importlib
 import io
 import json
@@ -24,12 +25,14 @@ from typing import Any
 import numpy as np
 import torch as th
 from gymnasium import spaces
+from gymnasium.vector.utils import batch_space
 from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.vec_env import VecNormalize, VecTransposeImage
 from torch import nn
 
 import sb3_softsac
+from sb3_softsac.buffers import Obs, map_obs
 from sb3_softsac.execution.runner import matmul_precision
 from sb3_softsac.persistence import atomic_files
 from sb3_softsac.persistence.archive import CheckpointError
@@ -48,8 +51,7 @@ TOLERANCE = 1e-5  # of the range of an action
 MAX_SAMPLES, MAX_NUMBERS = 256, 1_000_000  # observations of the check, and numbers in them
 INSTALL = "pip install 'sb3-softsac[export]'"
 
-NumpyObs = np.ndarray | dict[str, np.ndarray]
-Run = Callable[[NumpyObs], list[np.ndarray]]
+Run = Callable[[Obs], list[np.ndarray]]
 
 
 class PolicyInput(nn.Module):
@@ -238,19 +240,15 @@ class _Wrapping:
 
     @property
     def space(self) -> spaces.Space[Any]:
-        """
-        :return: space of the observations that go in
-        """
+        """Space of the observations that go in."""
         return spaces.Dict(self.parts) if self.is_dict else self.parts[INPUT]
 
     def inputs(self) -> dict[str, PolicyInput]:
-        """
-        :return: the same as a graph
-        """
+        """The same as a graph."""
         epsilon, clip = (self.normalize.epsilon, self.normalize.clip_obs) if self.normalize is not None else (0.0, 0.0)
         return {key: PolicyInput(key in self.images, self.statistics.get(key), epsilon, clip) for key in self.parts}
 
-    def __call__(self, obs: NumpyObs) -> NumpyObs:
+    def __call__(self, obs: Obs) -> Obs:
         """
         :param obs: batch of observations, as the environment gives them
         :return: what ``predict()`` takes
@@ -262,7 +260,7 @@ class _Wrapping:
             obs = VecTransposeImage.transpose_image(obs)
         return obs if self.normalize is None else self.normalize.normalize_obs(obs)
 
-    def sample(self, rng: np.random.Generator) -> NumpyObs:
+    def sample(self, rng: np.random.Generator) -> Obs:
         """
         :param rng: random numbers
         :return: batch of random observations, as the environment gives them
@@ -284,15 +282,12 @@ def _sample(
     space: spaces.Space[Any], statistics: RunningMeanStd | None, n: int, rng: np.random.Generator
 ) -> np.ndarray:
     """Observations (n, ...): if they are normalised, spread beyond the clipping; else all over the space."""
-    if isinstance(space, spaces.Discrete):
-        return space.start + rng.integers(space.n, size=n, dtype=space.dtype)
-    if isinstance(space, spaces.MultiDiscrete):
-        return rng.integers(space.nvec, size=(n, *space.shape), dtype=space.dtype)
-    if isinstance(space, spaces.MultiBinary):
-        return rng.integers(2, size=(n, *space.shape), dtype=space.dtype)
-    assert isinstance(space, spaces.Box)
+    if not isinstance(space, spaces.Box):
+        batch = batch_space(copy.deepcopy(space), n)
+        batch.seed(int(rng.integers(2**31)))
+        return np.asarray(batch.sample())
     shape = (n, *space.shape)
-    if np.issubdtype(space.dtype, np.integer):
+    if np.issubdtype(space.dtype, np.integer):  # Gymnasium's sample() rounds large bounds
         return rng.integers(space.low, space.high, size=shape, dtype=space.dtype, endpoint=True)
     normal = rng.standard_normal(shape)
     if statistics is not None:
@@ -345,7 +340,7 @@ def _require_onnx() -> None:
         )
 
 
-def _program(policy: ExportedPolicy, example: NumpyObs, device: th.device) -> Any:
+def _program(policy: ExportedPolicy, example: Obs, device: th.device) -> Any:
     """The graph, with any batch size, on the CPU, without the paths of source files."""
     batch = {0: th.export.Dim("batch")}
     shapes = dict.fromkeys(example, batch) if isinstance(example, dict) else batch
@@ -358,7 +353,7 @@ def _program(policy: ExportedPolicy, example: NumpyObs, device: th.device) -> An
     return program
 
 
-def _onnx_file(program: Any, example: NumpyObs, metadata: dict[str, str], policy: ExportedPolicy) -> bytes:
+def _onnx_file(program: Any, example: Obs, metadata: dict[str, str], policy: ExportedPolicy) -> bytes:
     batch = {0: "batch"}
     shapes = dict.fromkeys(example, batch) if isinstance(example, dict) else batch
     with _explained("torch.onnx"), _quiet():
@@ -451,7 +446,7 @@ def _bounds_as_json(bounds: np.ndarray) -> Any:
 
 
 def _expected(model: SoftSAC, wrapping: _Wrapping, with_log_std: bool) -> Run:
-    def run(obs: NumpyObs) -> list[np.ndarray]:
+    def run(obs: Obs) -> list[np.ndarray]:
         obs = wrapping(obs)
         outputs = [model.predict(obs, deterministic=True)[0]]
         if with_log_std:
@@ -466,7 +461,7 @@ def _expected(model: SoftSAC, wrapping: _Wrapping, with_log_std: bool) -> Run:
 def _onnx_run(data: bytes) -> Run:
     session = importlib.import_module("onnxruntime").InferenceSession(data, providers=["CPUExecutionProvider"])
 
-    def run(obs: NumpyObs) -> list[np.ndarray]:
+    def run(obs: Obs) -> list[np.ndarray]:
         return session.run(None, obs if isinstance(obs, dict) else {INPUT: obs})
 
     return run
@@ -479,14 +474,14 @@ def _torch_run(program: Any) -> Run:
             program = th.export.load(io.BytesIO(program))
     module = program.module()
 
-    def run(obs: NumpyObs) -> list[np.ndarray]:
+    def run(obs: Obs) -> list[np.ndarray]:
         with th.no_grad():
             return [output.numpy() for output in module(_tensors(obs, th.device("cpu")))]
 
     return run
 
 
-def _largest_difference(run: Run, expected: Run, observations: NumpyObs, action_space: spaces.Box) -> float:
+def _largest_difference(run: Run, expected: Run, observations: Obs, action_space: spaces.Box) -> float:
     """Of actions relative to their range, of other outputs relative to their magnitude where it is above 1."""
     differences = []
     for obs in (observations, _first(observations, 1)):
@@ -498,14 +493,14 @@ def _largest_difference(run: Run, expected: Run, observations: NumpyObs, action_
     return float(np.max(differences))  # nan if one is
 
 
-def _first(obs: NumpyObs, n: int) -> NumpyObs:
-    return {key: part[:n] for key, part in obs.items()} if isinstance(obs, dict) else obs[:n]
+def _first(obs: Obs, n: int) -> Obs:
+    first: Obs = map_obs(lambda part: part[:n], obs)
+    return first
 
 
-def _tensors(obs: NumpyObs, device: th.device) -> TorchObs:
-    if isinstance(obs, dict):
-        return {key: th.as_tensor(part, device=device) for key, part in obs.items()}
-    return th.as_tensor(obs, device=device)
+def _tensors(obs: Obs, device: th.device) -> TorchObs:
+    tensors: TorchObs = map_obs(lambda part: th.as_tensor(part, device=device), obs)
+    return tensors
 
 
 # --- the command line -------------------------------------------------------------------------------------------------
@@ -556,9 +551,7 @@ def _of_zoo(folder: Path) -> tuple[Path, Path | None]:
 
 
 def main() -> int:
-    """
-    :return: exit status
-    """
+    """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m sb3_softsac.export", description=__doc__.split("\n\n")[0])
     parser.add_argument("path", metavar="PATH", help="model file, checkpoint folder or the zoo's run folder")
     parser.add_argument("-o", "--output", default="policy.onnx", help="file to write (.onnx or .pt2)")

@@ -96,7 +96,6 @@ def draw_noise(policy: SoftSACPolicy, batch_size: int, n_actor_updates: int, dev
         first = matrices()
         return Noise(first[-1], tuple([first[0], *(matrices()[0] for _ in range(n_actor_updates - 1))]))
 
-    assert policy.action_space.shape is not None
     size = batch_size, math.prod(policy.action_space.shape)
 
     def normal() -> th.Tensor:
@@ -193,9 +192,7 @@ def critic_gradients(
     coefficient: th.Tensor,
     options: UpdateOptions,
 ) -> tuple[Gradients, Metrics]:
-    """
-    :return: gradients of the critics' trained parameters; metrics
-    """
+    """Gradients of the critics' trained parameters; metrics."""
     head = head_of(policy.critic)
     with th.no_grad():
         next_actor = policy.actor if policy.actor_target is None else policy.actor_target
@@ -268,9 +265,7 @@ def actor_gradients(
     coefficient: th.Tensor,
     options: UpdateOptions,
 ) -> tuple[Gradients, Gradients, Metrics]:
-    """
-    :return: gradients of the actor's and of the entropy coefficient's trained parameters; metrics
-    """
+    """Gradients of the actor's and of the entropy coefficient's trained parameters; metrics."""
     pi = _sample(policy, batch, noise, options)
     metrics: Metrics = {}
     ent_coef_gradients: Gradients = ()

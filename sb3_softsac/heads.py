@@ -39,16 +39,12 @@ class ScalarHead(nn.Module):
         next_log_prob: th.Tensor,
         ent_coef: th.Tensor,
     ) -> tuple[th.Tensor, Metrics]:
-        """
-        :return: see :func:`losses.target_q_values`, whose arguments these are; metrics
-        """
+        """Targets and metrics; see :func:`losses.target_q_values`, whose arguments these are."""
         target = losses.target_q_values(rewards, dones, discounts, next_outputs, next_log_prob, ent_coef)
         return target, {"target_q_value": target.mean()}
 
     def loss(self, outputs: Outputs, target: th.Tensor) -> th.Tensor:
-        """
-        :return: see :func:`losses.critic_loss`
-        """
+        """See :func:`losses.critic_loss`."""
         return losses.critic_loss(outputs, target)
 
 

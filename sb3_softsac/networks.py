@@ -35,37 +35,6 @@ class Architecture(NamedTuple):
     def has_batch_norm(self) -> bool:
         return self.normalization == "batch" or self.normalize_input
 
-    def check(self) -> None:
-        """
-        :raises ValueError: naming an option that is not valid
-        """
-
-        def require(condition: bool, name: str, allowed: str) -> None:
-            if not condition:
-                raise ValueError(f"{name}={getattr(self, name)!r} is not valid: it must be {allowed}.")
-
-        def is_number(value: object, low: float, high: float) -> bool:
-            return isinstance(value, int | float) and not isinstance(value, bool) and low <= value < high
-
-        expansion = self.residual_expansion
-        require(self.normalization in NORMALIZATIONS, "normalization", f"one of {NORMALIZATIONS}")
-        require(isinstance(self.normalize_input, bool), "normalize_input", "True or False")
-        require(
-            expansion is None or (isinstance(expansion, int) and is_number(expansion, 1, math.inf)),
-            "residual_expansion",
-            "an integer >= 1, or None",
-        )
-        require(is_number(self.dropout_rate, 0.0, 1.0), "dropout_rate", "a number in [0, 1)")
-        require(is_number(self.batch_norm_momentum, 0.0, 1.0 + 1e-9), "batch_norm_momentum", "a number in [0, 1]")
-        is_positive = is_number(self.batch_norm_eps, 0.0, math.inf) and self.batch_norm_eps > 0.0
-        require(is_positive, "batch_norm_eps", "a number > 0")
-        for name in ("batch_norm_momentum", "batch_norm_eps"):
-            if not self.has_batch_norm and getattr(self, name) != getattr(PLAIN, name):
-                raise ValueError(
-                    f"{name}={getattr(self, name)!r} has no effect without batch normalisation: set "
-                    "normalization='batch' or normalize_input=True, or leave it out."
-                )
-
 
 PLAIN = Architecture()
 """SB3's networks."""

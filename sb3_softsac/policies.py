@@ -13,21 +13,17 @@ from gymnasium import spaces
 from stable_baselines3.common.distributions import StateDependentNoiseDistribution
 from stable_baselines3.common.policies import BasePolicy, ContinuousCritic
 from stable_baselines3.common.preprocessing import is_image_space, preprocess_obs
-from stable_baselines3.common.torch_layers import (
-    BaseFeaturesExtractor,
-    CombinedExtractor,
-    FlattenExtractor,
-    NatureCNN,
-)
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, CombinedExtractor, FlattenExtractor, NatureCNN
 from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.sac import policies as sb3_policies
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from sb3_softsac import distributions, networks
 from sb3_softsac.heads import Outputs, make_head
 from sb3_softsac.networks import PLAIN, Architecture
 from sb3_softsac.type_aliases import PolicySample, TorchObs
-from sb3_softsac.validation import check_image_sizes, check_starts
+from sb3_softsac.validation import check_architecture, check_image_sizes, check_starts
 
 LOG_STD_BOUNDS = (-20.0, 2.0)  # SB3's clamp
 BATCH_NORMS = (
@@ -35,10 +31,8 @@ BATCH_NORMS = (
     *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
 )
 WEIGHT_INITS = (None, "xavier", "orthogonal")
-SUPPORT = (
-    -5.0,
-    5.0,
-)  # of categorical critics (XQC, FlashSAC): of returns that SoftSAC(normalize_rewards=...) has scaled
+# Of categorical critics (XQC, FlashSAC): of returns that SoftSAC(normalize_rewards=...) has scaled
+SUPPORT = (-5.0, 5.0)
 
 
 class Preprocessing:
@@ -129,9 +123,7 @@ class Actor(sb3_policies.Actor):
         }
 
     def own_networks(self) -> list[nn.Module]:
-        """
-        :return: networks after the features extractor
-        """
+        """Networks after the features extractor."""
         names = ("latent_pi", "latent_log_std", "mu", "log_std")
         return [module for name, module in self.named_children() if name in names]
 
@@ -315,9 +307,7 @@ class Critic(ContinuousCritic):
         return self.head.values(self.outputs(obs, actions))
 
     def q1_forward(self, obs: TorchObs, actions: th.Tensor) -> th.Tensor:
-        """
-        :return: values of the first critic, (B, 1)
-        """
+        """Values of the first critic, (B, 1)."""
         return self.head.values((super().q1_forward(obs, actions),))[0]  # type: ignore[arg-type]
 
     def extract_features(self, obs: TorchObs, features_extractor: BaseFeaturesExtractor) -> th.Tensor:
@@ -355,6 +345,7 @@ class SoftSACPolicy(sb3_policies.SACPolicy):
     """
 
     default_features_extractor: ClassVar[type[BaseFeaturesExtractor]] = FlattenExtractor
+    action_space: spaces.Box
     actor: Actor
     actor_target: Actor | None
     critic: Critic
@@ -399,7 +390,16 @@ class SoftSACPolicy(sb3_policies.SACPolicy):
             raise ValueError(f"weight_init={weight_init!r} is unknown: use one of {WEIGHT_INITS}.")
         if not isinstance(n_critics, int | np.integer) or n_critics < 1:
             raise ValueError(f"n_critics={n_critics!r} is not valid: it must be an integer >= 1.")
+        for name, value in (("activation_fn", activation_fn), ("optimizer_class", optimizer_class)):
+            if not callable(value):
+                example = "torch.nn.ReLU" if name == "activation_fn" else "torch.optim.Adam"
+                raise ValueError(f"{name}={value!r} is not valid: it must be a class, such as {example}.")
         extractor = features_extractor_class or self.default_features_extractor
+        if extractor is CombinedExtractor and not isinstance(observation_space, spaces.Dict):
+            raise ValueError(
+                f"MultiInputPolicy is for Dict observations, not {observation_space}: use 'MlpPolicy', or 'CnnPolicy' "
+                "for images."
+            )
         check_starts(observation_space)
         check_image_sizes(observation_space, extractor, normalize_images)
         # SACPolicy.__init__ builds the networks, so what they are built from is set before it
@@ -413,7 +413,7 @@ class SoftSACPolicy(sb3_policies.SACPolicy):
         self.architecture = Architecture(
             normalization, normalize_input, residual_expansion, dropout_rate, batch_norm_momentum, batch_norm_eps
         )
-        self.architecture.check()
+        check_architecture(self.architecture)
         self.unit_norm = _checked_unit_norm(unit_norm, self.architecture)
         if n_atoms is None and (v_min, v_max) != SUPPORT:
             raise ValueError(f"v_min={v_min} and v_max={v_max} have no effect without n_atoms: set it, e.g. to 101.")
@@ -452,7 +452,6 @@ class SoftSACPolicy(sb3_policies.SACPolicy):
 
     def unscale_action(self, scaled_action: np.ndarray) -> np.ndarray:
         """As in SB3, but rounding takes no action beyond its upper bound (the lower one is exact)."""
-        assert isinstance(self.action_space, spaces.Box)
         actions: np.ndarray = np.minimum(super().unscale_action(scaled_action), self.action_space.high)
         return actions
 
@@ -518,9 +517,7 @@ class SoftSACPolicy(sb3_policies.SACPolicy):
         self.training = mode
 
     def targets(self) -> list[tuple[nn.Module, nn.Module]]:
-        """
-        :return: pairs of a network and its Polyak-averaged copy
-        """
+        """Pairs of a network and its Polyak-averaged copy."""
         pairs: list[tuple[nn.Module, nn.Module]] = [(self.critic, self.critic_target)]
         if self.actor_target is not None:
             pairs.append((self.actor, self.actor_target))
@@ -579,19 +576,20 @@ COUNTERPARTS: dict[type[BasePolicy], type[SoftSACPolicy]] = {
 
 def init_weights(network: nn.Module, weight_init: str) -> None:
     """
-    Initialise all linear and convolutional layers in place, biases to zero.
+    Initialise all linear and convolutional layers in place, biases to zero. Those of a features extractor, too, but for
+    layers that are frozen (``requires_grad=False``), as pretrained ones often are.
 
     :param network: actor or critic
     :param weight_init: ``"xavier"`` (uniform) or ``"orthogonal"`` (gain sqrt(2))
     """
     for layer in network.modules():
-        if not isinstance(layer, nn.Linear | nn.Conv2d):
+        if not isinstance(layer, nn.Linear | _ConvNd) or not layer.weight.requires_grad:
             continue
         if weight_init == "xavier":
             nn.init.xavier_uniform_(layer.weight)
         else:
             nn.init.orthogonal_(layer.weight, gain=2**0.5)
-        if layer.bias is not None:
+        if layer.bias is not None and layer.bias.requires_grad:
             nn.init.zeros_(layer.bias)
 
 

@@ -10,9 +10,7 @@ OF_ZOO = ("n_timesteps", "policy")  # keys that are not arguments of the constru
 
 
 def hyperparams_folder() -> Path:
-    """
-    :return: the folder of the files: inside the package, or, in an editable install, beside it
-    """
+    """The folder of the files: inside the package, or, in an editable install, beside it."""
     package = Path(__file__).parent
     inside = package / "hyperparams"
     return inside if inside.is_dir() else package.parent / "hyperparams"

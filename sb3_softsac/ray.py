@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
+from operator import attrgetter, methodcaller
 from typing import Any
 
 import cloudpickle
@@ -83,7 +84,7 @@ class RayVecEnv(VecEnv):
         self._step_results: list[Any] = []  # references; None for new environments
         try:
             self._start_actors()
-            observation_space, action_space = self._each(_spaces_of, indices=0)[0]
+            observation_space, action_space = self._each(attrgetter("observation_space", "action_space"), indices=0)[0]
             super().__init__(self.num_envs, observation_space, action_space)
         except BaseException:
             self.close()
@@ -158,13 +159,13 @@ class RayVecEnv(VecEnv):
         if self.render_mode != "rgb_array":
             warnings.warn(f"The render mode is {self.render_mode}, but images need `rgb_array`.", stacklevel=2)
             return [None] * self.num_envs
-        return self._each(_render)
+        return self._each(methodcaller("render"))
 
     def has_attr(self, attr_name: str) -> bool:
-        return all(self._each(_has_attr, attr_name))
+        return all(self._each(methodcaller("has_wrapper_attr", attr_name)))
 
     def get_attr(self, attr_name: str, indices: VecEnvIndices = None) -> list[Any]:
-        return self._each(_get_attr, attr_name, indices=indices)
+        return self._each(methodcaller("get_wrapper_attr", attr_name), indices=indices)
 
     def set_attr(self, attr_name: str, value: Any, indices: VecEnvIndices = None) -> None:
         self._each(setattr, attr_name, value, indices=indices)
@@ -175,7 +176,10 @@ class RayVecEnv(VecEnv):
     def env_method(
         self, method_name: str, *method_args: Any, indices: VecEnvIndices = None, **method_kwargs: Any
     ) -> list[Any]:
-        return self._each(_call_method, method_name, method_args, method_kwargs, indices=indices)
+        def call(env: gym.Env) -> Any:
+            return env.get_wrapper_attr(method_name)(*method_args, **method_kwargs)
+
+        return self._each(call, indices=indices)
 
     def env_is_wrapped(self, wrapper_class: type[gym.Wrapper], indices: VecEnvIndices = None) -> list[bool]:
         return self._each(is_wrapped, wrapper_class, indices=indices)
@@ -427,23 +431,3 @@ def _result_or_end(reference: Any) -> Any:
         if isinstance(end, RayTaskError):  # an environment's error can be of any class
             raise
         return end
-
-
-def _spaces_of(env: gym.Env) -> tuple[Any, Any]:
-    return env.observation_space, env.action_space
-
-
-def _render(env: gym.Env) -> Any:
-    return env.render()
-
-
-def _get_attr(env: gym.Env, name: str) -> Any:
-    return env.get_wrapper_attr(name)
-
-
-def _has_attr(env: gym.Env, name: str) -> bool:
-    return env.has_wrapper_attr(name)
-
-
-def _call_method(env: gym.Env, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return env.get_wrapper_attr(name)(*args, **kwargs)

@@ -4,7 +4,7 @@ import numpy as np
 from stable_baselines3.common.buffers import ReplayBuffer as SB3ReplayBuffer
 from stable_baselines3.common.running_mean_std import RunningMeanStd
 
-from sb3_softsac.buffers import ReplayBuffer
+from sb3_softsac.buffers import ReplayBuffer, rows_by_age
 
 EPSILON = 1e-8
 
@@ -35,10 +35,9 @@ class RewardScale:
         :param buffer: replay buffer, SB3's or ours
         :param gamma: discount factor
         """
-        rows = (np.arange(buffer.size()) + (buffer.pos if buffer.full else 0)) % buffer.buffer_size
         # Ours also marks where a reset or a dataset has cut an episode short
         ends = buffer.ends if isinstance(buffer, ReplayBuffer) else buffer.dones
-        returns = [self._next_returns(buffer.rewards[row], ends[row], gamma) for row in rows.tolist()]
+        returns = [self._next_returns(buffer.rewards[row], ends[row], gamma) for row in rows_by_age(buffer).tolist()]
         if returns:
             self._add(np.concatenate(returns))
 
@@ -48,7 +47,7 @@ class RewardScale:
 
     def divisor(self, bound: float | None = None) -> float:
         """
-        :param bound: no return until now becomes larger than this; None: whatever they become
+        :param bound: no discounted sum of past rewards becomes larger than this; None: whatever they become
         :return: what rewards are divided by; 1 until there is one that is not zero
         """
         if self.max_return == 0.0:

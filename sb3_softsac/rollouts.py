@@ -43,6 +43,7 @@ class RolloutAlgorithm(OffPolicyAlgorithm):
     _rollout: tuple[int, int, bool] | None = None
     _mid_step = False  # a step was interrupted (Ctrl-C): the environment is ahead of everything else
     _warmed_up = False  # no more random actions, whatever num_timesteps is
+    _warmed_up_with: int | None = None  # random_steps of the run for which that was decided
 
     def _sample_action(
         self, learning_starts: int, action_noise: ActionNoise | None = None, n_envs: int = 1
@@ -147,7 +148,6 @@ class RolloutAlgorithm(OffPolicyAlgorithm):
     ) -> RolloutReturn:
         if self.policy.training:
             self.policy.set_training_mode(False)
-        assert train_freq.frequency > 0, "Should at least collect one step or episode."
         if env.num_envs > 1:
             assert train_freq.unit == TrainFrequencyUnit.STEP, "You must use only one env when doing episodic training."
         if self._rollout is None:
@@ -228,9 +228,7 @@ class RolloutAlgorithm(OffPolicyAlgorithm):
         self._last_obs, self._last_original_obs = new_obs, new_original_obs
 
     def _original_obs(self) -> Any:
-        """
-        :return: observations before normalisation, with images transposed as for the model
-        """
+        """Observations before normalisation, with images transposed as for the model."""
         assert self.env is not None and self._vec_normalize_env is not None
         obs = self._vec_normalize_env.get_original_obs()
         transpose = unwrap_vec_wrapper(self.env, VecTransposeImage)

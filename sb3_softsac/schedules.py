@@ -16,13 +16,11 @@ def parse(text: str) -> Callable[[float], float]:
     """
     kind, *numbers = text.split("_")
     first, last = map(float, numbers if len(numbers) > 1 else [*numbers, "0"])
-    if not (0.0 <= first < math.inf and 0.0 <= last < math.inf):
+    if kind not in ("lin", "cos") or not (0.0 <= first < math.inf and 0.0 <= last < math.inf):
         raise ValueError(f"{text!r} is not valid: it must be {SYNTAX}.")
     if kind == "lin":
         return lambda progress: last + (first - last) * max(progress, 0.0)
-    if kind == "cos":
-        return lambda progress: last + (first - last) * 0.5 * (1.0 - math.cos(math.pi * max(progress, 0.0)))
-    raise ValueError(f"{text!r} is not valid: it must be {SYNTAX}.")
+    return lambda progress: last + (first - last) * 0.5 * (1.0 - math.cos(math.pi * max(progress, 0.0)))
 
 
 def is_valid(text: Any) -> bool:

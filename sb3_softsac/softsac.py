@@ -11,19 +11,10 @@ from stable_baselines3.common.base_class import maybe_make_env
 from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer
 from stable_baselines3.common.buffers import ReplayBuffer as SB3ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.distributions import StateDependentNoiseDistribution
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.type_aliases import (
-    GymEnv,
-    Schedule,
-    TrainFreq,
-    TrainFrequencyUnit,
-)
-from stable_baselines3.common.utils import (
-    FloatSchedule,
-    update_learning_rate,
-)
+from stable_baselines3.common.type_aliases import GymEnv, Schedule, TrainFreq, TrainFrequencyUnit
+from stable_baselines3.common.utils import FloatSchedule, update_learning_rate
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 from torch import nn
 
@@ -43,7 +34,15 @@ from sb3_softsac.persistence.resumable import ResumableAlgorithm
 from sb3_softsac.policies import COUNTERPARTS, Actor, CnnPolicy, Critic, MlpPolicy, MultiInputPolicy, SoftSACPolicy
 from sb3_softsac.reward_scale import RewardScale
 from sb3_softsac.type_aliases import TorchObs
-from sb3_softsac.validation import check_action_space, check_networks, check_options, parse_target_entropy
+from sb3_softsac.validation import (
+    check_action_space,
+    check_env,
+    check_networks,
+    check_observation_space,
+    check_options,
+    is_int,
+    parse_target_entropy,
+)
 
 MIN_COMPILED_UPDATES = 10_000  # Inductor takes as long as it saves in about half as many, C++ in a quarter
 
@@ -102,7 +101,8 @@ class SoftSAC(ResumableAlgorithm):
         batch norm, see ``SoftSACPolicy``
     :param use_critic_target: False: next values come from the critics themselves (CrossQ)
     :param normalize_rewards: ``"std"``: divide sampled rewards by the running standard deviation of discounted returns;
-        ``"bounded"``: or by more, so that no return is outside the support of categorical critics
+        ``"bounded"``: or by more, so that no discounted sum of past rewards is outside the support of categorical
+        critics (returns can still be: see ``train/clipped_target_mass``)
     :param max_noise_repeat: hold the noise of an action for n <= ``max_noise_repeat`` steps, P(n) ~ n^-2 (FlashSAC)
     :param offline_data: take a part of each minibatch from this data, which new transitions do not replace (RLPD,
         https://arxiv.org/abs/2302.02948): a Minari dataset or its id, the path of a model file (its replay buffer), or
@@ -196,15 +196,20 @@ class SoftSAC(ResumableAlgorithm):
         normalize_rewards: str | None = None,
         max_noise_repeat: int = 1,
         offline_data: Any = None,
-        offline_fraction: float = 0.5,
+        offline_fraction: float = offline.DEFAULT_FRACTION,
         compile: bool | str = "auto",
         matmul_precision: str | None = None,
         buffer_on_device: bool | str = "auto",
         num_threads: int | str = "auto",
     ):
+        if env is not None or _init_setup_model:
+            check_env(env)
         if env is not None:
             env = maybe_make_env(env, verbose)
             check_action_space(env.action_space)
+            check_observation_space(env.observation_space)
+        if seed is not None and not is_int(seed, 0):
+            raise ValueError(f"seed={seed!r} is not valid: it must be an integer >= 0, or None.")
         super().__init__(
             policy,
             env,
@@ -226,7 +231,7 @@ class SoftSAC(ResumableAlgorithm):
             tensorboard_log=tensorboard_log,
             verbose=verbose,
             device=device,
-            seed=seed,
+            seed=None if seed is None else int(seed),
             use_sde=use_sde,
             sde_sample_freq=sde_sample_freq,
             use_sde_at_warmup=use_sde_at_warmup,
@@ -319,6 +324,15 @@ class SoftSAC(ResumableAlgorithm):
             self._runner = None
         self._note_arguments()
 
+    def _convert_device(self) -> None:
+        """A device can be assigned by its name, but the networks stay where they are."""
+        self.device = th.device(self.device)
+        if self.device.type != self.policy.device.type:
+            raise ValueError(
+                f"device={self.device} has no effect on networks that are on {self.policy.device}: save the model, and "
+                f"load it with SoftSAC.load(..., device={str(self.device)!r})."
+            )
+
     def _convert_train_freq(self) -> None:
         """As in SB3, which refuses lists and NumPy's numbers."""
         parts: Any = self.train_freq if isinstance(self.train_freq, tuple | list) else (self.train_freq, "step")
@@ -336,7 +350,8 @@ class SoftSAC(ResumableAlgorithm):
         elif not issubclass(self.policy_class, SoftSACPolicy):
             raise ValueError(
                 f"policy={self.policy_class.__name__} is not a SoftSAC policy: use 'MlpPolicy', 'CnnPolicy', "
-                "'MultiInputPolicy', or derive your class from sb3_softsac.SoftSACPolicy."
+                "'MultiInputPolicy', or derive your class from sb3_softsac.SoftSACPolicy. (A file of another algorithm "
+                "is loaded with that.)"
             )
 
     def _setup_replay_buffer(self) -> None:
@@ -372,9 +387,7 @@ class SoftSAC(ResumableAlgorithm):
 
     @property
     def log_ent_coef(self) -> th.Tensor | None:
-        """
-        :return: logarithm of the learned entropy coefficient, (1,); None if it is fixed
-        """
+        """Logarithm of the learned entropy coefficient, (1,); None if it is fixed."""
         return self._ent_coef.log_ent_coef
 
     @log_ent_coef.setter
@@ -383,9 +396,7 @@ class SoftSAC(ResumableAlgorithm):
 
     @property
     def ent_coef_optimizer(self) -> th.optim.Optimizer | None:
-        """
-        :return: optimiser of the learned entropy coefficient; None if it is fixed
-        """
+        """Optimiser of the learned entropy coefficient; None if it is fixed."""
         return self._ent_coef.optimizer
 
     @ent_coef_optimizer.setter
@@ -394,9 +405,7 @@ class SoftSAC(ResumableAlgorithm):
 
     @property
     def ent_coef_tensor(self) -> th.Tensor | None:
-        """
-        :return: the fixed entropy coefficient, scalar; None if it is learned
-        """
+        """The fixed entropy coefficient, scalar; None if it is learned."""
         return self._ent_coef.tensor
 
     @ent_coef_tensor.setter
@@ -416,6 +425,7 @@ class SoftSAC(ResumableAlgorithm):
             offline.seed(self._offline_source, seed)
 
     def _setup_learn(self, total_timesteps: int, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
+        self._convert_device()
         check_options(self)  # first, since these may raise
         check_networks(self)
         self._take_changes()
@@ -653,29 +663,6 @@ class SoftSAC(ResumableAlgorithm):
         from sb3_softsac.export import export  # it imports this module
 
         return export(self, path, **options)
-
-    def _noise_distributions(self) -> list[StateDependentNoiseDistribution]:
-        actors = [actor for actor in (self.actor, self.actor_target) if actor is not None]
-        distributions = [actor.action_dist for actor in actors]
-        return [dist for dist in distributions if isinstance(dist, StateDependentNoiseDistribution)]
-
-    def _exploration_state(self) -> list[list[th.Tensor]]:
-        """Exploration matrices of gSDE, of the actor and of its target."""
-        return [
-            [dist.exploration_mat.detach().cpu(), dist.exploration_matrices.detach().cpu()]
-            for dist in self._noise_distributions()
-        ]
-
-    def _set_exploration_state(self, state: list[list[th.Tensor]]) -> None:
-        """:raises ValueError: if the matrices are not those of this actor"""
-        # The file has none for a target actor that is new here, and too many if the target actor is gone
-        for dist, (matrix, matrices) in zip(self._noise_distributions(), state, strict=False):
-            shape = dist.exploration_mat.shape
-            # There is one for each environment of the rollout in progress; a new rollout draws new ones
-            if matrix.shape != shape or matrices.shape[1:] != shape:
-                found = tuple(matrix.shape), tuple(matrices.shape)
-                raise ValueError(f"exploration matrices have the shapes {found}, not {tuple(shape)} each")
-            dist.exploration_mat, dist.exploration_matrices = matrix.to(self.device), matrices.to(self.device)
 
     def write(self, file: BinaryIO, *args: Any, **kwargs: Any) -> tuple[int, str]:
         """See ``ResumableAlgorithm``."""

@@ -199,12 +199,7 @@ def _total_with_orphans(study: Study) -> int | None:
 def objective(original: Callable[..., float], manager: Any, trial: Trial) -> float:
     """
     Run a trial that saves checkpoints, in a folder that is removed when it ends. A signal leaves the checkpoints for
-    the next worker, as a kill does.
-
-    :param original: method of the manager
-    :param manager: manager of a study with a storage
-    :param trial: the trial
-    :return: its value
+    the next worker, as a kill does. ``original`` is the zoo's method.
     """
     folder = _folder_of(trial, _folder_of_trials(manager))
     every = manager.save_freq if manager.save_freq > 0 else manager.n_timesteps // N_CHECKPOINTS // manager.n_envs

@@ -8,7 +8,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.utils import safe_mean
 
 from sb3_softsac.persistence.codec import NotEncodable, encode
@@ -63,12 +62,10 @@ class SoftSACTrainable(Trainable):
         return True
 
     def step(self) -> dict[str, Any]:
-        """
-        :return: the result of an iteration
-        """
+        """The result of an iteration."""
         model = self.model
         until = model.num_timesteps + self.steps_per_iteration
-        pause = _Pause(until) if until < self.total_timesteps else None
+        pause = (lambda *_: model.num_timesteps < until) if until < self.total_timesteps else None
         # Up to the end, not to the pause: schedules follow the whole trial
         model.learn(self.total_timesteps - model.num_timesteps, pause, reset_num_timesteps=False)
         return {
@@ -105,17 +102,6 @@ class SoftSACTrainable(Trainable):
         """Close the environments."""
         if self.model.env is not None:
             self.model.env.close()
-
-
-class _Pause(BaseCallback):
-    """:param until: number of steps after which ``learn()`` returns"""
-
-    def __init__(self, until: int):
-        super().__init__()
-        self.until = until
-
-    def _on_step(self) -> bool:
-        return self.num_timesteps < self.until
 
 
 def _plain(config: dict[str, Any]) -> dict[str, Any]:

@@ -1,24 +1,68 @@
 """Checks of what a user passes to ``SoftSAC``: errors that name the argument, its value and the fix."""
 
+import functools
 import math
 import warnings
 from numbers import Real
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
+from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, CombinedExtractor, NatureCNN
 from stable_baselines3.common.type_aliases import TrainFrequencyUnit
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecTransposeImage, unwrap_vec_normalize
 
-from sb3_softsac import networks, schedules
+from sb3_softsac import networks, offline, schedules
 from sb3_softsac.heads import CategoricalHead, ScalarHead, head_of
 
 MIN_IMAGE_SIZE = 36  # of NatureCNN's three layers: ((36 - 8) / 4 + 1 - 4) / 2 + 1 = 3, the last one's kernel
 
 MEANINGLESS_BOUND = 100.0
 """Isaac Lab's placeholder bounds, for actions of magnitude about 1. Some torques, in N m, are really as large."""
+
+
+def check_env(env: Any) -> None:
+    """
+    :param env: what the user passes as one
+    :raises ValueError: if it is not an environment of Gymnasium or SB3, nor an id
+    """
+    if isinstance(env, str | gym.Env | VecEnv):
+        return
+    fix = "pass an environment, its id, or a VecEnv of SB3"
+    if isinstance(env, gym.vector.VectorEnv):
+        fix = (
+            "SB3 has vectorised environments of its own: stable_baselines3.common.env_util.make_vec_env(id, n_envs=...)"
+        )
+    elif callable(env):
+        fix = "call it, and pass the environment that it makes"
+    elif isinstance(env, list | tuple):
+        fix = "pass a VecEnv of SB3: DummyVecEnv([functions that make an environment])"
+    raise ValueError(f"env={env!r} is not an environment: {fix}.")
+
+
+def check_observation_space(space: spaces.Space[Any]) -> None:
+    """
+    :param space: of the environment
+    :raises ValueError: if SB3 cannot store or encode its observations
+    """
+    parts = space.spaces.values() if isinstance(space, spaces.Dict) else [space]
+    for part in parts:
+        is_known = isinstance(part, spaces.Box | spaces.Discrete | spaces.MultiBinary | spaces.MultiDiscrete)
+        if not is_known or (isinstance(part, spaces.MultiDiscrete) and len(part.shape) > 1):
+            raise ValueError(
+                f"Observations of {part} are not supported: use Box, Discrete, MultiBinary, a vector MultiDiscrete, or "
+                "a Dict of these, for instance with gymnasium.wrappers.FlattenObservation(env)."
+            )
+        if isinstance(part, spaces.Box) and (not part.shape or 0 in part.shape):
+            raise ValueError(
+                f"Observations of {part} are not arrays with elements: give them one, for instance with "
+                "gymnasium.wrappers.ReshapeObservation(env, (1,))."
+            )
+    if not parts:
+        raise ValueError("The observation space is a Dict without entries: give the environment observations.")
 
 
 def check_action_space(action_space: spaces.Space[Any]) -> None:
@@ -33,6 +77,8 @@ def check_action_space(action_space: spaces.Space[Any]) -> None:
             "actions (DQN, PPO), or give the environment continuous actions."
         )
     low, high = action_space.low.ravel(), action_space.high.ravel()
+    if not low.size:
+        raise ValueError(f"The action space {action_space} has no dimension: there is nothing to learn.")
     with np.errstate(over="ignore", invalid="ignore"):
         width = high - low
     wraps = (low < high) & (width <= 0)  # of integers. SB3 would compute wrong actions with it
@@ -42,6 +88,13 @@ def check_action_space(action_space: spaces.Space[Any]) -> None:
             f"Action dimension {i} has the bounds [{low[i]}, {high[i]}], too far apart for {low.dtype}: "
             "give the environment a Box of float32, for instance with gymnasium.wrappers.TransformAction(env, lambda "
             f"action: action.round().astype('{low.dtype}'), Box(low, high, dtype='float32'))."
+        )
+    if (low == high).any():
+        i = int(np.flatnonzero(low == high)[0])
+        raise ValueError(
+            f"Action dimension {i} can only be {low[i]}: there is nothing to learn. Leave it out, for instance with "
+            "gymnasium.wrappers.TransformAction(env, lambda action: numpy.insert(action, "
+            f"{i}, {low[i]}), Box(low, high)), where low and high have no dimension {i}."
         )
     bad = ~(np.isfinite(width) & (low < high))
     if bad.any():
@@ -124,22 +177,51 @@ def check_image_sizes(space: spaces.Space[Any], extractor: type[BaseFeaturesExtr
             )
 
 
+def _require(owner: Any, condition: bool, name: str, allowed: str) -> None:
+    if not condition:
+        raise ValueError(f"{name}={getattr(owner, name)!r} is not valid: it must be {allowed}.")
+
+
+def is_number(value: Any, low: float, high: float = math.inf) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and low <= float(value) <= high
+
+
+def is_int(value: Any, low: int) -> bool:
+    return isinstance(value, int | np.integer) and is_number(value, low)
+
+
+def check_architecture(architecture: networks.Architecture) -> None:
+    """
+    :param architecture: how the layers of a network are made
+    :raises ValueError: naming an option that is not valid
+    """
+    require = functools.partial(_require, architecture)
+    normalization, normalize_input, expansion, dropout_rate, momentum, eps = architecture
+    require(normalization in networks.NORMALIZATIONS, "normalization", f"one of {networks.NORMALIZATIONS}")
+    require(isinstance(normalize_input, bool), "normalize_input", "True or False")
+    require(expansion is None or is_int(expansion, 1), "residual_expansion", "an integer >= 1, or None")
+    require(is_number(dropout_rate, 0.0) and dropout_rate < 1.0, "dropout_rate", "a number in [0, 1)")
+    require(is_number(momentum, 0.0, 1.0), "batch_norm_momentum", "a number in [0, 1]")
+    require(is_number(eps, 0.0) and 0.0 < eps < math.inf, "batch_norm_eps", "a number > 0")
+    for name in ("batch_norm_momentum", "batch_norm_eps"):
+        value = getattr(architecture, name)
+        if not architecture.has_batch_norm and value != getattr(networks.PLAIN, name):
+            raise ValueError(
+                f"{name}={value!r} has no effect without batch normalisation: set normalization='batch' or "
+                "normalize_input=True, or leave it out."
+            )
+
+
 def check_options(model: Any) -> None:
     """
     :param model: ``SoftSAC`` with all options set
     :raises ValueError: naming the option, its value and what is allowed
     """
 
-    def require(condition: bool, name: str, allowed: str) -> None:
-        if not condition:
-            raise ValueError(f"{name}={getattr(model, name)!r} is not valid: it must be {allowed}.")
-
-    def is_number(value: Any, low: float, high: float = float("inf")) -> bool:
-        return isinstance(value, Real) and not isinstance(value, bool) and low <= float(value) <= high
-
-    def is_int(value: Any, low: int) -> bool:
-        return isinstance(value, int | np.integer) and is_number(value, low)
-
+    require = functools.partial(_require, model)
+    if "use_actor_target" in (model.policy_kwargs or {}):
+        value = model.policy_kwargs["use_actor_target"]
+        raise ValueError(f"use_actor_target={value} is not for policy_kwargs: pass it to SoftSAC itself.")
     for name in ("buffer_size", "batch_size", "n_steps", "target_update_interval", "policy_delay"):
         require(is_int(getattr(model, name), 1), name, "an integer >= 1")
     parts = model.train_freq if isinstance(model.train_freq, tuple | list) else (model.train_freq, "step")
@@ -175,6 +257,10 @@ def check_options(model: Any) -> None:
     require(model.joint_batch in (None, "critic", "all"), "joint_batch", "'critic', 'all' or None")
     require(model.normalize_rewards in (None, "std", "bounded"), "normalize_rewards", "'std', 'bounded' or None")
     require(is_int(model.max_noise_repeat, 1), "max_noise_repeat", "an integer >= 1")
+    require(isinstance(model.use_sde, bool), "use_sde", "True or False")
+    require(is_int(model.sde_sample_freq, -1), "sde_sample_freq", "an integer >= -1")
+    is_noise = model.action_noise is None or isinstance(model.action_noise, ActionNoise)
+    require(is_noise, "action_noise", "an ActionNoise, such as NormalActionNoise(mean, sigma), or None")
     require(is_number(model.offline_fraction, 0.0, 1.0), "offline_fraction", "a number in [0, 1]")
     parse_target_entropy(model.target_entropy, 1)
     check_combinations(model)
@@ -197,8 +283,14 @@ def check_combinations(model: Any) -> None:
                 f"{name}={value!r} has no effect on the fixed ent_coef={model.ent_coef}: use "
                 f"ent_coef='auto_{model.ent_coef}' to learn it, or leave {name} out."
             )
+    unit = model.train_freq[1] if isinstance(model.train_freq, tuple | list) else "step"
+    if unit in ("episode", TrainFrequencyUnit.EPISODE) and model.n_envs > 1:
+        raise ValueError(
+            f"train_freq={tuple(model.train_freq)} counts episodes, but there are {model.n_envs} environments: count "
+            "steps, or use one environment."
+        )
     fraction = model.offline_fraction
-    if model.offline_data is None and model._offline_source is None and fraction not in (0.0, 0.5):
+    if model.offline_data is None and model._offline_source is None and fraction not in (0.0, offline.DEFAULT_FRACTION):
         raise ValueError(f"offline_fraction={fraction} has no effect without offline_data: pass both, or neither.")
     if model.offline_data is not None and 0.0 < fraction < 1.0:
         n_offline = round(fraction * model.batch_size)
@@ -267,6 +359,12 @@ def check_networks(model: Any) -> None:
         raise ValueError(
             f"{type(model.critic).__name__}.forward() would be left out of the loss of critics with n_atoms: override "
             "outputs() instead, which returns their logits."
+        )
+    actor = type(model.actor)
+    if actor.action_log_prob is not Actor.action_log_prob and actor.sample is Actor.sample:
+        raise ValueError(
+            f"{actor.__name__}.action_log_prob() would be left out of updates: override sample() instead, which also "
+            "returns the metrics of the policy."
         )
     overrides = model._predict_is_overridden() or type(model.actor).forward is not Actor.forward
     if model.max_noise_repeat > 1 and overrides:

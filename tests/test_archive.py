@@ -76,7 +76,6 @@ def test_round_trip() -> None:
         with zipfile.ZipFile(file) as plain:  # NumPy can read it too
             np.testing.assert_array_equal(np.load(io.BytesIO(plain.read(f"{name}.npy"))), array)
     assert "else" not in reader
-    reader.close()
 
 
 def test_size_and_hash_are_those_of_the_file() -> None:
@@ -411,7 +410,7 @@ def test_a_buffer_of_another_file(saved: list[bytes], env: DummyVecEnv, tmp_path
     add_rows(model.replay_buffer, 6, 20)
     model.save_replay_buffer(tmp_path / "buffer")
     before = contents(model.replay_buffer)
-    data = (tmp_path / "buffer.zip").read_bytes()
+    data = (tmp_path / "buffer.pkl").read_bytes()
     for i in np.random.default_rng(0).choice(8 * len(data), 1000, replace=False).tolist():
         damaged = bytearray(data)
         damaged[i // 8] ^= 1 << i % 8

@@ -78,7 +78,7 @@ def test_other_processors_and_torches_have_their_own(
     cache = tmp_path / "cache"
     paths = {build.built(TEXT, cache)}
     with monkeypatch.context() as patch:
-        patch.setattr(build, "_processor", lambda: "flags: sse2")
+        patch.setattr(build, "processor", lambda: "flags: sse2")
         paths.add(build.built(TEXT, cache))
     with monkeypatch.context() as patch:
         patch.setattr(th, "__version__", "99.0")

@@ -129,6 +129,34 @@ def test_frozen_parameters_stay_frozen(tmp_path: Path) -> None:
     assert not loaded.actor.latent_pi[0].weight.requires_grad and loaded.actor.latent_pi[2].weight.requires_grad
 
 
+def test_frozen_entropy_coefficient_stays_frozen(tmp_path: Path) -> None:
+    model = saved(tmp_path / "model.zip")
+    model.log_ent_coef.requires_grad_(False)
+    model.save(tmp_path / "model.zip")
+    before = model.log_ent_coef.item()
+    loaded = SoftSAC.load(tmp_path / "model.zip", pendulum(), device="cpu")
+    loaded.learn(20)
+    assert loaded.log_ent_coef.item() == before
+    assert SoftSAC.load(tmp_path / "model.zip", ent_coef=0.1).log_ent_coef is None
+
+
+@pytest.mark.parametrize("force_reset", [True, False])
+def test_settings_of_vec_normalize_that_change_observations(tmp_path: Path, force_reset: bool) -> None:
+    def env(**kwargs: Any) -> VecNormalize:
+        return VecNormalize(pendulum(), **kwargs)
+
+    SoftSAC("MlpPolicy", env(), learning_starts=10, batch_size=8, device="cpu").learn(12).save(tmp_path / "model.zip")
+    for settings in ({"clip_obs": 3.0}, {"epsilon": 0.1}, {"norm_obs": False}):
+        ((name, value),) = settings.items()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            SoftSAC.load(tmp_path / "model.zip", env(**settings), device="cpu", force_reset=force_reset)
+        assert any(name in str(each.message) and str(value) in str(each.message) for each in caught), settings
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        SoftSAC.load(tmp_path / "model.zip", env(gamma=0.5, clip_reward=1.0), device="cpu")
+
+
 class Freezes(FlattenExtractor):
     is_frozen = False
 

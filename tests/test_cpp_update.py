@@ -18,7 +18,7 @@ import pytest
 import torch as th
 import yaml
 from gymnasium import spaces
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from stable_baselines3 import SAC
 from stable_baselines3.common.utils import obs_as_tensor
@@ -177,11 +177,16 @@ def test_any_sizes(
         "optimizer_kwargs": {"eps": 1e-3, "weight_decay": weight_decay},
     }
     eager, plain = twins("defaults", policy_kwargs=kwargs, batch_size=batch_size, env=Odd)
+    least: list[float] = []  # magnitudes of what goes into a ReLU
+    for module in eager.policy.modules():
+        if isinstance(module, nn.ReLU):
+            module.register_forward_pre_hook(lambda _, inputs: least.append(inputs[0].detach().abs().min().item()))
     for model in (eager, plain):
         th.manual_seed(seed)
         th.set_num_threads(n_threads if model is plain else 1)
         model.train(gradient_steps=2, batch_size=batch_size)
     assert is_native(plain)
+    assume(min(least) > 1e-6)  # else rounding may switch the ReLU on or off
     assert_same(state(eager), state(plain), atol=1e-4)
 
 

@@ -9,9 +9,11 @@ import gymnasium as gym
 import pytest
 import torch as th
 from stable_baselines3.common.logger import Logger
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.optim.adam import adam
 from torch.utils import _pytree as pytree
 
-from sb3_softsac import SoftSAC
+from sb3_softsac import SoftSAC, optimizers
 from sb3_softsac.execution import cuda_graph, inductor, runner
 from sb3_softsac.execution.cpp import build
 from sb3_softsac.execution.cuda_graph import CudaGraph, CudaGraphs
@@ -270,7 +272,7 @@ def test_network_that_was_exchanged_is_captured_again(graphs: list[CudaGraph]) -
     model.policy.critic_target = copy.deepcopy(model.policy.critic_target)
     before = [p.clone() for p in model.policy.critic_target.parameters()]
     train(model, 3)
-    assert graphs[-1].n_captures == captures + 1
+    assert sum(graph.n_captures for graph in graphs) == captures + 1
     assert all(not th.equal(p, q) for p, q in zip(before, model.policy.critic_target.parameters(), strict=True))
 
 
@@ -300,6 +302,79 @@ def test_nan_in_a_graph_leaves_all_as_it_was(graphs: list[CudaGraph]) -> None:
     model.replay_buffer.rewards[:] = 1.0
     train(model, 3)
     assert model._n_updates == 7
+
+
+def recorded(learner: Learner) -> cuda_graph.Capture:
+    """Captures the operations and addresses of one run, as a CUDA graph does, whatever Python would do in the next."""
+
+    def capture(function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+        state = learner.tensors()
+        before = [tensor.detach().clone() for tensor in state]
+        operations = make_fx(function, record_module_stack=False)()
+        for tensor, value in zip(state, before, strict=True):
+            tensor.data.copy_(value)
+        outputs: list[Any] = []
+
+        def replay() -> None:
+            with th.no_grad():
+                results = operations()
+            if not outputs:
+                outputs.extend(results)
+            for place, result in zip(pytree.tree_leaves(outputs), pytree.tree_leaves(results), strict=True):
+                if isinstance(place, th.Tensor):
+                    place.copy_(result)
+
+        return replay, outputs
+
+    return capture
+
+
+def adam_on_tensors(*args: Any, **options: Any) -> None:
+    """Adam as on a GPU: without reading its steps."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(th.compiler, "is_compiling", lambda: True)  # else it insists on a GPU
+        adam(*args, **{**options, "capturable": True})
+
+
+def freeze(parameters: Iterator[th.nn.Parameter]) -> None:
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+
+
+CHANGES: dict[str, Callable[[SoftSAC], Any]] = {
+    "frozen actor": lambda model: freeze(model.actor.parameters()),
+    "frozen layer": lambda model: freeze(model.critic.qf0[0].parameters()),
+    "weight decay": lambda model: model.critic.optimizer.param_groups[0].update(weight_decay=5.0),
+    "betas": lambda model: model.critic.optimizer.param_groups[0].update(betas=(0.1, 0.9)),
+    "log_std_bounds": lambda model: setattr(model.actor, "log_std_bounds", (-5.0, -4.0)),
+    "activation": lambda model: model.critic.qf0.__setitem__(1, th.nn.Tanh()),
+    "unit norm": lambda model: setattr(model.policy, "unit_norm", "weights"),
+    "hook": lambda model: model.critic.qf0[2].register_forward_hook(lambda module, inputs, outputs: outputs * 2),
+    "hook of a gradient": lambda model: model.critic.qf0[2].weight.register_hook(lambda gradient: gradient * 0.0),
+    "gamma": lambda model: setattr(model, "gamma", 0.5),
+    "coefficient": lambda model: model.log_ent_coef.data.fill_(-2.0),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_what_is_changed_between_replays_takes_effect(
+    monkeypatch: pytest.MonkeyPatch, graphs: list[CudaGraph], change: Callable[[SoftSAC], Any]
+) -> None:
+    def finish(self: CudaGraphs, run: Any) -> Any:
+        graphs.append(CudaGraph(run, self._addresses, recorded(self.learner)))
+        return graphs[-1]
+
+    monkeypatch.setattr(CudaGraphs, "_finish", finish)
+    monkeypatch.setattr(optimizers, "adam", adam_on_tensors)
+    eager, captured = make(compile=False), make(compile=True)
+    for model in (eager, captured):
+        train(model, 4)
+    assert_equal_tensors(eager, captured, atol=3e-5)
+    for model in (eager, captured):
+        change(model)
+        train(model, 3, seed=1)
+    assert_equal_tensors(eager, captured, atol=3e-5)
+    assert sum(graph.n_captures for graph in graphs) <= 2 and not any(graph._failed for graph in graphs)
 
 
 # With a GPU

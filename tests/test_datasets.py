@@ -466,7 +466,7 @@ def test_errors_on_the_command_line(
     model = SoftSAC("MlpPolicy", pendulum(), **SMALL).learn(10)
     model.save(tmp_path / "model")
     model.save(tmp_path / "light", exclude=["replay_buffer"])
-    model.save_replay_buffer(tmp_path / "buffer")
+    model.save_replay_buffer(tmp_path / "buffer.zip")
     export = "export-dataset"
     assert command(monkeypatch, export, tmp_path / "model.zip", "some/one-v0") == 0
     for args, message in (

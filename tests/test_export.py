@@ -505,6 +505,15 @@ def test_light_file_keeps_parameters_frozen(tmp_path: Path) -> None:
     assert [parameter.requires_grad for parameter in loaded.actor.latent_pi.parameters()][:2] == [False, True]
 
 
+def test_light_file_does_not_replace_its_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(CASES["plain"]).save(tmp_path / "policy.zip")
+    before = (tmp_path / "policy.zip").read_bytes()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"policy.zip is the file to export from: choose another output"):
+        checkpoint.export(tmp_path / "policy.zip", Path("policy.zip"))
+    assert (tmp_path / "policy.zip").read_bytes() == before
+
+
 def test_there_is_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     for path, message in ((tmp_path, "has no checkpoints"), (tmp_path / "nothing.zip", "No such file")):
         assert export_by_command(monkeypatch, path) == 1

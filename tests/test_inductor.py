@@ -184,6 +184,50 @@ def test_plain_sgd_is_compiled(compilations: list[str]) -> None:
     assert compilations == ["critic_gradients", "actor_gradients"]
 
 
+def double(module: nn.Module, inputs: Any, outputs: th.Tensor) -> th.Tensor:
+    return outputs * 2
+
+
+@pytest.mark.usefixtures("nothing_is_plain", "only_traced")
+def test_hook_that_comes_later_takes_effect() -> None:
+    """torch's compiler does not look for new ones."""
+    eager, compiled = twins("fixed_ent_coef")
+    for model in (eager, compiled):
+        train(model, 2)
+        handle = model.critic.qf0[0].register_forward_hook(double)
+        train(model, 1, seed=1)
+        handle.remove()
+        train(model, 1, seed=2)
+    assert_same(state(eager), state(compiled), atol=3e-5)
+    assert has_compiled(compiled)
+
+
+@pytest.mark.usefixtures("only_traced")
+def test_change_that_only_the_actors_half_sees() -> None:
+    """The critics must not take their step twice."""
+    eager, compiled = twins("sgd")
+    for model in (eager, compiled):
+        train(model, 2)
+        model.log_ent_coef.requires_grad_(False)
+        train(model, 1, seed=1)
+    assert_same(state(eager), state(compiled), atol=3e-5)
+    assert has_compiled(compiled)
+
+
+def test_failed_attempt_leaves_no_state_of_the_optimiser(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its first step makes a momentum, which a second attempt would add to."""
+    fails_at_the_second(monkeypatch)
+    models = []
+    for compile_ in (False, True):
+        model = make("sgd", compile=compile_, ent_coef=0.1)  # else the first update waits for the state of its Adam
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that it cannot be compiled
+            model.learn(SMALL["learning_starts"] + 1)
+        models.append(model)
+    assert models[1]._runner.compiler.failed
+    assert_same(state(models[0]), state(models[1]), atol=1e-7)
+
+
 class Printing(NormExtractor):
     def forward(self, observations: th.Tensor) -> th.Tensor:
         print("forward")

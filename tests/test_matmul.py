@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from sb3_softsac.execution.cpp import matmul
+from sb3_softsac.execution.cpp import build, matmul
 from sb3_softsac.execution.cpp.matmul import operator_of_products, replace_products
 from sb3_softsac.execution.graph_passes import GraphPasses
 
@@ -440,7 +440,7 @@ def test_where_ours_are_faster(
     monkeypatch: pytest.MonkeyPatch, capability: str, processor: str, expected: bool
 ) -> None:
     monkeypatch.setattr(th.backends.cpu, "get_cpu_capability", lambda: capability)
-    monkeypatch.setattr(matmul, "_processor", lambda: processor)
+    monkeypatch.setattr(build, "processor", lambda: processor)
     assert matmul.ours_are_faster() == expected
 
 

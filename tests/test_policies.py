@@ -122,6 +122,25 @@ def test_weight_init(weight_init: str) -> None:
             assert th.equal(ours, theirs)
 
 
+class Pretrained(FlattenExtractor):
+    """Its first layer is frozen, its second one is not."""
+
+    def __init__(self, observation_space: Any):
+        super().__init__(observation_space)
+        self.layers = nn.Sequential(nn.Linear(self.features_dim, self.features_dim), nn.Conv1d(1, 1, 1))
+        for parameter in self.layers.parameters():
+            nn.init.constant_(parameter, 0.5)
+        self.layers[0].requires_grad_(False)
+
+
+def test_weight_init_leaves_frozen_layers_alone() -> None:
+    policy = make_policy(weight_init="orthogonal", features_extractor_class=Pretrained)
+    for network in (policy.actor, policy.critic, policy.critic_target):
+        frozen, other = network.features_extractor.layers
+        assert frozen.weight.eq(0.5).all() and frozen.bias.eq(0.5).all()
+        assert not other.weight.eq(0.5).any() and other.bias.eq(0.0).all()
+
+
 def test_default_init_is_sb3s() -> None:
     th.manual_seed(5)
     ours = SoftSACPolicy(OBSERVATION_SPACE, ACTION_SPACE, lambda _: 1e-3).state_dict()

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import itertools
 import os
 import pickle
 import random
@@ -25,6 +26,7 @@ from stable_baselines3.common import callbacks as sb3_callbacks
 from stable_baselines3.common.buffers import ReplayBuffer as SB3ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
 from stable_baselines3.common.envs import BitFlippingEnv, FakeImageEnv
+from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.noise import NormalActionNoise, OrnsteinUhlenbeckActionNoise
@@ -696,7 +698,7 @@ def test_replay_buffer_file(name: str, tmp_path: Path) -> None:
     model.learn(110)
     model.save_replay_buffer(tmp_path / "new" / "replay")
     other = case.make()
-    for path in (tmp_path / "new" / "replay", tmp_path / "new" / "replay.zip"):
+    for path in (tmp_path / "new" / "replay", tmp_path / "new" / "replay.pkl"):
         other.load_replay_buffer(path, truncate_last_traj=False)
         assert_same(*(resume_script.buffer_contents(each.replay_buffer) for each in (model, other)))
     stream = io.BytesIO()
@@ -1169,6 +1171,80 @@ def test_continued_run_logs_to_its_own_folder(tmp_path: Path) -> None:
         assert model.logger.dir not in (first.logger.dir, second.logger.dir)
 
 
+def test_tensorboard_folders_of_other_names_and_logs(tmp_path: Path) -> None:
+    """Fine-tuned twice from one file, a run must not go on in the folder of the other."""
+    pytest.importorskip("tensorboard")
+    for name, log in (("with", str(tmp_path / "log")), ("without", None)):
+        model = make_model(tensorboard_log=log)
+        model.learn(35, tb_log_name="pretrain")
+        model.save(tmp_path / f"{name}.zip")
+
+    def folder(name: str, *names: str, **kwargs: Any) -> str:
+        model = load(tmp_path / f"{name}.zip", **kwargs)
+        for each in names or (None,):
+            model.learn(5, tb_log_name=each)
+        return str(Path(str(model.logger.dir)).relative_to(tmp_path))
+
+    assert folder("with") == folder("with", "pretrain") == "log/pretrain_1"
+    assert [folder("with", "tuned") for _ in range(2)] == ["log/tuned_1", "log/tuned_2"]
+    assert folder("with", "tuned", "tuned") == "log/tuned_3"
+    other = {"tensorboard_log": str(tmp_path / "other")}
+    assert [folder("with", **other) for _ in range(2)] == ["other/SoftSAC_1", "other/SoftSAC_2"]
+    assert folder("without", **other) == "other/SoftSAC_3"
+
+
+def test_only_the_first_learn_goes_on_in_mid_episode(tmp_path: Path) -> None:
+    """Later, the environment may have been used for something else, as in SB3."""
+    model = saved_model(tmp_path / "model.zip")
+    loaded = load(tmp_path / "model.zip", force_reset=False)
+    buffer = loaded.replay_buffer
+    assert isinstance(buffer, ReplayBuffer)
+    loaded.learn(10)
+    np.testing.assert_array_equal(buffer.observations[50, 0], model._last_obs[0])
+    assert loaded.env is not None
+    evaluate_policy(loaded, loaded.env, 1, warn=False)
+    before, first = loaded._last_obs, buffer.size()
+    loaded.learn(10)
+    assert loaded.num_timesteps == 70, "its steps are still counted on"
+    assert not np.array_equal(buffer.observations[first, 0], before[0])
+    assert buffer.ends[first - 1, 0], "an episode does not lead into the next"
+
+
+def test_random_steps_of_a_loaded_model(tmp_path: Path) -> None:
+    saved_model(tmp_path / "model.zip")
+
+    def n_random(change: Any = None, reset: bool | None = None, **kwargs: Any) -> int:
+        model, calls = load(tmp_path / "model.zip", **kwargs), itertools.count()
+        if change is not None:
+            model.random_steps = change
+        sample = model.action_space.sample
+        model.action_space.sample = lambda *_: (next(calls), sample())[1]  # type: ignore[method-assign,misc]
+        model.learn(40, reset_num_timesteps=reset)
+        return next(calls)
+
+    assert n_random() == 0
+    assert n_random(random_steps=70) == n_random(change=70) == 20
+    assert n_random(reset=True) == SMALL["learning_starts"]
+
+
+def test_misspelt_argument(tmp_path: Path) -> None:
+    saved_model(tmp_path / "model.zip")
+    with pytest.raises(ValueError, match=r"learnin_rate=0.1, but .* Did you mean learning_rate\?"):
+        load(tmp_path / "model.zip", learnin_rate=0.1)
+    with pytest.raises(ValueError, match=r"mine=1, but .* of your own after load"):
+        load(tmp_path / "model.zip", mine=1)
+
+
+def test_replay_buffer_beside_the_model(tmp_path: Path) -> None:
+    """SB3's names differ by their suffixes."""
+    model = saved_model(tmp_path / "run")
+    model.save_replay_buffer(tmp_path / "run")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run.pkl", "run.zip"]
+    loaded = load(tmp_path / "run", custom_objects={"replay_buffer": None})
+    loaded.load_replay_buffer(tmp_path / "run")
+    assert_same(*(resume_script.buffer_contents(each.replay_buffer) for each in (model, loaded)))
+
+
 def test_exchanged_replay_buffer(tmp_path: Path) -> None:
     """``load`` is told what it was."""
     model = make_model()
@@ -1177,7 +1253,7 @@ def test_exchanged_replay_buffer(tmp_path: Path) -> None:
     model.learn(60, reset_num_timesteps=False)
     model.save(tmp_path / "model.zip")
     with pytest.raises(
-        CheckpointError, match=r"buffers\.ReplayBuffer was saved: pass it as replay_buffer_class=.*None"
+        CheckpointError, match=r"buffers\.ReplayBuffer was saved. Pass it as replay_buffer_class=.*None"
     ):
         load(tmp_path / "model.zip")
     loaded = load(tmp_path / "model.zip", replay_buffer_class=SB3ReplayBuffer, buffer_size=300)

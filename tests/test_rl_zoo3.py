@@ -98,10 +98,12 @@ def test_continue(trained: Path, tmp_path: Path, with_buffer: bool) -> None:
     if not with_buffer:
         run_module("sb3_softsac.checkpoint", "export", str(model), "-o", "light.zip", cwd=tmp_path)
         model = tmp_path / "light.zip"
-    run_module("rl_zoo3.train", *SHORT, "-n", "50", "-i", str(model), "-params", *ONE_STEP, cwd=tmp_path)
+    seed = [] if with_buffer else ["--seed", "7"]
+    run_module("rl_zoo3.train", *SHORT, "-n", "50", "-i", str(model), *seed, "-params", *ONE_STEP, cwd=tmp_path)
     after = saved_data(tmp_path / "logs/softsac/Pendulum-v1_1/Pendulum-v1.zip")
     assert (before["num_timesteps"], after["num_timesteps"]) == (400, 450)
     assert after["_n_updates"] - before["_n_updates"] == (50 if with_buffer else 0)
+    assert after["seed"] == (before["seed"] if with_buffer else 7), "the zoo draws one for commands that have none"
 
 
 SMALL = ["learning_starts:100", "buffer_size:250", "policy_kwargs:dict(net_arch=[16])", "learning_rate:'lin_1e-3'"]
@@ -431,7 +433,7 @@ sys.path[:] = {path}
 import {first}, {second}
 import rl_zoo3.exp_manager, rl_zoo3.hyperparams_opt, rl_zoo3.utils
 assert "softsac" in rl_zoo3.utils.ALGOS and "softsac" in rl_zoo3.hyperparams_opt.HYPERPARAMS_SAMPLER
-assert rl_zoo3.exp_manager.ExperimentManager._knows_softsac
+assert rl_zoo3.exp_manager.ExperimentManager.learn._knows_softsac
 """
 
 

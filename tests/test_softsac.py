@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
+from gymnasium.envs.classic_control import PendulumEnv
 from gymnasium.wrappers import TransformAction
 from stable_baselines3 import SAC
 from stable_baselines3.common.buffers import NStepReplayBuffer
@@ -25,9 +26,10 @@ from stable_baselines3.common.vec_env import SubprocVecEnv
 from torch import nn
 
 import sb3_softsac.softsac
-from sb3_softsac import ReplayBuffer, SoftSAC
+from sb3_softsac import ReplayBuffer, SoftSAC, SoftSACPolicy
 from sb3_softsac.distributions import log_action_scale
 from sb3_softsac.gradient_step import actor_gradients, update
+from sb3_softsac.policies import Actor
 
 SMALL = {"policy_kwargs": {"net_arch": [16]}, "buffer_size": 500, "device": "cpu", "seed": 0}
 
@@ -464,7 +466,9 @@ class BoxActions(gym.Env):
         (spaces.Box(-np.inf, np.inf, (1,)), "dimension 0 has the bounds"),
         (spaces.Box(np.array([-1.0, 0.0]), np.array([1.0, np.inf]), dtype=np.float64), "dimension 1 has the bounds"),
         (spaces.Box(-3e38, 3e38, (1,)), "dimension 0 has the bounds"),
-        (spaces.Box(np.array([0.5]), np.array([0.5]), dtype=np.float64), "low below high"),
+        (spaces.Box(np.array([-1.0, 2.0]), np.array([1.0, 2.0]), dtype=np.float64), r"dimension 1 can only be 2\.0"),
+        (spaces.Box(-1.0, np.inf, (1,)), "low below high"),
+        (spaces.Box(-1.0, 1.0, (0,)), "has no dimension"),
         (spaces.Discrete(3), "Box action space"),
         (spaces.Box(-100, 100, (1,), np.int8), r"0 has the bounds \[-100, 100\], too far apart for int8: give"),
         (spaces.Box(np.array([0, -(2**62)]), 2**62, dtype=np.int64), "dimension 1 .* too far apart for int64"),
@@ -473,6 +477,97 @@ class BoxActions(gym.Env):
 def test_bad_action_spaces(space: spaces.Space, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SoftSAC("MlpPolicy", BoxActions(space))
+
+
+class Observes(BoxActions):
+    def __init__(self, observation_space: spaces.Space):
+        super().__init__(spaces.Box(-1.0, 1.0, (1,)))
+        self.observation_space = observation_space
+
+
+@pytest.mark.parametrize(
+    "space",
+    [
+        spaces.Tuple([spaces.Discrete(2)]),
+        spaces.Text(3),
+        spaces.MultiDiscrete([[2, 2], [2, 2]]),
+        spaces.Box(-1.0, 1.0, ()),
+        spaces.Dict({"a": spaces.Sequence(spaces.Discrete(2))}),
+        spaces.Dict({}),
+    ],
+    ids=str,
+)
+def test_bad_observation_spaces(space: spaces.Space) -> None:
+    with pytest.raises(ValueError, match=r"(?s)(Observations of .* are not|Dict without entries).*: (use|give)"):
+        SoftSAC("MultiInputPolicy" if isinstance(space, spaces.Dict) else "MlpPolicy", Observes(space))
+
+
+def test_what_is_no_environment() -> None:
+    for env, fix in (
+        (None, "pass an environment"),
+        (PendulumEnv, "call it"),
+        ([PendulumEnv()], "DummyVecEnv"),
+        (gym.make_vec("Pendulum-v1", 2), "make_vec_env"),
+    ):
+        with pytest.raises(ValueError, match=f"is not an environment: .*{fix}"):
+            SoftSAC("MlpPolicy", env)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"policy": "MultiInputPolicy"}, "MultiInputPolicy is for Dict observations"),
+        ({"seed": 1.5}, "seed=1.5 is not valid"),
+        ({"seed": -1}, "seed=-1 is not valid"),
+        ({"action_noise": 0.1}, "action_noise=0.1 is not valid: it must be an ActionNoise"),
+        ({"use_sde": "yes"}, "use_sde='yes' is not valid"),
+        ({"sde_sample_freq": "x"}, "sde_sample_freq='x' is not valid"),
+        ({"policy_kwargs": {"activation_fn": "relu"}}, "activation_fn='relu' is not valid: it must be a class"),
+        ({"policy_kwargs": {"optimizer_class": "adam"}}, "optimizer_class='adam' is not valid: it must be a class"),
+        ({"policy_kwargs": {"use_actor_target": True}}, "pass it to SoftSAC itself"),
+        (
+            {"env": make_vec_env("Pendulum-v1", 2), "train_freq": (1, "episode")},
+            "there are 2 environments: count steps",
+        ),
+    ],
+)
+def test_wrong_arguments(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SoftSAC(**{"policy": "MlpPolicy", "env": "Pendulum-v1", **SMALL, **options})
+
+
+def test_seed_of_numpy() -> None:
+    weights = [
+        SoftSAC("MlpPolicy", "Pendulum-v1", **{**SMALL, "seed": seed}).actor.mu.weight for seed in (3, np.int64(3))
+    ]
+    assert th.equal(*weights)
+
+
+def test_device_is_where_the_networks_are() -> None:
+    model = SoftSAC("MlpPolicy", "Pendulum-v1", learning_starts=5, batch_size=4, **SMALL)
+    model.device = "cpu"  # type: ignore[assignment]
+    model.learn(8)
+    assert model.device == th.device("cpu")
+    model.device = "meta"  # type: ignore[assignment]
+    with pytest.raises(ValueError, match=r"device=meta has no effect on networks that are on cpu: .*device='meta'"):
+        model.learn(8)
+
+
+class OwnLogProb(Actor):
+    def action_log_prob(self, obs: Any) -> Any:
+        return super().action_log_prob(obs)
+
+
+class OwnPolicy(SoftSACPolicy):
+    def make_actor(self, features_extractor: Any = None) -> Actor:
+        actor = super().make_actor(features_extractor)
+        actor.__class__ = OwnLogProb
+        return actor
+
+
+def test_own_log_prob_is_not_left_out_silently() -> None:
+    with pytest.raises(ValueError, match=r"OwnLogProb.action_log_prob\(\) would be left out .* override sample"):
+        SoftSAC(OwnPolicy, "Pendulum-v1", **SMALL).learn(5)
 
 
 def test_nan_action_bounds() -> None:

@@ -47,10 +47,7 @@ def map_leaves(function: Callable[[Any], Any], tree: Any) -> Any:
 
 
 def leaves(tree: Any) -> list[Any]:
-    """
-    :param tree: see :func:`map_leaves`
-    :return: its leaves, in order
-    """
+    """Leaves of a tree, in order, see :func:`map_leaves`."""
     found: list[Any] = []
     map_leaves(found.append, tree)
     return found

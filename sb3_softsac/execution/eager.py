@@ -12,9 +12,7 @@ from sb3_softsac.gradient_step import EAGER, Due, Noise, Parts, UpdateOptions, d
 from sb3_softsac.optimizers import Optimizers
 from sb3_softsac.type_aliases import ReplayBatch
 
-Result = tuple[th.Tensor, tuple[str, ...], th.Tensor]
-"""Whether all was finite; names and values of the metrics."""
-Update = Callable[[Optimizers, ReplayBatch, Noise, th.Tensor], Result]
+Update = Callable[[Optimizers, ReplayBatch, Noise, th.Tensor], Done]
 """Does an update; takes whether all was finite before."""
 
 
@@ -33,7 +31,7 @@ class Inputs(NamedTuple):
     finite: th.Tensor
 
 
-Run = Callable[[Held, Inputs], Result]
+Run = Callable[[Held, Inputs], Done]
 """An :data:`Update` that gathers its minibatch."""
 
 
@@ -49,28 +47,22 @@ class Eager:
         """See :class:`Way`. It never declines."""
         what = updates.dues[updates.first]
         held, inputs = prepare(self.learner, updates)
-        finite, names, values = with_gathering(make_update(self.learner, EAGER, updates.options, what))(held, inputs)
-        if finite:
+        done = with_gathering(make_update(self.learner, EAGER, updates.options, what))(held, inputs)
+        if done.finite:
             self.learner.mark_state(what)
-        return Done(finite, [Outcome(names, values)])
+        return done
 
 
 def make_update(learner: Learner, parts: Parts, options: UpdateOptions, what: Due) -> Update:
-    """
-    :param learner: what is updated
-    :param parts: the functions that an update consists of
-    :param options: its constants
-    :param what: what is due
-    :return: an update with everything but its inputs and optimisers bound
-    """
+    """An update with everything but its inputs and optimisers bound."""
     policy, ent_coef, learning_rates = learner.policy, learner.ent_coef, learner.learning_rates
 
-    def run(optimizers: Optimizers, batch: ReplayBatch, noise: Noise, finite: th.Tensor) -> Result:
+    def run(optimizers: Optimizers, batch: ReplayBatch, noise: Noise, finite: th.Tensor) -> Done:
         finite, metrics = update(
             policy, ent_coef, optimizers, batch, noise, learning_rates, finite, options, what, parts
         )
         metrics["finite"] = finite.float()
-        return finite, tuple(metrics), th.stack([value.reshape(()) for value in metrics.values()])
+        return Done(finite, [Outcome(tuple(metrics), th.stack([value.reshape(()) for value in metrics.values()]))])
 
     return run
 
@@ -82,18 +74,14 @@ def with_gathering(update: Update) -> Run:
         it in as well
     """
 
-    def run(held: Held, inputs: Inputs) -> Result:
+    def run(held: Held, inputs: Inputs) -> Done:
         return update(held.optimizers, gathered(inputs.batch, held.storage), inputs.noise, inputs.finite)
 
     return run
 
 
 def prepare(learner: Learner, updates: Updates) -> tuple[Held, Inputs]:
-    """
-    :param learner: what is updated
-    :param updates: updates to do
-    :return: what the first of them needs, noise included
-    """
+    """What the first of some updates needs, noise included."""
     learner.set_training_mode()
     minibatches, first = updates.minibatches, updates.first
     noise = draw_noise(learner.policy, minibatches.size, updates.dues[first].actor_updates, learner.device)

@@ -1,5 +1,6 @@
 """Updates compiled by torch: one function for each combination of what is due, on the CPU and on GPUs."""
 
+import copy
 import itertools
 import types
 import warnings
@@ -11,21 +12,61 @@ from typing import Any, TypeVar, cast
 import torch as th
 
 from sb3_softsac import upstream
-from sb3_softsac.execution.eager import Held, Inputs, Result, Run, make_update, prepare, with_gathering
+from sb3_softsac.execution.cpp.support import Attributes, Watch
+from sb3_softsac.execution.eager import Held, Inputs, Run, make_update, prepare, with_gathering
 from sb3_softsac.execution.learner import Learner
 from sb3_softsac.execution.report import Report, reason_of
-from sb3_softsac.execution.way import Declined, Done, Outcome, Updates
+from sb3_softsac.execution.way import Declined, Done, Updates
 from sb3_softsac.gradient_step import EAGER, PURE, Due, UpdateOptions, actor_gradients, critic_gradients
-from sb3_softsac.optimizers import has_pure_step, moved_names
+from sb3_softsac.optimizers import ADAM_OPTIONS, has_pure_step, is_plain_adam, moved_names, trainable
 
 BACKEND = "inductor"
 MAX_VARIANTS = 16  # compiled forms of one update: each has its own options and parts that are due
 MAX_COMPILATIONS = 3  # of each form
+NUMBERS = ("eps", "momentum", "p")  # of norms and dropout
 
-Variant = tuple[Due, UpdateOptions, int, bool]
-"""What is due, how, with how many threads (compiled code divides its work among them), and whether the optimisers'
-steps are compiled, too."""
+Variant = tuple[Due, UpdateOptions, int, int, bool]
+"""What is due, how, with how large a minibatch, with how many threads (compiled code divides its work among them), and
+whether the optimisers' steps are compiled, too."""
 Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+class Structure:
+    """
+    What compiled code is made of, besides tensors and an update's options: modules, hooks, numbers, what is trained and
+    how. torch's compiler does not look at all of it before it runs the code, and a CUDA graph looks at nothing.
+
+    :param learner: what is updated
+    """
+
+    def __init__(self, learner: Learner):
+        self._learner = learner
+        networks = [learner.policy, *learner.policy.children()]
+        self._watch = Watch(networks)
+        modules = dict.fromkeys(module for network in networks for module in network.modules())
+        self._numbers = [Attributes(each, NUMBERS) for each in modules if not vars(each).keys().isdisjoint(NUMBERS)]
+        self._parts = self._present_parts()
+
+    def has_changed(self) -> bool:
+        """Whether code that was compiled then is out of date."""
+        return self._watch.is_over() or self._present_parts() != self._parts
+
+    def _present_parts(self) -> list[Any]:
+        policy = self._learner.policy
+        head = vars(policy.critic.head)
+        return [
+            self._watch.hooks(),
+            *(policy.unit_norm, policy.actor.log_std_bounds, policy.actor.log_std_bounding),
+            *(head.get("v_min"), head.get("v_max")),
+            list(map(list, self._numbers)),
+            *map(_use_of, self._learner.involved()),
+        ]
+
+
+def _use_of(optimizer: th.optim.Optimizer) -> Any:
+    """What an optimiser trains, and how; learning rates are an update's inputs."""
+    options = [[group.get(name) for name in ADAM_OPTIONS] for group in optimizer.param_groups]
+    return is_plain_adam(optimizer), list(map(id, trainable(optimizer))), options
 
 
 class Inductor:
@@ -42,18 +83,24 @@ class Inductor:
         self.compiled: dict[Variant, Run] = {}
         self._report = report
         self._n_compilations: dict[Variant, int] = defaultdict(int)
+        self._structure: Structure | None = None  # of what is compiled
+        self._n_trainings = 0  # when that was looked at last
 
     def __call__(self, updates: Updates) -> Done:
         """See :class:`Way`."""
         if self.failed or not self.learner.has_state():
             raise Declined
+        if self.learner.n_trainings != self._n_trainings:
+            self._n_trainings = self.learner.n_trainings
+            if self._structure is not None and self._structure.has_changed():
+                self.compiled.clear()
         variant = self._variant(updates)
         before = _random_states(self.learner.device)
         held, inputs = prepare(self.learner, updates)
         run = self.compiled.get(variant)
         if run is not None:
             try:
-                return _done(run(held, inputs))
+                return run(held, inputs)
             except Exception as error:
                 if not _is_of_compiler(error):
                     raise
@@ -66,6 +113,8 @@ class Inductor:
     def _first(self, variant: Variant, held: Held, inputs: Inputs) -> Done:
         """Compile, and do an update."""
         before = [(tensor, tensor.detach().clone()) for tensor in self.learner.tensors()]
+        optimizers = self.learner.involved()
+        states = [{parameter: copy.copy(state) for parameter, state in each.state.items()} for each in optimizers]
         try:
             self._n_compilations[variant] += 1
             if len(self.compiled) >= MAX_VARIANTS:
@@ -75,25 +124,30 @@ class Inductor:
                     "something in the networks changes with the updates, and each change would compile anew"
                 )
             with self._report.compilation("the update", "half a minute or so, a few seconds"):
-                what, options, _, with_steps = variant
+                what, options, *_, with_steps = variant
                 run = self._compile(what, options, with_steps)
                 held = held._replace(optimizers=self.learner.optimizers())  # their steps may have moved
                 with tracing(), warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # torch's, about its own insides
-                    result = run(held, inputs)
+                    done = run(held, inputs)
         except Exception as error:  # whatever a compiler may raise; if it is the user's own, the eager update raises it
             self.failed = True
             self.compiled.clear()
             with th.no_grad():
                 for tensor, value in before:
                     tensor.copy_(value)
+            for optimizer, state in zip(optimizers, states, strict=True):
+                optimizer.state.clear()  # of what the steps may have added
+                optimizer.state.update(state)
             raise Declined(reason_of(error)) from error
         self.compiled[variant] = run
-        return _done(result)
+        self._structure = Structure(self.learner)  # only now: some modules remember things from their first call on
+        return done
 
     def _variant(self, updates: Updates) -> Variant:
         what = updates.dues[updates.first]
-        return what, updates.options, th.get_num_threads(), all(map(has_pure_step, self.learner.involved(what)))
+        with_steps = all(map(has_pure_step, self.learner.involved(what)))
+        return what, updates.options, updates.minibatches.size, th.get_num_threads(), with_steps
 
     def _compile(self, what: Due, options: UpdateOptions, with_steps: bool) -> Run:
         check_torch()
@@ -147,9 +201,7 @@ def compiled(function: Function, device: th.device) -> Function:
 
 
 def check_torch() -> None:
-    """
-    :raises RuntimeError: if this torch cannot compile an update
-    """
+    """Raise a RuntimeError if this torch cannot compile an update."""
     import torch._dynamo
 
     # It is off by default where it is there; a later version may do without it
@@ -158,16 +210,9 @@ def check_torch() -> None:
 
 
 def tracing() -> AbstractContextManager[Any]:
-    """
-    :return: context in which a function that takes gradients can be compiled
-    """
+    """Context in which a function that takes gradients can be compiled."""
     config = th._dynamo.config
     return config.patch(trace_autograd_ops=True) if hasattr(config, "trace_autograd_ops") else nullcontext()
-
-
-def _done(result: Result) -> Done:
-    finite, names, values = result
-    return Done(finite, [Outcome(names, values)])
 
 
 def _is_of_compiler(error: Exception) -> bool:

@@ -26,6 +26,7 @@ class Learner:
         rates = (critic := th.zeros((), device=self.device), th.zeros_like(critic), th.zeros_like(critic))
         self.learning_rates = LearningRates(*rates)
         self.rates = [0.0] * len(rates)  # the same as numbers
+        self.n_trainings = 0  # calls of train()
         self._is_in_training_mode = False
         self._trained: Optimizers | None = None
         self._trained_key: Any = None
@@ -33,6 +34,7 @@ class Learner:
 
     def begin(self) -> None:
         """To be called before the updates of a ``train()``: what the user may have changed since the last one."""
+        self.n_trainings += 1
         self._is_in_training_mode = False
         ent_coef = self.ent_coef.optimizers()
         for i, optimizers in enumerate(([self.policy.critic.optimizer], ent_coef, [self.policy.actor.optimizer])):
@@ -57,9 +59,7 @@ class Learner:
         return [self.policy.critic.optimizer, self.policy.actor.optimizer, *self.ent_coef.optimizers()]
 
     def optimizers(self) -> Optimizers:
-        """
-        :return: what the optimisers train, looked up anew if a state, option or hook is new, or a parameter was frozen
-        """
+        """What the optimisers train, looked up anew if a state, option or hook is new, or a parameter was frozen."""
         optimizers = self.involved()
         key = [
             (
@@ -110,9 +110,7 @@ class Learner:
         self._trained = None
 
     def tensors(self) -> list[th.Tensor]:
-        """
-        :return: all that an update reads or changes, besides its inputs
-        """
+        """All that an update reads or changes, besides its inputs."""
         states = [state for optimizer in self.involved() for state in optimizer.state.values()]
         of_optimizers = [value for state in states for value in state.values() if isinstance(value, th.Tensor)]
         return [*self.policy.parameters(), *self.policy.buffers(), *self.ent_coef.tensors(), *of_optimizers]

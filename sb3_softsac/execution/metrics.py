@@ -26,12 +26,8 @@ class NotFinite(ValueError):
 
 def means(outcomes: list[Outcome], n_updates: int) -> dict[str, float]:
     """
-    Means of the metrics over the updates that have them, for one transfer from the device.
-
-    :param outcomes: of K updates
-    :param n_updates: updates done before
-    :return: means by name
-    :raises NotFinite: if a number was not finite
+    Means of the metrics of K updates by name, over those that have them, with one transfer from the device;
+    :class:`NotFinite` is raised if a number was not finite.
     """
     if not outcomes:
         return {}

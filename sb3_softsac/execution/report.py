@@ -17,16 +17,12 @@ class Report:
         self._told: set[str] = set()
 
     def once(self, text: str) -> None:
-        """
-        :param text: said unless it has been said before
-        """
+        """Say a text unless it has been said before."""
         if self._is_new(text):
             self._say(text)
 
     def warn_once(self, text: str) -> None:
-        """
-        :param text: a warning, given unless it has been given before
-        """
+        """Warn with a text unless that has been done before."""
         if self._is_new(text):
             warnings.warn(text, stacklevel=2)
 
@@ -37,12 +33,7 @@ class Report:
 
     @contextmanager
     def compilation(self, what: str, duration: str) -> Iterator[None]:
-        """
-        Announce a compilation, and count its time if it succeeds.
-
-        :param what: is compiled
-        :param duration: how long it takes, and how long if it has been done before
-        """
+        """Announce a compilation and its usual ``duration`` ("minutes, seconds"), and count its time if it succeeds."""
         self.once(f"Compiling {what}: {duration} if it has been done before ...")
         start = time.perf_counter()
         yield
@@ -52,10 +43,7 @@ class Report:
 
 
 def reason_of(error: Exception) -> str:
-    """
-    :param error: raised by a compiler
-    :return: its first lines, up to one that is a sentence
-    """
+    """First lines of a compiler's error, up to one that is a sentence."""
     said: list[str] = []
     for line in filter(None, map(str.strip, str(error).splitlines())):
         said.append(line)

@@ -57,9 +57,7 @@ class Runner:
 
     @property
     def compiles(self) -> bool:
-        """
-        :return: whether updates are compiled, or will be; False: not wanted, or compilation failed
-        """
+        """Whether updates are compiled, or will be; False: not wanted, or compilation failed."""
         return self._compiles and not self.compiler.failed
 
     def _ways(self) -> list[Way]:

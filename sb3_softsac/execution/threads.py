@@ -22,9 +22,7 @@ _used = _AT_IMPORT
 
 
 def are_chosen() -> bool:
-    """
-    :return: whether the user has set the number, with ``torch.set_num_threads`` or in the environment
-    """
+    """Whether the user has set the number, with ``torch.set_num_threads`` or in the environment."""
     return th.get_num_threads() not in (_AT_IMPORT, _used) or any(name in os.environ for name in CHOSEN_BY_USER)
 
 
@@ -51,9 +49,7 @@ def use(number: int) -> None:
 
 
 def n_cores() -> int:
-    """
-    :return: cores that this process may use, at least 1: by CPU affinity, cgroup and ``SLURM_CPUS_PER_TASK``
-    """
+    """Cores that this process may use, at least 1: by CPU affinity, cgroup and ``SLURM_CPUS_PER_TASK``."""
     of_task = os.environ.get("SLURM_CPUS_PER_TASK", "")
     cores: int = loky.cpu_count()
     return min(cores, max(1, int(of_task))) if of_task.isdecimal() else cores

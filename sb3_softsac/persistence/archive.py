@@ -106,9 +106,7 @@ class ArchiveWriter:
         :param tree: entries of the index, besides the members
         :return: size of the file in bytes, and its SHA-256
         """
-        with self._zip.open(zipfile.ZipInfo(INDEX), "w") as stream:
-            index = {"format": FORMAT, "members": self.members, **tree}
-            stream.write(json.dumps(index, separators=(",", ":")).encode())
+        self.add_json(INDEX, {"format": FORMAT, "members": dict(self.members), **tree})
         self._zip.close()
         return self._file.size, self._file.hash.hexdigest()
 
@@ -123,7 +121,6 @@ DAMAGE = (
     EOFError,
     LookupError,
     MemoryError,
-    NotImplementedError,
     RuntimeError,
     SyntaxError,
     TypeError,
@@ -282,9 +279,6 @@ class ArchiveReader:
             if n_bytes != self.sizes[name] - stream.tell():
                 raise CheckpointError(f"{what} has {self.sizes[name] - stream.tell()} bytes of data, not {n_bytes}.")
             return np.frombuffer(stream.read(), dtype).reshape(found_shape)
-
-    def close(self) -> None:
-        self._zip.close()
 
 
 def _tensors(tree: Any) -> Iterator[th.Tensor]:

@@ -46,11 +46,7 @@ def get_rows(buffer: SB3ReplayBuffer, first: int, last: int) -> dict[str, np.nda
 
 
 def set_rows(buffer: SB3ReplayBuffer, first: int, rows: dict[str, np.ndarray]) -> None:
-    """
-    :param buffer: empty buffer
-    :param first: first row
-    :param rows: result of :func:`get_rows`
-    """
+    """Set rows of an empty buffer from the result of :func:`get_rows`."""
     if isinstance(buffer, ReplayBuffer):
         buffer.set_rows(first, rows)
     for name, storage in _row_storages(buffer).items():
@@ -59,9 +55,7 @@ def set_rows(buffer: SB3ReplayBuffer, first: int, rows: dict[str, np.ndarray]) -
 
 
 def describe(buffer: SB3ReplayBuffer) -> dict[str, Any]:
-    """
-    :return: JSON tree that must be equal in a file and a buffer: class, capacity, dtype and row shape of each array
-    """
+    """JSON tree that must be equal in a file and a buffer: class, capacity, dtype and row shape of each array."""
     return {
         "class": full_name(type(buffer)),
         "buffer_size": buffer.buffer_size,
@@ -96,9 +90,7 @@ def set_state(buffer: SB3ReplayBuffer, tree: Any) -> None:
 
 
 def segments(buffer: SB3ReplayBuffer) -> list[Segment]:
-    """
-    :return: segments of the used rows; their limits stay the same as the buffer fills
-    """
+    """Segments of the used rows; their limits stay the same as the buffer fills."""
     row_bytes = sum(
         math.prod(shape) * np.dtype(dtype).itemsize
         for name, (dtype, shape) in describe(buffer)["arrays"].items()
@@ -112,9 +104,7 @@ def segments(buffer: SB3ReplayBuffer) -> list[Segment]:
 
 
 def check_rows(buffer: SB3ReplayBuffer) -> None:
-    """
-    :raises NotEncodable: if a used row holds an object that cannot be saved
-    """
+    """Raise :class:`NotEncodable` if a used row holds an object that cannot be saved."""
     for name, storage in _row_storages(buffer).items():
         if storage.dtype == object:
             for value in storage[: buffer.size()].flat:
@@ -136,12 +126,7 @@ def may_have_changed(buffer: SB3ReplayBuffer, segment: Segment, rows_before: int
 
 
 def write_rows(archive: ArchiveWriter, buffer: SB3ReplayBuffer) -> None:
-    """
-    Write all rows, as members ``replay/<first row>/<array>.npy``.
-
-    :param archive: archive to write to
-    :param buffer: replay buffer to read from
-    """
+    """Write all rows of a buffer, as members ``replay/<first row>/<array>.npy``."""
     for first, last in segments(buffer):
         for name, rows in get_rows(buffer, first, last).items():
             archive.add_array(f"replay/{first}/{name}.npy", rows)
@@ -180,11 +165,15 @@ def restore(
     there, here = replay["description"], describe(buffer)
     for name in sorted({*there["arrays"], *here["arrays"]}):
         if there["arrays"].get(name) != here["arrays"].get(name) and not _differ_by_envs(there, here, name):
+            remedy = f"it is from an environment with other spaces than {buffer.observation_space}"
+            if there["class"] != here["class"]:
+                remedy = (
+                    f"a {there['class']} was saved. Pass it as replay_buffer_class=... to load(), with its buffer_size "
+                    "and replay_buffer_kwargs, or leave it out with custom_objects={'replay_buffer': None}"
+                )
             raise CheckpointError(
                 f"replay_buffer: {name} is {there['arrays'].get(name, 'missing')} (dtype, shape of a row) in {what}, "
-                f"but {here['arrays'].get(name, 'missing')} in {type(buffer).__name__}. A {there['class']} "
-                "was saved: pass it as replay_buffer_class=... to load(), with its buffer_size and "
-                "replay_buffer_kwargs, or leave it out with custom_objects={'replay_buffer': None}."
+                f"but {here['arrays'].get(name, 'missing')} in {type(buffer).__name__}: {remedy}."
             )
     layouts = [(layout["buffer_size"], layout["n_envs"]) for layout in (there, here)]
     if layouts[0] == layouts[1]:
@@ -229,11 +218,7 @@ def _fill(
 
 
 def adopt(buffer: SB3ReplayBuffer, template: SB3ReplayBuffer) -> SB3ReplayBuffer:
-    """
-    :param buffer: unpickled buffer
-    :param template: empty buffer of the model
-    :return: ``buffer``; but ``template`` with its transitions, if that is our class and ``buffer`` one of SB3
-    """
+    """An unpickled buffer; or the model's, filled from it, if that is of our class and the other of SB3's."""
     if type(template) is not ReplayBuffer or type(buffer) is ReplayBuffer or isinstance(buffer, HerReplayBuffer):
         return buffer
     template.copy_transitions(buffer)

@@ -246,12 +246,9 @@ def check_random_state(state: dict[str, Any]) -> dict[str, Any]:
     name = state["bit_generator"]
     if name not in BIT_GENERATORS:
         raise ValueError(f"unknown bit generator {name!r}")
-    position, last = {
-        "MT19937": lambda: (state["state"]["pos"], 624),
-        "Philox": lambda: (state["buffer_pos"], 4),
-    }.get(name, lambda: (0, 0))()
-    if not 0 <= position <= last:
-        raise ValueError(f"{name} cannot be at position {position} of {last}")
+    position = state["state"]["pos"] if name == "MT19937" else state["buffer_pos"] if name == "Philox" else 0
+    if not 0 <= position <= (624 if name == "MT19937" else 4):
+        raise ValueError(f"{name} cannot be at position {position}")
     return state
 
 

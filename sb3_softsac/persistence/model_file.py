@@ -8,6 +8,7 @@ callbacks, layout of the replay buffer) and ``replay/<first row>/<array>.npy`` a
 
 import base64
 import io
+import os
 import platform
 import re
 import sys
@@ -29,7 +30,6 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.buffers import ReplayBuffer as SB3ReplayBuffer
 from stable_baselines3.common.save_util import load_from_pkl, recursive_getattr
 from stable_baselines3.common.utils import get_system_info
-from torch import nn
 
 from sb3_softsac.buffers import ReplayBuffer
 from sb3_softsac.persistence import atomic_files, buffer_state
@@ -38,6 +38,8 @@ from sb3_softsac.persistence.codec import KIND, NotEncodable, decode, encode
 from sb3_softsac.persistence.run_folder import Manifest, RunFolder, checkpoint_of
 
 PICKLED = ":serialized:"  # SB3's key
+TRUSTS_PICKLES = "SB3_SOFTSAC_ALLOW_PICKLE"
+"""Environment variable: with the value 1, as if ``allow_pickle=True`` were passed everywhere."""
 
 
 def write_data(archive: ArchiveWriter, attributes: dict[str, Any]) -> None:
@@ -114,12 +116,13 @@ def read_data(
         raise CheckpointError(f"{archive.name} is damaged: SoftSAC wrote it, but its index is missing.")
     pickled = [name for name, tree in trees.items() if isinstance(tree, dict) and PICKLED in tree]
     custom_objects = {name: given[name] for name in pickled if name in given} | (custom_objects or {})
-    refused = [] if allow_pickle else [name for name in pickled if name not in custom_objects]
+    refused = [] if allow_pickle or pickles_are_trusted() else [name for name in pickled if name not in custom_objects]
     if refused:
         substitutes = ", ".join(f"{name!r}: ..." for name in refused)
         raise CheckpointError(
             f"{archive.name} holds pickled objects ({', '.join(refused)}), and unpickling can run any code. Pass "
-            f"substitutes, custom_objects={{{substitutes}}}, or allow_pickle=True if you trust the file."
+            f"substitutes, custom_objects={{{substitutes}}}, or allow_pickle=True if you trust the file (with the RL "
+            f"Zoo: set {TRUSTS_PICKLES}=1)."
         )
     data = {}
     for name, tree in trees.items():
@@ -137,6 +140,11 @@ def read_data(
             with naming(f"{name} in {archive.name}"):
                 data[name] = decode(tree)
     return data
+
+
+def pickles_are_trusted() -> bool:
+    """Whether the user has said so for all commands of the shell, such as the RL Zoo's, which cannot be told."""
+    return os.environ.get(TRUSTS_PICKLES) == "1"
 
 
 def write_parameters(archive: ArchiveWriter, model: BaseAlgorithm) -> None:
@@ -195,32 +203,38 @@ def read_parameters(archive: ArchiveReader, model: BaseAlgorithm, left_out: set[
                 variable.data = value.data
 
 
-def frozen_parameters(policy: nn.Module) -> list[str]:
-    """
-    :param policy: networks
-    :return: names of the parameters that are not trained, which state dicts do not hold
-    """
-    return [name for name, parameter in policy.named_parameters() if not parameter.requires_grad]
+def _trainable(model: Any) -> dict[str, th.Tensor]:
+    """Parameters of the policy, and the logarithm of a learned entropy coefficient."""
+    learned = {} if model.log_ent_coef is None else {"log_ent_coef": model.log_ent_coef}
+    return dict(model.policy.named_parameters()) | learned
 
 
-def freeze(policy: nn.Module, names: list[str] | None, what: str) -> None:
+def frozen_parameters(model: Any) -> list[str]:
     """
-    Freeze the parameters that were frozen in a saved policy.
+    :param model: ``SoftSAC``
+    :return: names of what is not trained, which state dicts do not hold
+    """
+    return [name for name, tensor in _trainable(model).items() if not tensor.requires_grad]
 
-    :param policy: networks
+
+def freeze(model: Any, names: list[str] | None, what: str) -> None:
+    """
+    Freeze what was frozen in a saved model.
+
+    :param model: ``SoftSAC``
     :param names: result of :func:`frozen_parameters`; None: not in the file
     :param what: name of the file
-    :raises CheckpointError: if the policy lacks one of them
+    :raises CheckpointError: if the policy lacks one of them; the entropy coefficient may be fixed by now
     """
     if names is None:
         return
-    added = sorted(set(frozen_parameters(policy)) - set(names))
+    added = sorted(set(frozen_parameters(model)) - set(names))
     if added:  # by the constructor of a network, so on purpose
         warnings.warn(
             f"The continuation may differ: {', '.join(added)} is frozen here, but was trained in {what}.", stacklevel=4
         )
-    parameters = dict(policy.named_parameters())
-    for name in names:
+    parameters = _trainable(model)
+    for name in set(names) - ({"log_ent_coef"} - parameters.keys()):
         if name not in parameters:
             raise CheckpointError(f"{what} has a frozen parameter {name}, which the policy lacks.")
         parameters[name].requires_grad_(False)
@@ -242,9 +256,7 @@ class ModelFile:
 
     @property
     def replay(self) -> dict[str, Any] | None:
-        """
-        :return: description of the replay buffer; None if its rows are not in the file
-        """
+        """Description of the replay buffer; None if its rows are not in the file."""
         replay = self.index.get("replay")
         return None if replay is None or (replay["segments"] is None and self.run is None) else replay
 
@@ -271,8 +283,9 @@ class ModelFile:
         :param buffer: the replay buffer
         :raises CheckpointError: if it does not fit
         """
+        if self.replay is None:
+            raise CheckpointError(f"{self.name} has no replay buffer.")
         with naming(f"the replay buffer in {self.name}"):
-            assert self.replay is not None
             buffer_state.restore(buffer, self.replay, self._parts(self.replay), self.name)
 
     def _parts(self, replay: dict[str, Any]) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
@@ -338,25 +351,23 @@ def read_replay_buffer(path: str | Path | BinaryIO, buffer: SB3ReplayBuffer, all
     """
     Read a replay buffer from a file of its own, or from a model file.
 
-    :param path: file of ``save_replay_buffer``, model file, or pickle of SB3 (``.zip``, ``.pkl`` may be left out)
+    :param path: file of ``save_replay_buffer``, model file, or pickle of SB3 (``.pkl``, ``.zip`` may be left out)
     :param buffer: empty replay buffer to fill
     :param allow_pickle: allow a pickle, which can run any code
     :return: ``buffer``, or the unpickled buffer if that is of another class
     :raises CheckpointError: if the file is damaged, does not fit, or is a pickle without ``allow_pickle``
     """
     if atomic_files.is_path(path) and not atomic_files.as_path(path).exists():
-        names = [f"{path}{suffix}" for suffix in (".zip", ".pkl")]
+        names = [f"{path}{suffix}" for suffix in (".pkl", ".zip")]
         path = next((name for name in names if atomic_files.as_path(name).exists()), path)
     if _is_zip(path):
         with open_model_file(path) as file:
-            if file.replay is None:
-                raise CheckpointError(f"{file.name} has no replay buffer.")
             file.restore_replay(buffer)
         return buffer
-    if not allow_pickle:
+    if not (allow_pickle or pickles_are_trusted()):
         raise CheckpointError(
             f"{path} was not written by SoftSAC. If it is a pickle of SB3's save_replay_buffer and you trust it, pass "
-            "allow_pickle=True: unpickling can run any code."
+            f"allow_pickle=True (with the RL Zoo: set {TRUSTS_PICKLES}=1): unpickling can run any code."
         )
     return buffer_state.adopt(load_from_pkl(path), buffer)  # type: ignore[arg-type]
 
@@ -375,11 +386,12 @@ def _is_zip(path: str | Path | BinaryIO) -> bool:
 
 
 @contextmanager
-def new_file(path: str | Path | BinaryIO) -> Iterator[BinaryIO]:
+def new_file(path: str | Path | BinaryIO, suffix: str = ".zip") -> Iterator[BinaryIO]:
     """
     Create or replace a file.
 
-    :param path: file name (``.zip`` is added to one without a suffix), or file object
+    :param path: file name, or file object
+    :param suffix: added to a name without one
     :return: file to append to; a named file exists as a whole or not at all
     :raises ValueError: if a file object is not at its start
     """
@@ -390,7 +402,7 @@ def new_file(path: str | Path | BinaryIO) -> Iterator[BinaryIO]:
         return
     path = atomic_files.as_path(path)
     # The RL Zoo makes a folder named after the environment, which may have a dot in its name
-    path = path if path.suffix and not path.is_dir() else path.with_name(f"{path.name}.zip")
+    path = path if path.suffix and not path.is_dir() else path.with_name(f"{path.name}{suffix}")
     if path.parent.is_dir():
         atomic_files.remove_leftovers(path.parent, re.escape(path.name))
     with atomic_files.atomic_file(path) as file:

@@ -38,18 +38,12 @@ def set_random_states(states: dict[str, Any], device: th.device | None = None) -
 
 
 def pack_python_state(state: tuple[Any, ...]) -> tuple[Any, ...]:
-    """
-    :param state: state of a ``random.Random``
-    :return: the same with its 625 words in an array, which is shorter in a file
-    """
+    """State of a ``random.Random`` with its 625 words in an array, which is shorter in a file."""
     version, words, gauss = state
     return version, np.array(words, dtype=np.uint32), gauss
 
 
 def unpack_python_state(state: tuple[Any, ...]) -> tuple[Any, ...]:
-    """
-    :param state: state of a ``random.Random``, packed or not
-    :return: the same, not packed
-    """
+    """State of a ``random.Random`` as Python knows it, from one that is packed or not."""
     version, words, gauss = state
     return version, tuple(map(int, words)), gauss

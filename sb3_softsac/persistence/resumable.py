@@ -5,6 +5,8 @@ Runs that can be saved and continued at any step, unlike those of SB3's off-poli
 callbacks and the rollout in progress. ``model_file``, ``run_folder`` and ``envs`` define how each part is written.
 """
 
+import difflib
+import inspect
 import os
 import warnings
 from collections import deque
@@ -13,13 +15,15 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
 
 import torch as th
+from stable_baselines3.common.base_class import maybe_make_env
 from stable_baselines3.common.buffers import ReplayBuffer as SB3ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.distributions import StateDependentNoiseDistribution
 from stable_baselines3.common.logger import Logger, configure
 from stable_baselines3.common.noise import VectorizedActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback
-from stable_baselines3.common.utils import check_for_correct_spaces, get_system_info
+from stable_baselines3.common.utils import check_for_correct_spaces, get_latest_run_id, get_system_info
 from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
@@ -32,8 +36,9 @@ from sb3_softsac.persistence.model_file import ModelFile
 from sb3_softsac.persistence.random_states import get_random_states, set_random_states
 from sb3_softsac.persistence.run_folder import RunFolder
 from sb3_softsac.rollouts import RolloutAlgorithm, with_usual_strides
-from sb3_softsac.validation import check_wrappers
+from sb3_softsac.validation import check_env, check_wrappers
 
+TENSORBOARD_NAME = "SoftSAC"
 LOGGER_STATE = ("name_to_value", "name_to_count", "name_to_excluded")
 NOT_SAVED = "not_saved"  # names of logged values that cannot be encoded
 ENT_COEF_STATE = {"ent_coef_optimizer", "ent_coef_tensor", "log_ent_coef"}
@@ -72,6 +77,7 @@ class Unread(NamedTuple):
 class ResumableAlgorithm(RolloutAlgorithm):
     """Base class of ``SoftSAC``: ``learn``, ``save`` and ``load``."""
 
+    actor_target: Any  # SoftSAC's, or None
     # Left out by every save(); ("replay_buffer",) keeps files small
     save_exclude: tuple[str, ...] = ()
     run_folders: dict[Path, RunFolder] | None = None  # folders with checkpoints of this run, by path
@@ -79,6 +85,7 @@ class ResumableAlgorithm(RolloutAlgorithm):
 
     _callback: BaseCallback | None = None
     _loaded = False  # from a file
+    _may_continue_episode = False  # the next learn() is the first since then
     _pending = Pending()
     _unread: Unread | None = None
     _tensorboard_run: str | None = None  # folder of the run within tensorboard_log
@@ -89,6 +96,7 @@ class ResumableAlgorithm(RolloutAlgorithm):
     # Further attributes that are in no file, besides those that SB3 leaves out
     NOT_IN_FILES: tuple[str, ...] = (
         *("lr_schedule", "save_exclude", "is_learning", "_loaded", "_pending", "_unread", "_mid_step", "_made_from"),
+        "_may_continue_episode",
     )
 
     def _setup_replay_buffer(self) -> None:
@@ -101,45 +109,64 @@ class ResumableAlgorithm(RolloutAlgorithm):
 
     def _known_threads(self) -> int | None:
         """Threads of torch that the run uses; None: the next ``learn()`` chooses."""
-        return th.get_num_threads()
-
-    def _exploration_state(self) -> Any:
-        """Exploration noise that is kept over several steps, in a form that :func:`encode` accepts."""
         raise NotImplementedError
 
-    def _set_exploration_state(self, state: Any) -> None:
-        raise NotImplementedError
+    def _noise_distributions(self) -> list[StateDependentNoiseDistribution]:
+        actors = [actor for actor in (self.actor, self.actor_target) if actor is not None]
+        distributions = [actor.action_dist for actor in actors]
+        return [dist for dist in distributions if isinstance(dist, StateDependentNoiseDistribution)]
+
+    def _exploration_state(self) -> list[list[th.Tensor]]:
+        """Exploration matrices of gSDE, of the actor and of its target."""
+        return [
+            [dist.exploration_mat.detach().cpu(), dist.exploration_matrices.detach().cpu()]
+            for dist in self._noise_distributions()
+        ]
+
+    def _set_exploration_state(self, state: list[list[th.Tensor]]) -> None:
+        """:raises ValueError: if the matrices are not those of this actor"""
+        # The file has none for a target actor that is new here, and too many if the target actor is gone
+        for dist, (matrix, matrices) in zip(self._noise_distributions(), state, strict=False):
+            shape = dist.exploration_mat.shape
+            # There is one for each environment of the rollout in progress; a new rollout draws new ones
+            if matrix.shape != shape or matrices.shape[1:] != shape:
+                found = tuple(matrix.shape), tuple(matrices.shape)
+                raise ValueError(f"exploration matrices have the shapes {found}, not {tuple(shape)} each")
+            dist.exploration_mat, dist.exploration_matrices = matrix.to(self.device), matrices.to(self.device)
 
     def learn(
         self: Self,
         total_timesteps: int,
         callback: MaybeCallback = None,
         log_interval: int = 4,
-        tb_log_name: str = "SoftSAC",
+        tb_log_name: str | None = None,
         reset_num_timesteps: bool | None = None,
         progress_bar: bool = False,
     ) -> Self:
         """
-        Train the model. The arguments are those of SB3, except for the default of ``reset_num_timesteps``.
+        Train the model. The arguments are those of SB3, except for two defaults, which continue a loaded run.
 
         :param total_timesteps: number of environment steps
         :param callback: callback, or list of callbacks
         :param log_interval: episodes between log entries
-        :param tb_log_name: name of the run in TensorBoard
+        :param tb_log_name: name of the run in TensorBoard; None: that of the run in the file, or ``"SoftSAC"``
         :param reset_num_timesteps: restart the step count, the schedules and the TensorBoard run; None: only if the
-            model was not loaded from a file
+            model was not loaded from a file. The first ``learn()`` after ``load()`` may then continue in mid-episode;
+            later ones begin with a new episode, as in SB3, since the environment may have been used in between
         :param progress_bar: show a progress bar (needs tqdm and rich)
         :return: the model itself
         """
         self._note_deleted_buffer()
         self._setup_replay_buffer()  # if it was deleted
+        if reset_num_timesteps is None and self._loaded and not self._may_continue_episode:
+            self._last_obs = None
         self.is_learning, self.after_step = True, deque()
         try:
             super().learn(
                 total_timesteps=total_timesteps,
                 callback=callback,
                 log_interval=log_interval,
-                tb_log_name=tb_log_name,
+                tb_log_name=tb_log_name,  # type: ignore[arg-type]  # for _setup_learn
                 reset_num_timesteps=not self._loaded if reset_num_timesteps is None else reset_num_timesteps,
                 progress_bar=progress_bar,
             )
@@ -155,11 +182,14 @@ class ResumableAlgorithm(RolloutAlgorithm):
         total_timesteps: int,
         callback: MaybeCallback = None,
         reset_num_timesteps: bool = True,
-        tb_log_name: str = "run",
+        tb_log_name: str | None = "run",
         progress_bar: bool = False,
     ) -> tuple[int, BaseCallback]:
         if self._mid_step:
             self._last_obs, self._mid_step = None, False
+        self._may_continue_episode = False
+        if reset_num_timesteps or self.random_steps != self._warmed_up_with:  # a new run, or the user wants others
+            self._warmed_up, self._warmed_up_with = False, self.random_steps
         resets = reset_num_timesteps or self._last_obs is None
         if resets:
             self._reset_episodes()
@@ -177,12 +207,12 @@ class ResumableAlgorithm(RolloutAlgorithm):
         keep_noise = not resets and (self.env.num_envs == 1 or isinstance(noise, VectorizedActionNoise))
         if keep_noise:
             self.action_noise = None
-        own_logger = None if reset_num_timesteps else self._logger_of_own_run()
+        own_logger = None if reset_num_timesteps else self._logger_of_own_run(tb_log_name)
         if own_logger is not None:
             self.set_logger(own_logger)
         try:
             total_timesteps, self._callback = super()._setup_learn(
-                total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
+                total_timesteps, callback, reset_num_timesteps, tb_log_name or TENSORBOARD_NAME, progress_bar
             )
         finally:
             if keep_noise:
@@ -231,17 +261,24 @@ class ResumableAlgorithm(RolloutAlgorithm):
 
     @staticmethod
     def _wrap_env(env: GymEnv, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:
-        wrapped = OffPolicyAlgorithm._wrap_env(env, verbose, monitor_wrapper)
+        check_env(env)
+        wrapped = OffPolicyAlgorithm._wrap_env(cast(Any, maybe_make_env(env, verbose)), verbose, monitor_wrapper)
         check_wrappers(wrapped)
         return wrapped
 
-    def _logger_of_own_run(self) -> Logger | None:
-        """A logger for this run's TensorBoard folder. SB3 would continue the newest folder, which may be another's."""
-        if not self._loaded or self._custom_logger or None in (self.tensorboard_log, self._tensorboard_run):
+    def _logger_of_own_run(self, name: str | None) -> Logger | None:
+        """
+        A logger for the TensorBoard folder of a loaded run, or for a new one if that is gone or ``name`` is another.
+        SB3 would continue the newest folder, which may be that of another run.
+        """
+        if not self._loaded or self._custom_logger or self.tensorboard_log is None:
             return None
-        folder = os.path.join(str(self.tensorboard_log), str(self._tensorboard_run))
-        if not os.path.isdir(folder):
-            return None
+        own_name, _, _ = (self._tensorboard_run or "").rpartition("_")
+        logs = str(self.tensorboard_log)
+        folder = os.path.join(logs, self._tensorboard_run or "")
+        if self._tensorboard_run is None or name not in (None, own_name) or not os.path.isdir(folder):
+            name = name or own_name or TENSORBOARD_NAME
+            folder = os.path.join(logs, f"{name}_{get_latest_run_id(logs, name) + 1}")
         return configure(folder, ["stdout", "tensorboard"] if self.verbose >= 1 else ["tensorboard"])
 
     def set_random_seed(self, seed: int | None = None) -> None:
@@ -262,7 +299,8 @@ class ResumableAlgorithm(RolloutAlgorithm):
         :param force_reset: reset it before training
         :raises ValueError: if its spaces are different
         """
-        super().set_env(env, force_reset)
+        check_env(env)
+        super().set_env(cast(Any, maybe_make_env(env, self.verbose)), force_reset)
         self._note_deleted_buffer()
         if isinstance(self.replay_buffer, HerReplayBuffer):
             self.replay_buffer.env = self.env  # SB3 would go on computing rewards in the old environment
@@ -337,7 +375,7 @@ class ResumableAlgorithm(RolloutAlgorithm):
                     "exploration": encode(self._exploration_state()),
                     "ent_coef": encode((self._made_from or vars(self)).get("ent_coef")),
                     "env": self._env_state(),
-                    "frozen": model_file.frozen_parameters(self.policy),
+                    "frozen": model_file.frozen_parameters(self),
                     "mid_step": self._mid_step,
                     "callbacks": self._pending.callbacks or callback_state.capture(self._callback),
                     "log": self._log_state(),
@@ -354,9 +392,7 @@ class ResumableAlgorithm(RolloutAlgorithm):
         return self._unread.env
 
     def savable_replay_buffer(self) -> SB3ReplayBuffer | None:
-        """
-        :return: the replay buffer; None if there is none, or, with a warning, if it cannot be saved
-        """
+        """The replay buffer; None if there is none, or, with a warning, if it cannot be saved."""
         buffer = self.replay_buffer
         if buffer is not None:
             try:
@@ -409,6 +445,7 @@ class ResumableAlgorithm(RolloutAlgorithm):
         :param kwargs: attributes to change, e.g. ``learning_rate``; ``seed`` restarts all random states
         :return: the model
         :raises CheckpointError: (a ValueError) if the file is damaged, does not fit, or needs ``allow_pickle=True``
+        :raises ValueError: for ``kwargs`` that are no attributes
         """
         with model_file.open_model_file(path) as file:
             if print_system_info:
@@ -425,6 +462,7 @@ class ResumableAlgorithm(RolloutAlgorithm):
                 data.update(_last_obs=None, _rollout=None)
             continues_random_states = env is not None and "random" in file.index and "seed" not in kwargs
             model = cls(policy=data["policy_class"], env=env, device=device, _init_setup_model=False)  # type: ignore[arg-type, call-arg]
+            _check_names(kwargs, {*data, *dir(model), *inspect.signature(cls).parameters})
             model._set_up(data, kwargs, is_seeded=not continues_random_states)
             model._restore_policy(file, has_new_ent_coef, has_policy_kwargs)
             # The RL Zoo passes buffer_size=1 if it only evaluates
@@ -460,7 +498,10 @@ class ResumableAlgorithm(RolloutAlgorithm):
         vars(self).update(data)
         random_steps = self.learning_starts if self.random_steps is None else self.random_steps
         self._warmed_up = self._warmed_up or self.num_timesteps >= random_steps
-        self._loaded = True
+        self._warmed_up_with = self.random_steps
+        self._loaded = self._may_continue_episode = True
+        if kwargs.get("tensorboard_log", self.tensorboard_log) != self.tensorboard_log:
+            self._tensorboard_run = None
         vars(self).update(kwargs)
         self._stats_window_size = vars(self).pop("stats_window_size", self._stats_window_size)
         for name in ("ep_info_buffer", "ep_success_buffer"):
@@ -476,7 +517,7 @@ class ResumableAlgorithm(RolloutAlgorithm):
         except CheckpointError as error:
             hint = "" if has_policy_kwargs else " The file has no policy_kwargs: pass policy_kwargs=... to load()."
             raise CheckpointError(f"{error}{hint}") from error
-        model_file.freeze(self.policy, file.index.get("frozen"), file.name)
+        model_file.freeze(self, file.index.get("frozen"), file.name)
         if self.use_sde:
             self.policy.reset_noise()  # type: ignore[operator]
 
@@ -515,6 +556,13 @@ class ResumableAlgorithm(RolloutAlgorithm):
                 warnings.warn(f"VecNormalize may not be fully restored: {'; '.join(reasons)}.", stacklevel=3)
             elif reasons and not goes_on:
                 self._say(f"The environment's state is not fully restored: {'; '.join(reasons)}")
+            if self._vec_normalize_env is not None and (reasons or not goes_on):
+                changed = env_state.changed_settings(state, self._vec_normalize_env)
+                if changed:
+                    warnings.warn(
+                        f"The policy will see other observations than it was trained with: {', '.join(changed)}.",
+                        stacklevel=3,
+                    )
             if self._vec_normalize_env is None and env_state.statistics(state) is not None:
                 warnings.warn(
                     "The model was trained with VecNormalize, but the environment is not wrapped in it: the policy "
@@ -568,13 +616,13 @@ class ResumableAlgorithm(RolloutAlgorithm):
         """
         Save the replay buffer in its own file, without pickle.
 
-        :param path: name of the file (``.zip`` is added to one without a suffix), or file object
+        :param path: name of the file (``.pkl`` is added to one without a suffix, as in SB3), or file object
         :raises NotEncodable: (a TypeError) if your own buffer class has an attribute that is not plain data
         """
         assert self.replay_buffer is not None, "The replay buffer is not defined"
         index = self._replay_index(rows_elsewhere=False)
         buffer_state.check_rows(self.replay_buffer)
-        with model_file.new_file(path) as file, ArchiveWriter(file) as archive:
+        with model_file.new_file(path, ".pkl") as file, ArchiveWriter(file) as archive:
             buffer_state.write_rows(archive, self.replay_buffer)
             archive.close({"replay": index})
 
@@ -630,6 +678,13 @@ def _fit_to_env(data: dict[str, Any], env: VecEnv | None) -> bool:
     if not same_envs and isinstance(noise, VectorizedActionNoise):
         data["action_noise"] = noise.base_noise
     return same_envs and "_last_obs" in data
+
+
+def _check_names(kwargs: dict[str, Any], known: set[str]) -> None:
+    for name in kwargs.keys() - known:
+        alike = difflib.get_close_matches(name, known, 1)
+        hint = f" Did you mean {alike[0]}?" if alike else " Set attributes of your own after load()."
+        raise ValueError(f"load() got {name}={kwargs[name]!r}, but the model has no such argument or attribute.{hint}")
 
 
 def _check_data(data: dict[str, Any], kwargs: dict[str, Any], name: str) -> None:

@@ -70,9 +70,7 @@ class RunFolder:
             self._lock = None
 
     def numbers(self) -> list[int]:
-        """
-        :return: numbers of the checkpoints that have a manifest, ascending
-        """
+        """Numbers of the checkpoints that have a manifest, ascending."""
         found = map(MANIFEST.fullmatch, atomic_files.names(self.path))
         return sorted(int(match[1]) for match in found if match)
 
@@ -148,9 +146,7 @@ class RunFolder:
         )
 
     def model_files(self) -> list[Path]:
-        """
-        :return: model files of all checkpoints with a readable manifest, newest first
-        """
+        """Model files of all checkpoints with a readable manifest, newest first."""
         paths = []
         for number in reversed(self.numbers()):
             with suppress(CheckpointError, OSError):

@@ -40,9 +40,7 @@ class NoCompiler(BuildError):
 
 
 def suits_processor() -> bool:
-    """
-    :return: whether this processor has the instructions that our code is written for
-    """
+    """Whether this processor has the instructions that our code is written for."""
     return th.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 
 
@@ -66,9 +64,7 @@ def load(*sources: Path) -> None:
 
 
 def cache_folders() -> list[Path]:
-    """
-    :return: where libraries are kept; the later ones are used if the first cannot be
-    """
+    """Where libraries are kept; the later ones are used if the first cannot be."""
     if CACHE in os.environ:
         return [Path(os.environ[CACHE])]
     of_user = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
@@ -93,7 +89,7 @@ def built(text: str, folder: Path) -> Path:
     """
     capability = th.backends.cpu.get_cpu_capability()
     key = _hash(
-        "\n".join([text, th.__version__, str(th.version.git_version), _processor(), capability, *FLAGS]).encode()
+        "\n".join([text, th.__version__, str(th.version.git_version), processor(), capability, *FLAGS]).encode()
     )
     if (library := _whole(folder, key)) is not None:
         return library
@@ -148,10 +144,7 @@ def _compile(text: str, capability: str) -> bytes:
 
 
 def compiler() -> str:
-    """
-    :return: command of the C++ compiler
-    :raises NoCompiler: if there is none
-    """
+    """Command of the C++ compiler; :class:`NoCompiler` is raised if there is none."""
     if os.name == "nt":
         raise NoCompiler("it is built on Linux and macOS only")
     for name in filter(None, (os.environ.get("CXX"), "g++", "clang++")):
@@ -161,7 +154,7 @@ def compiler() -> str:
 
 
 @cache
-def _processor() -> str:
+def processor() -> str:
     """What ``-march=native`` stands for here: nodes of a cluster may share a cache folder and not be alike."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

@@ -9,7 +9,6 @@ gradient of a critic's input: those of the actions.
 """
 
 import functools
-import platform
 import warnings
 from pathlib import Path
 from typing import Any
@@ -25,17 +24,8 @@ aten = th.ops.aten
 
 
 def ours_are_faster() -> bool:
-    """
-    :return: whether our own products are known to be faster than torch's on this processor
-    """
-    return build.suits_processor() and "AuthenticAMD" in _processor()
-
-
-def _processor() -> str:
-    try:
-        return Path("/proc/cpuinfo").read_text()[:1000]
-    except OSError:
-        return platform.processor()
+    """Whether our own products are known to be faster than torch's on this processor."""
+    return build.suits_processor() and "AuthenticAMD" in build.processor()
 
 
 @functools.cache
@@ -65,9 +55,7 @@ def operator_of_products() -> Any:
 
 
 def exact_products_are_wanted() -> bool:
-    """
-    :return: whether float32 products use full precision; lower precisions are left to torch
-    """
+    """Whether float32 products use full precision; lower precisions are left to torch."""
     products: Any = getattr(th.backends.mkldnn, "matmul", None)
     if not hasattr(products, "fp32_precision"):  # before torch 2.9. Where it is there, the older getter may raise
         return th.get_float32_matmul_precision() == "highest"
@@ -113,12 +101,7 @@ def _is_plain(value: th.Tensor) -> bool:
 
 
 def call(graph: Graph, target: Any, *args: Any) -> Node:
-    """
-    :param graph: graph of ATen operators
-    :param target: an operator
-    :param args: its arguments: nodes and constants
-    :return: a call of it, at the place where the graph inserts
-    """
+    """A call of an ATen operator with nodes and constants, at the place where the graph inserts."""
     new = graph.call_function(target, args)
     new.meta["val"] = target(*map(_value, args))
     return new

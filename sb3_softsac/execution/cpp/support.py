@@ -15,7 +15,7 @@ from torch import nn
 
 from sb3_softsac.execution.cpp import matmul
 from sb3_softsac.heads import CategoricalHead, ScalarHead
-from sb3_softsac.networks import BatchNorm, ResidualBlock
+from sb3_softsac.networks import BatchNorm, ResidualBlock, statistics
 from sb3_softsac.policies import Actor, Critic, Preprocessing, SoftSACPolicy
 
 CONTENTS = ("_modules", "_parameters", "_buffers")
@@ -38,11 +38,7 @@ class NotPlain(Exception):
 
 
 def require(condition: bool, otherwise: str) -> None:
-    """
-    :param condition: true for plain SAC
-    :param otherwise: the reason if it is not
-    :raises NotPlain: if it is not
-    """
+    """Raise :class:`NotPlain` with the reason ``otherwise`` unless the condition is true."""
     if not condition:
         raise NotPlain(otherwise)
 
@@ -65,9 +61,7 @@ class Stack(NamedTuple):
     kinds: list[Kind]  # of the hidden linear layers
 
     def linear_layers(self) -> list[nn.Linear]:
-        """
-        :return: them alone
-        """
+        """The linear layers among the modules."""
         return [module for module in self.modules if isinstance(module, nn.Linear)]
 
 
@@ -79,9 +73,7 @@ class Layers(NamedTuple):
     targets: list[Stack]
 
     def batch_norms(self) -> list[BatchNorm]:
-        """
-        :return: those of all networks
-        """
+        """Batch norms of all networks."""
         stacks = [self.actor, *self.critics, *self.targets]
         return [module for stack in stacks for module in stack.modules if isinstance(module, BatchNorm)]
 
@@ -110,9 +102,7 @@ class Watch:
         self._modules = list(dict.fromkeys(module for root in roots for module in root.modules()))
         self._attributes = [vars(module) for module in self._modules]
         self._n_attributes = list(map(len, self._attributes))
-        parts = (
-            attributes[name] for attributes in self._attributes for name in ("_modules", "_parameters", "_buffers")
-        )
+        parts = (attributes[name] for attributes in self._attributes for name in CONTENTS)
         networks = [Attributes(root, ATTRIBUTES) for root in roots]
         preprocessings = [vars(root)["preprocessing"] for root in roots if "preprocessing" in vars(root)]
         inputs = [Attributes(each, ("is_box", "scale")) for each in preprocessings if type(each) is Preprocessing]
@@ -136,27 +126,22 @@ class Watch:
         )
 
     def sees_hooks(self) -> bool:
-        """
-        :return: whether there are hooks on modules or gradients
-        """
+        """Whether there are hooks on modules or gradients."""
         return any(self._hooks) or any(map(_hooks_of_gradient, self._parameters))
 
+    def hooks(self) -> list[Any]:
+        """Hooks on modules and gradients."""
+        dicts = itertools.chain(self._hooks, map(_hooks_of_gradient, self._parameters))
+        return [hook for some in dicts if some for hook in some.values()]
+
     def sees_own_methods(self) -> bool:
-        """
-        :return: whether a method of a module has been replaced
-        """
+        """Whether a method of a module has been replaced."""
         return any(not attributes.keys().isdisjoint(OWN_METHODS) for attributes in self._attributes)
 
 
 def moved_names() -> list[str]:
-    """
-    :return: private names of torch that :class:`Watch` reads and that no longer exist
-    """
-    names = [
-        f"torch.nn.Module.{name}"
-        for name in ("_modules", "_parameters", "_buffers", *HOOKS)
-        if name not in vars(nn.Module())
-    ]
+    """Private names of torch that :class:`Watch` reads and that no longer exist."""
+    names = [f"torch.nn.Module.{name}" for name in (*CONTENTS, *HOOKS) if name not in vars(nn.Module())]
     names += [
         f"torch.nn.modules.module._global{name}" for name in HOOKS if not hasattr(nn.modules.module, f"_global{name}")
     ]
@@ -164,18 +149,12 @@ def moved_names() -> list[str]:
 
 
 def usual_arithmetic() -> bool:
-    """
-    :return: whether torch computes in full float32 precision at present
-    """
+    """Whether torch computes in full float32 precision at present."""
     return matmul.exact_products_are_wanted() and not th.is_autocast_enabled("cpu")
 
 
 def plain_actor(actor: nn.Module) -> Stack:
-    """
-    :param actor: any actor
-    :return: its layers, with mu and log_std at the end
-    :raises NotPlain: if it is not supported
-    """
+    """Layers of an actor, with mu and log_std at the end; :class:`NotPlain` is raised if it is not supported."""
     require(type(actor) is Actor, f"the actor's class is {type(actor).__name__}")
     assert isinstance(actor, Actor)
     require(not actor.use_sde, "the actor uses gSDE (use_sde)")
@@ -192,11 +171,7 @@ def plain_actor(actor: nn.Module) -> Stack:
 
 
 def plain_layers(policy: SoftSACPolicy) -> Layers:
-    """
-    :param policy: any policy
-    :return: its layers
-    :raises NotPlain: if it is not supported
-    """
+    """Layers of a policy; :class:`NotPlain` is raised if it is not supported."""
     require(policy.actor_target is None, "there is a target actor (use_actor_target)")
     for name in ("targets", "project_to_unit_norm"):
         is_own = getattr(type(policy), name) is not getattr(SoftSACPolicy, name)
@@ -204,8 +179,8 @@ def plain_layers(policy: SoftSACPolicy) -> Layers:
     layers = Layers(plain_actor(policy.actor), _plain_critics(policy.critic), _plain_critics(policy.critic_target))
     require(_fit(layers), "the sizes of the layers of actor, critics and target critics do not fit")
     require(_are_in_order(layers, policy), "the critics are not in the order of their parameters")
-    statistics = [id(statistic) for norm in layers.batch_norms() for statistic in statistics_of(norm)]
-    require(len(set(statistics)) == len(statistics), "batch norms share their running statistics")
+    identities = [id(statistic) for norm in layers.batch_norms() for statistic in statistics(norm)]
+    require(len(set(identities)) == len(identities), "batch norms share their running statistics")
     return layers
 
 
@@ -224,22 +199,8 @@ def _plain_critics(network: nn.Module) -> list[Stack]:
 
 
 def parameters_of(module: Module) -> list[th.Tensor]:
-    """
-    :param module: linear layer or norm
-    :return: its weight, and its bias if there is one
-    """
+    """Weight of a linear layer or norm, and its bias if there is one."""
     return [p for p in (module.weight, getattr(module, "bias", None)) if p is not None]
-
-
-def statistics_of(module: Module) -> list[th.Tensor]:
-    """
-    :param module: linear layer or norm
-    :return: running mean and variance of batch norm
-    """
-    if not isinstance(module, BatchNorm):
-        return []
-    assert module.running_mean is not None and module.running_var is not None
-    return [module.running_mean, module.running_var]
 
 
 def _are_in_order(layers: Layers, policy: SoftSACPolicy) -> bool:
@@ -350,7 +311,7 @@ def _require_usual_tensors(stack: Stack, name: str) -> None:
         if isinstance(module, BatchNorm):
             is_usual = module.affine and module.running_mean is not None and module.running_var is not None
             require(is_usual, f"the {name} has batch norm without parameters or running statistics")
-    tensors = [(t, module) for module in stack.modules for t in (*parameters_of(module), *statistics_of(module))]
+    tensors = [(t, module) for module in stack.modules for t in (*parameters_of(module), *statistics(module))]
     are_plain = all(t.dtype == th.float32 and t.is_contiguous() and t.numel() for t, _ in tensors)
     require(are_plain, f"parameters of the {name} are not contiguous float32")
     require(all(len(t) == len(module.weight) for t, module in tensors), f"the {name}'s biases do not fit")

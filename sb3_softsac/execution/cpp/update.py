@@ -5,7 +5,7 @@ them, and built in seconds. ``support`` says for which networks; the rest is lef
 
 import functools
 import math
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +13,6 @@ import torch as th
 from torch.optim import Adam, AdamW
 
 from sb3_softsac import heads, losses, networks
-from sb3_softsac.ent_coef import LearnedEntCoef
 from sb3_softsac.execution.cpp import build, matmul
 from sb3_softsac.execution.cpp.support import (
     Attributes,
@@ -26,18 +25,17 @@ from sb3_softsac.execution.cpp.support import (
     plain_actor,
     plain_layers,
     require,
-    statistics_of,
     usual_arithmetic,
 )
 from sb3_softsac.execution.device_replay import gathered
 from sb3_softsac.execution.learner import Learner
 from sb3_softsac.execution.report import Report, reason_of
 from sb3_softsac.execution.way import Declined, Done, Outcome, Updates
-from sb3_softsac.gradient_step import SATURATED, UpdateOptions
+from sb3_softsac.gradient_step import SATURATED
 from sb3_softsac.heads import CategoricalHead
 from sb3_softsac.networks import BatchNorm
 from sb3_softsac.optimizers import Optimizers, Trained
-from sb3_softsac.policies import Actor, SoftSACPolicy
+from sb3_softsac.policies import SoftSACPolicy
 from sb3_softsac.type_aliases import ReplayBatch, TorchObs
 
 HEADER, SOURCE = Path(__file__).with_name("networks.h"), Path(__file__).with_name("update.cpp")
@@ -56,21 +54,9 @@ FUNCTIONS: list[tuple[Any, str]] = [
 OWN_FUNCTIONS = [getattr(module, name) for module, name in FUNCTIONS]
 
 
-def classes() -> Any:
-    """
-    :return: namespace of the classes that ``update.cpp`` defines, built if need be
-    :raises Exception: of many kinds, where it cannot be built
-    """
-    if (error := error_of_build()) is not None:
-        raise error
-    return th.classes.sb3_softsac
-
-
 @functools.cache
 def error_of_build() -> Exception | None:
-    """
-    :return: the error because of which ``update.cpp`` cannot be built, or None when it has been built
-    """
+    """The error because of which ``update.cpp`` cannot be built, or None when it has been built."""
     try:
         build.load(matmul.HEADER, HEADER, SOURCE)
     except Exception as error:  # compilers and linkers have many ways to fail
@@ -98,10 +84,7 @@ class Classes:
         self._found: Any = None
 
     def get(self) -> Any:
-        """
-        :return: namespace of the classes
-        :raises NotPlain: where they cannot be used
-        """
+        """Namespace of the classes; :class:`NotPlain` is raised where they cannot be used."""
         require(build.suits_processor(), "the processor has neither AVX2 nor AVX-512")
         if self._found is None and self.error is None:
             try:
@@ -112,10 +95,12 @@ class Classes:
         return self._found
 
     def _build(self) -> Any:
-        if error_of_build.cache_info().currsize:  # by another model
-            return classes()
-        with self._report.compilation("SoftSAC's C++", "ten to thirty seconds, one"):
-            return classes()
+        is_first = not error_of_build.cache_info().currsize  # otherwise another model has built them
+        announced = self._report.compilation("SoftSAC's C++", "ten to thirty seconds, one")
+        with announced if is_first else nullcontext():
+            if (error := error_of_build()) is not None:
+                raise error
+        return th.classes.sb3_softsac
 
 
 class CppActor:
@@ -208,9 +193,7 @@ class CppUpdate:
         return Done(outcomes[-1].values[columns[-1].names.index("finite")].bool(), outcomes)
 
     def reason_against(self) -> str | None:
-        """
-        :return: why the next update is not for C++; None if it is
-        """
+        """Why the next update is not for C++; None if it is."""
         optimizers = self.learner.optimizers()
         if optimizers is not self._optimizers or self._watch.is_over():
             self._look_at(optimizers)
@@ -228,10 +211,7 @@ class CppUpdate:
         return None if usual_arithmetic() else "float32 is to be computed less precisely (matmul_precision or autocast)"
 
     def n_at_once(self, batch_size: int) -> int:
-        """
-        :param batch_size: B
-        :return: updates in one call, so that a run can be interrupted after a quarter of a second or so
-        """
+        """How many updates are done in one call: a run can be interrupted after a quarter of a second or so."""
         return max(1, MAX_WORK // (batch_size * self._n_weights))
 
     def _look_at(self, optimizers: Optimizers) -> None:
@@ -256,7 +236,7 @@ class CppUpdate:
         critics = [_with_states("critic", optimizers.critic, critic) for critic in layers.critics]
         ent_coef = self.learner.ent_coef.tensors()
         require(all(tensor.dtype == th.float32 for tensor in ent_coef), "the entropy coefficient is not float32")
-        if isinstance(self.learner.ent_coef, LearnedEntCoef):
+        if self.learner.ent_coef.is_learned:
             ent_coef = _states("ent_coef", optimizers.ent_coef, ent_coef)
         targets = [list(map(_tensors_of, stack.modules)) for stack in layers.targets]
         critic_kinds = [*layers.critics[0].kinds, Kind.LINEAR]
@@ -276,7 +256,7 @@ class CppUpdate:
         first = 0 if is_categorical else len(of_categorical)
         if is_categorical:
             of_critics = of_categorical + of_critics
-        if isinstance(self.learner.ent_coef, LearnedEntCoef):
+        if self.learner.ent_coef.is_learned:
             of_actor = of_actor + of_ent_coef
 
         def columns(names: list[str]) -> Columns:
@@ -286,46 +266,42 @@ class CppUpdate:
 
     def _options(self, updates: Updates) -> list[float]:
         """What an update is told besides tensors, in the order in which ``update.cpp`` names it."""
-        policy, rates = self.learner.policy, self.learner.rates
+        policy, rates, options = self.learner.policy, self.learner.rates, updates.options
         actor, head, norm = policy.actor, policy.critic.head, self._norms[0] if self._norms else None
         support = (head.v_min, head.v_max) if isinstance(head, CategoricalHead) else (0.0, 0.0)
         eps, momentum = (0.0, 0.0) if norm is None else (norm.eps, norm.momentum or 0.0)
         key = (
-            *(updates.options, actor.log_std_bounds, actor.log_std_bounding),
+            *(options, actor.log_std_bounds, actor.log_std_bounding),
             *(policy.unit_norm, support, eps, momentum, *rates),
         )
         if key != self._numbers_key:
-            names = [f"{name}_learning_rate" for name in self.learner.learning_rates._fields]
-            others = {
-                **_log_std_bounds(actor),
-                **dict(zip(names, rates, strict=True)),
-                **self._adam,
+            numbers = {
+                "gamma": options.gamma,
+                "tau": options.tau,
+                "target_entropy": options.target_entropy,
+                "log_action_scale": options.log_action_scale,
+                "max_grad_norm": math.inf if options.max_grad_norm is None else options.max_grad_norm,
+                "ent_coef_loss_is_exp": options.ent_coef_loss == "exp",
+                "saturated": SATURATED,
+                "joint_batch": JOINT_BATCHES.index(options.joint_batch),
+                "has_critic_target": options.use_critic_target,
+                "log_std_low": actor.log_std_bounds[0],
+                "log_std_high": actor.log_std_bounds[1],
+                "log_std_is_tanh": actor.log_std_bounding == "tanh",
                 "v_min": support[0],
                 "v_max": support[1],
                 "batch_norm_eps": eps,
                 "batch_norm_momentum": momentum,
                 "projects_weights": policy.unit_norm is not None,
                 "projects_norms": policy.unit_norm == "all",
+                **{f"{name}_learning_rate": rate for name, rate in zip(Optimizers._fields, rates, strict=True)},
+                **self._adam,
             }
-            self._numbers, self._numbers_key = self._named(updates.options, others), key
+            if len(numbers) != len(self._option_names):
+                raise RuntimeError(f"update.cpp knows {self._option_names}, and update.py {list(numbers)}")
+            self._numbers = [float(numbers[name]) for name in self._option_names]
+            self._numbers_key = key
         return self._numbers
-
-    def _named(self, options: UpdateOptions, others: dict[str, float]) -> list[float]:
-        numbers = {
-            "gamma": options.gamma,
-            "tau": options.tau,
-            "target_entropy": options.target_entropy,
-            "log_action_scale": options.log_action_scale,
-            "max_grad_norm": math.inf if options.max_grad_norm is None else options.max_grad_norm,
-            "ent_coef_loss_is_exp": options.ent_coef_loss == "exp",
-            "saturated": SATURATED,
-            "joint_batch": JOINT_BATCHES.index(options.joint_batch),
-            "has_critic_target": options.use_critic_target,
-            **others,
-        }
-        if len(numbers) != len(self._option_names):
-            raise RuntimeError(f"update.cpp knows {self._option_names}, and update.py {list(numbers)}")
-        return [float(numbers[name]) for name in self._option_names]
 
 
 def _require_usual_methods(watch: Watch) -> None:
@@ -347,14 +323,9 @@ def _adam(name: str, optimizers: Optimizers) -> dict[str, float]:
     return {f"{name}_{option}": float(groups[0].options[option]) if groups else 0.0 for option in options}
 
 
-def _log_std_bounds(actor: Actor) -> dict[str, float]:
-    low, high = actor.log_std_bounds
-    return {"log_std_low": low, "log_std_high": high, "log_std_is_tanh": float(actor.log_std_bounding == "tanh")}
-
-
 def _with_states(name: str, trained: Trained, stack: Stack) -> list[list[th.Tensor]]:
     """The tensors of each module: each parameter with Adam's exp_avg, exp_avg_sq and step, and statistics."""
-    return [[*_states(name, trained, parameters_of(module)), *statistics_of(module)] for module in stack.modules]
+    return [[*_states(name, trained, parameters_of(module)), *networks.statistics(module)] for module in stack.modules]
 
 
 def _states(name: str, trained: Trained, parameters: list[th.Tensor]) -> list[th.Tensor]:
@@ -367,7 +338,7 @@ def _states(name: str, trained: Trained, parameters: list[th.Tensor]) -> list[th
 
 
 def _tensors_of(module: Module) -> list[th.Tensor]:
-    return [*parameters_of(module), *statistics_of(module)]
+    return [*parameters_of(module), *networks.statistics(module)]
 
 
 def _tensors(batch: ReplayBatch) -> list[th.Tensor] | None:

@@ -126,6 +126,20 @@ def statistics(state: dict[str, Any] | None) -> dict[str, Any] | None:
     return _part(state, (VEC_NORMALIZE,))
 
 
+def changed_settings(state: dict[str, Any], normalize: VecNormalize) -> list[str]:
+    """
+    :param state: result of :func:`capture`
+    :param normalize: of the new environments
+    :return: its settings by which observations differ from those of the captured one, with both values
+    """
+    there = (statistics(state) or {"wrappers": [{}]})["wrappers"][0].get("settings", {})
+    values = [
+        (name, getattr(normalize, name), decode(there[name])) for name in ("norm_obs", "clip_obs", "epsilon")
+        if name in there
+    ]  # fmt: skip
+    return [f"VecNormalize has {name}={here}, not {then}" for name, here, then in values if here != then]
+
+
 def without_envs(state: dict[str, Any] | None) -> dict[str, Any] | None:
     """
     :param state: result of :func:`capture`
@@ -371,9 +385,7 @@ def _capture_env(env: gym.Env) -> dict[str, Any]:
 
 
 def _restore_env(env: gym.Env, tree: dict[str, Any], mid_episode: bool) -> tuple[list[str], bool]:
-    """
-    :return: reasons why it is not exact; whether the random state of the environment is restored
-    """
+    """Reasons why it is not exact; whether the random state of the environment is restored."""
     try:
         chain, layers = chain_of(env), tree.get("layers", [])
         missing = [str(tree["missing"])] if "missing" in tree else []
@@ -393,9 +405,7 @@ def _restore_env(env: gym.Env, tree: dict[str, Any], mid_episode: bool) -> tuple
 def _restore_layers(
     chain: list[Any], layers: list[dict[str, Any]], mid_episode: bool, replay: dict[str, Any] | None = None
 ) -> tuple[list[str], bool]:
-    """
-    :return: reasons why it is not exact; whether all that lives across episodes is restored
-    """
+    """Reasons why it is not exact; whether all that lives across episodes is restored."""
     reasons = []
     if mid_episode:
         try:
@@ -451,9 +461,7 @@ def _warn_of_settings(chain: list[Any], layers: list[dict[str, Any]]) -> None:
 
 
 def _restore_lasting(chain: list[Any], layers: list[dict[str, Any]]) -> list[str]:
-    """
-    :return: reasons why some of it is not restored
-    """
+    """Reasons why some of it is not restored."""
     reasons = []
     pairs = _pairs(chain, layers)
     for obj, layer in pairs:

@@ -186,14 +186,7 @@ def link_shared(chain: list[Any], layers: list[dict[str, Any]], parts: Sequence[
 
 
 def restore_object(obj: Any, layer: dict[str, Any], attributes: dict[str, Any], chain: list[Any]) -> None:
-    """
-    Restore one object of a chain.
-
-    :param obj: the object
-    :param layer: its part of the result of :func:`capture_chain`
-    :param attributes: attributes to restore
-    :param chain: all objects from the outermost wrapper to the environment
-    """
+    """Restore some attributes of an object of a chain, and what else is in its layer, see :func:`capture_chain`."""
     restore_attributes(obj, attributes, chain)
     if "own" in layer:
         if not offers_state(obj):
@@ -285,9 +278,7 @@ def _n_bytes(value: Any) -> int:
 
 
 def _digest(value: Any, where: str) -> str:
-    """
-    :raises NotEncodable: if ``value`` is not plain data
-    """
+    """Raise :class:`NotEncodable` if ``value`` is not plain data."""
     digest = hashlib.sha256()
 
     def add(part: Any) -> None:
