@@ -1145,6 +1145,7 @@ def test_each_reason_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     assert lines_about_cpp(capsys) == [cpp_update.MISFIT]
     model.actor.mu.register_forward_hook(lambda module, inputs, output: None)
     train(model, 2)
+    assert lines_about_cpp(capsys) == [], "it has been told"
     model.verbose = 0
     freeze(model)
     train(model, 2)

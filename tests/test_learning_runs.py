@@ -24,6 +24,7 @@ RUN = [
 pytest.importorskip("rliable")
 sys.path.insert(0, str(SCRIPT.parent))
 
+import hours  # noqa: E402
 import learning  # noqa: E402
 import learning_report  # noqa: E402
 import record  # noqa: E402
@@ -134,3 +135,16 @@ def test_documents_show_the_recorded_results(folder: str, n_tables: int) -> None
         assert record.filled(text, {f"{folder}: {name}": table for name, table in tables.items()}) == text
         shown += text.count(f"<!-- {folder}: ")
     assert shown >= n_tables
+
+
+def test_return_over_time_is_that_of_the_recorded_runs_and_rates() -> None:
+    tasks = hours.read(hours.RATES)
+    text = (ROOT / "docs" / "guide" / "networks.md").read_text()
+    assert "<!-- hours -->" in text and record.filled(text, {"hours": hours.table(tasks)}) == text
+    curve = tasks["HalfCheetah-v5"]["SoftSAC"]
+    (run, *_), starts = curve.runs, 10_000
+    assert curve.minutes(run)[0] == 0.0 and run.learning_starts == starts
+    assert curve.minutes(run)[-1] == pytest.approx((300_000 - starts) / curve.rate / 60)
+    assert curve.after(curve.end()) == pytest.approx(
+        np.median([each.evaluations["mean_return"][-6:].mean() for each in curve.runs]), rel=0.1
+    )

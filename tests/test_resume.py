@@ -1224,7 +1224,8 @@ def test_random_steps_of_a_loaded_model(tmp_path: Path) -> None:
 
     assert n_random() == 0
     assert n_random(random_steps=70) == n_random(change=70) == 20
-    assert n_random(reset=True) == SMALL["learning_starts"]
+    assert n_random(reset=True) == 0
+    assert n_random(random_steps=15, reset=True) == 15
 
 
 def test_misspelt_argument(tmp_path: Path) -> None:

@@ -188,7 +188,7 @@ class ResumableAlgorithm(RolloutAlgorithm):
         if self._mid_step:
             self._last_obs, self._mid_step = None, False
         self._may_continue_episode = False
-        if reset_num_timesteps or self.random_steps != self._warmed_up_with:  # a new run, or the user wants others
+        if self.random_steps != self._warmed_up_with:  # the user wants others
             self._warmed_up, self._warmed_up_with = False, self.random_steps
         resets = reset_num_timesteps or self._last_obs is None
         if resets:
