@@ -478,6 +478,13 @@ def test_errors_on_the_command_line(
     ):
         assert command(monkeypatch, export, tmp_path / args[0], args[1]) == 1
         assert message in capsys.readouterr().err
+    for options, message in (
+        (("--episodes", "0"), "n_episodes=0 must be at least 1"),
+        (("--stochastic",), "are for new episodes"),
+        (("--env", "Pendulum-v1"), "are for new episodes"),
+    ):
+        assert command(monkeypatch, export, tmp_path / "model.zip", "some/two-v0", *options) == 1
+        assert message in capsys.readouterr().err
     assert not (minari_folder / "some" / "two-v0").exists()
 
     def broken() -> Any:

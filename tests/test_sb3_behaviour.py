@@ -483,6 +483,16 @@ def test_identity_env_is_solved() -> None:
 # --- Idioms -----------------------------------------------------------------------------------------------------------
 
 
+def test_pickles_can_be_trusted_by_the_environment(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The zoo's commands pass no flag."""
+    SAC("MlpPolicy", "Pendulum-v1", **SMALL).learn(25).save(tmp_path / "sac.zip")
+    monkeypatch.setenv("SB3_SOFTSAC_ALLOW_PICKLE", "0")
+    with pytest.raises(CheckpointError, match=r"set SB3_SOFTSAC_ALLOW_PICKLE=1"):
+        SoftSAC.load(tmp_path / "sac.zip")
+    monkeypatch.setenv("SB3_SOFTSAC_ALLOW_PICKLE", "1")
+    assert SoftSAC.load(tmp_path / "sac.zip").num_timesteps == 25
+
+
 def test_deleted_replay_buffer(tmp_path: pathlib.Path) -> None:
     """SB3's tests delete it before they load it; whatever else is done then sees that there is none."""
     model = make_model()

@@ -536,7 +536,7 @@ def zoo_method(name: str) -> ast.FunctionDef:
     classes = [node for node in zoo_tree("exp_manager").body if isinstance(node, ast.ClassDef)]
     (manager,) = [node for node in classes if node.name == "ExperimentManager"]
     methods = [node for node in manager.body if isinstance(node, ast.FunctionDef) and node.name == name]
-    assert methods, f"ExperimentManager has no {name} any more: _rl_zoo3._patch_manager puts another in its place."
+    assert methods, f"ExperimentManager has no {name} any more: _rl_zoo3.patch puts another in its place."
     return methods[0]
 
 
