@@ -217,7 +217,6 @@ def check_options(model: Any) -> None:
     :param model: ``SoftSAC`` with all options set
     :raises ValueError: naming the option, its value and what is allowed
     """
-
     require = functools.partial(_require, model)
     if "use_actor_target" in (model.policy_kwargs or {}):
         value = model.policy_kwargs["use_actor_target"]

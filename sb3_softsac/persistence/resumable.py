@@ -9,6 +9,7 @@ import difflib
 import inspect
 import os
 import warnings
+from abc import abstractmethod
 from collections import deque
 from collections.abc import Iterable
 from pathlib import Path
@@ -99,17 +100,17 @@ class ResumableAlgorithm(RolloutAlgorithm):
         "_may_continue_episode",
     )
 
+    @abstractmethod
     def _setup_replay_buffer(self) -> None:
         """Create the replay buffer, unless it exists or there is no environment."""
-        raise NotImplementedError
 
     def _note_deleted_buffer(self) -> None:
         """SB3's users free memory with ``del model.replay_buffer``: from then on, it is None."""
         vars(self).setdefault("replay_buffer", None)
 
+    @abstractmethod
     def _known_threads(self) -> int | None:
         """Threads of torch that the run uses; None: the next ``learn()`` chooses."""
-        raise NotImplementedError
 
     def _noise_distributions(self) -> list[StateDependentNoiseDistribution]:
         actors = [actor for actor in (self.actor, self.actor_target) if actor is not None]

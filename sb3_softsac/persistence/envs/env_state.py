@@ -133,11 +133,12 @@ def changed_settings(state: dict[str, Any], normalize: VecNormalize) -> list[str
     :return: its settings by which observations differ from those of the captured one, with both values
     """
     there = (statistics(state) or {"wrappers": [{}]})["wrappers"][0].get("settings", {})
-    values = [
-        (name, getattr(normalize, name), decode(there[name])) for name in ("norm_obs", "clip_obs", "epsilon")
-        if name in there
-    ]  # fmt: skip
-    return [f"VecNormalize has {name}={here}, not {then}" for name, here, then in values if here != then]
+    changed = []
+    for name in {"norm_obs", "clip_obs", "epsilon"} & there.keys():
+        here, then = getattr(normalize, name), decode(there[name])
+        if here != then:
+            changed.append(f"VecNormalize has {name}={here}, not {then}")
+    return sorted(changed)
 
 
 def without_envs(state: dict[str, Any] | None) -> dict[str, Any] | None:
