@@ -26,7 +26,8 @@ class Reach(gym.Env[dict[str, np.ndarray], np.ndarray]):
 
     def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[dict[str, np.ndarray], dict]:
         super().reset(seed=seed)
-        self.position, self.goal = self.np_random.uniform(-1, 1, (2, 3)).astype(np.float32)
+        position, goal = self.np_random.uniform(-1, 1, (2, 3)).astype(np.float32)
+        self.position, self.goal = position.copy(), goal.copy()  # which a resumed run can restore one by one
         return self.observation(), {}
 
     def step(self, action: np.ndarray) -> tuple[dict[str, np.ndarray], float, bool, bool, dict]:

@@ -236,8 +236,7 @@ def _create_callbacks(original: Callable[..., None], self: Any) -> None:
         if self.specified_callbacks:
             callbacks = self.specified_callbacks
             callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
-            name = SaveBestTrainingReturnCallback.__name__
-            self.specified_callbacks = [callback for callback in callbacks if name not in str(callback)]
+            self.specified_callbacks = [callback for callback in callbacks if not _is_of_one_run(str(callback))]
     elif self.algo == ALGO:
         # Besides the zoo's rl_model_<n>_steps.zip, which are for watching. Without --save-replay-buffer, only a signal
         # leaves a checkpoint, of everything else.
@@ -246,6 +245,12 @@ def _create_callbacks(original: Callable[..., None], self: Any) -> None:
         self.callbacks.append(
             CheckpointCallback(save_freq, folder, save_replay_buffer=self.save_replay_buffer, verbose=1)
         )
+
+
+def _is_of_one_run(callback: str) -> bool:
+    """:param callback: as in the hyperparameters"""
+    names = (SaveBestTrainingReturnCallback.__name__, CheckpointCallback.__name__)
+    return "sb3_softsac" in callback and any(name in callback for name in names)
 
 
 def _setup_experiment(original: Callable[..., Any], self: Any) -> Any:
@@ -271,6 +276,12 @@ def _load_pretrained_agent(original: Callable[..., Any], self: Any, hyperparams:
         verbose=self.verbose,
         **changes,
     )
+    if "buffer_size" not in changes and model.replay_buffer is not None and model.buffer_size < model.batch_size:
+        # Earlier versions wrote such files after they had been loaded for watching, as by push_to_hub
+        default = inspect.signature(SoftSAC).parameters["buffer_size"].default
+        print(f"buffer_size={default:,} instead of the file's, {model.buffer_size}")
+        model.buffer_size, model.replay_buffer = default, None
+        model._setup_replay_buffer()
     if _asks_for_seed() and self.seed != model.seed:
         print(f"Seed {self.seed} instead of the file's, {model.seed}")
         model.seed = self.seed

@@ -57,6 +57,31 @@ def rows_by_age(buffer: SB3ReplayBuffer) -> np.ndarray:
     return rows
 
 
+def rescaled_actions(actions: np.ndarray, there: spaces.Space[Any], here: spaces.Space[Any]) -> np.ndarray:
+    """
+    :param actions: scaled actions of one space, (..., A)
+    :param there: that space
+    :param here: another one
+    :return: the same actions as scaled ones of the other space; what is out of its bounds is clipped, with a warning
+    """
+    if not isinstance(there, spaces.Box) or not isinstance(here, spaces.Box):
+        return actions
+    if there == here or there.shape != here.shape:
+        return actions
+    low, high = there.low.reshape(-1).astype(np.float64), there.high.reshape(-1).astype(np.float64)
+    own_low, own_high = here.low.reshape(-1).astype(np.float64), here.high.reshape(-1).astype(np.float64)
+    in_env_units = low + 0.5 * (actions + 1.0) * (high - low)
+    rescaled = 2.0 * (in_env_units - own_low) / (own_high - own_low) - 1.0
+    clipped = np.clip(rescaled, -1.0, 1.0)
+    n_beyond = int((np.abs(rescaled - clipped) > 1e-6).sum())
+    warnings.warn(
+        f"The transitions are from an environment with actions in {there}, not {here}: they are converted"
+        + (f", and {n_beyond} action component(s) that are out of bounds are clipped." if n_beyond else "."),
+        stacklevel=3,
+    )
+    return clipped.astype(actions.dtype)
+
+
 def _named(name: str, obs: Obs) -> dict[str, np.ndarray]:
     """One name for an array, one with each key for a dict of arrays."""
     return {f"{name}.{key}": value for key, value in obs.items()} if isinstance(obs, dict) else {name: obs}
@@ -345,6 +370,7 @@ class ReplayBuffer(SB3ReplayBuffer):
         order = rows_by_age(other)[n_lost:]
         kept = order[n_rows - -(-n_new * self.n_envs // other.n_envs) :]
         rows = np.tile(kept, other.n_envs)[-n_new * self.n_envs :].reshape(self.n_envs, n_new)
+        actions = rescaled_actions(other.actions, other.action_space, self.action_space)
         env_indices = np.repeat(np.arange(other.n_envs), len(kept))[-n_new * self.n_envs :].reshape(self.n_envs, n_new)
         for step in range(n_new):
             at = rows[:, step], env_indices[:, step]
@@ -354,7 +380,7 @@ class ReplayBuffer(SB3ReplayBuffer):
                 next_at = (at[0] + 1) % other.buffer_size, at[1]
             next_obs = map_obs(lambda storage, at=next_at: np.asarray(storage[at]), source)
             infos = [{"TimeLimit.truncated": bool(timeout)} for timeout in other.timeouts[at]]
-            self.add(obs, next_obs, other.actions[at], other.rewards[at], other.dones[at], infos)
+            self.add(obs, next_obs, actions[at], other.rewards[at], other.dones[at], infos)
         return n_new * self.n_envs
 
     def add_dataset(self, dataset: Any) -> int:

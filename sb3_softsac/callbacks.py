@@ -69,6 +69,8 @@ class CheckpointCallback(BaseCallback):
         if not isinstance(self.model, SoftSAC):
             name = type(self.model).__name__
             raise ValueError(f"CheckpointCallback saves SoftSAC, not {name}: use SB3's CheckpointCallback.")
+        if self.save_path.exists() and not self.save_path.is_dir():
+            raise ValueError(f"save_path={str(self.save_path)!r} is a file: choose a folder.")
         folders = self.model.run_folders = self.model.run_folders or {}
         path = self.save_path.resolve()
         self._folder = folders.get(path, RunFolder(self.save_path))
@@ -176,9 +178,11 @@ class _Handler:
     def __init__(self, before: Any):
         self.before = before
         self.callback: CheckpointCallback | None = None
+        self._process = os.getpid()
 
     def handle(self, number: int, frame: FrameType | None) -> None:
-        if self.callback is not None and self.callback.model.is_learning:
+        is_here = os.getpid() == self._process  # and not in a child that was forked while the model was learning
+        if is_here and self.callback is not None and self.callback.model.is_learning:
             # A second signal must not end the process before the checkpoint is complete
             self.callback._signal = self.callback._signal or number
             self.callback._save_after_step()

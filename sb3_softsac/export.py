@@ -520,7 +520,7 @@ def load_run(path: str | Path, allow_pickle: bool = False) -> tuple[SoftSAC, Vec
     path = atomic_files.as_path(path)
     path = path if path.name else path.resolve()  # Path(".") has no name
     is_model = not path.is_dir() or RunFolder(path).numbers() or path.with_name(f"{path.name}.zip").exists()
-    model_path, pickled = (path, None) if is_model else _of_zoo(path)
+    model_path, pickled = (path, _statistics_beside(path)) if is_model else _of_zoo(path)
     model = SoftSAC.load(model_path, device="cpu", allow_pickle=allow_pickle)
     assert model._unread is not None
     if pickled is None or model._unread.statistics is not None:
@@ -548,6 +548,12 @@ def _of_zoo(folder: Path) -> tuple[Path, Path | None]:
         )
     pickles = sorted(folder.glob("*/vecnormalize.pkl"))
     return found[0], pickles[0] if pickles else None
+
+
+def _statistics_beside(path: Path) -> Path | None:
+    """``<env>/vecnormalize.pkl`` beside a file of the zoo, which also writes ``<env>/config.yml``."""
+    pickles = sorted(path.parent.glob("*/vecnormalize.pkl"))
+    return next((pickle for pickle in pickles if pickle.with_name("config.yml").exists()), None)
 
 
 def main() -> int:

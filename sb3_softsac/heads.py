@@ -4,6 +4,7 @@ https://arxiv.org/abs/1707.06887). A head computes the value, the Bellman target
 """
 
 import math
+import numbers
 from typing import Any
 
 import numpy as np
@@ -132,7 +133,7 @@ def make_head(n_atoms: int | None, v_min: float, v_max: float) -> Head:
         raise ValueError(f"n_atoms={n_atoms!r} is not valid: it must be an integer >= 2, or None.")
 
     def is_finite(value: Any) -> bool:
-        return isinstance(value, int | float) and math.isfinite(value)
+        return isinstance(value, numbers.Real) and math.isfinite(value)
 
     if not (is_finite(v_min) and is_finite(v_max) and v_min < v_max):
         raise ValueError(f"v_min={v_min!r} and v_max={v_max!r} are not valid: they must be finite, v_min < v_max.")

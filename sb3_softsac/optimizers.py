@@ -105,7 +105,7 @@ def step(trained: Trained, gradients: Gradients, learning_rate: th.Tensor, finit
 def is_plain_adam(optimizer: Optimizer) -> bool:
     """
     :param optimizer: any optimiser
-    :return: whether its steps are those of Adam or AdamW, and nothing else
+    :return: whether its steps are those of Adam or AdamW, with one learning rate, and nothing else
     """
     return (
         type(optimizer) in (Adam, AdamW)
@@ -113,6 +113,7 @@ def is_plain_adam(optimizer: Optimizer) -> bool:
         and not any(getattr(optimizer, name, True) for name in STEP_HOOKS)
         and all(hooks == {} for hooks in GLOBAL_STEP_HOOKS.values())
         and all(group.keys() >= _ADAM_KEYS and not group["differentiable"] for group in optimizer.param_groups)
+        and all(group["lr"] == optimizer.param_groups[0]["lr"] for group in optimizer.param_groups[1:])
     )
 
 

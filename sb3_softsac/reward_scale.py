@@ -15,6 +15,8 @@ class RewardScale:
     https://arxiv.org/abs/2502.15280). The replay buffer holds the environment's rewards.
     """
 
+    bounded_by: str | None = None  # SHA-256 of the offline data that max_return takes in
+
     def __init__(self) -> None:
         self.returns = np.zeros(0)  # of the episodes in progress, (E,)
         self.max_return = 0.0  # largest absolute value until now
@@ -40,6 +42,20 @@ class RewardScale:
         returns = [self._next_returns(buffer.rewards[row], ends[row], gamma) for row in rows_by_age(buffer).tolist()]
         if returns:
             self._add(np.concatenate(returns))
+
+    def bound_by(self, offline: ReplayBuffer, sha256: str, gamma: float) -> None:
+        """
+        Let the returns of offline data stay within the bound, too. The standard deviation remains that of the
+        environment's.
+
+        :param offline: its transitions
+        :param sha256: of these
+        :param gamma: discount factor
+        """
+        if self.bounded_by != sha256:
+            theirs = RewardScale()
+            theirs.update_from(offline, gamma)
+            self.max_return, self.bounded_by = max(self.max_return, theirs.max_return), sha256
 
     def end_episodes(self) -> None:
         """All environments are reset."""

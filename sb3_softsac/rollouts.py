@@ -41,7 +41,7 @@ class RolloutAlgorithm(OffPolicyAlgorithm):
     _late_callbacks: Iterable[BaseCallback] = ()  # those that have not seen the last step of a loaded run
     # Steps and episodes of the rollout in progress, and whether the log of its last step is still due
     _rollout: tuple[int, int, bool] | None = None
-    _mid_step = False  # a step was interrupted (Ctrl-C): the environment is ahead of everything else
+    _is_interrupted = False  # in a step, whose environment is ahead of everything else, or in an update
     _warmed_up = False  # no more random actions, whatever num_timesteps is
     _warmed_up_with: int | None = None  # random_steps of the run for which that was decided
 
@@ -72,8 +72,8 @@ class RolloutAlgorithm(OffPolicyAlgorithm):
 
     def _predict_is_overridden(self) -> bool:
         """Whether a user's class overrides one of SB3's methods for prediction."""
-        sb3s = (BaseAlgorithm.predict, BasePolicy.predict, SACPolicy._predict)
-        methods = (self.predict, self.policy.predict, self.policy._predict)
+        sb3s = (BaseAlgorithm.predict, BasePolicy.predict, SACPolicy._predict, BasePolicy.obs_to_tensor)
+        methods = (self.predict, self.policy.predict, self.policy._predict, self.policy.obs_to_tensor)
         return any(getattr(m, "__func__", None) is not sb3 for m, sb3 in zip(methods, sb3s, strict=True))
 
     def collect_rollouts(
@@ -165,7 +165,7 @@ class RolloutAlgorithm(OffPolicyAlgorithm):
             if self.use_sde and self.sde_sample_freq > 0 and num_collected_steps % self.sde_sample_freq == 0:
                 self.actor.reset_noise(env.num_envs)
             actions, buffer_actions = self._sample_action(learning_starts, action_noise, env.num_envs)
-            self._mid_step = True
+            self._is_interrupted = True
             new_obs, rewards, dones, infos = env.step(actions)
             new_obs = map_obs(with_usual_strides, new_obs)
             self.num_timesteps += env.num_envs
@@ -177,7 +177,7 @@ class RolloutAlgorithm(OffPolicyAlgorithm):
             num_collected_episodes += int(np.count_nonzero(dones))
             must_log = self._end_episodes(dones, action_noise, log_interval)
             self._rollout = num_collected_steps, num_collected_episodes, must_log
-            self._mid_step = False
+            self._is_interrupted = False
 
             callback.update_locals(locals())
             goes_on = callback.on_step()
@@ -223,7 +223,7 @@ class RolloutAlgorithm(OffPolicyAlgorithm):
             terminal_obs = infos[i].get("terminal_observation")
             if terminal_obs is not None:
                 terminal_obs = terminal_obs if normalize is None else normalize.unnormalize_obs(terminal_obs)
-                map_obs(lambda rows, obs, i=i: rows.__setitem__(i, obs), next_obs, terminal_obs)
+                map_obs(lambda rows, obs, i=i: rows.__setitem__(i, _as(rows.dtype, obs)), next_obs, terminal_obs)
         replay_buffer.add(last_obs, next_obs, buffer_action, reward, dones, infos)  # type: ignore[arg-type]
         self._last_obs, self._last_original_obs = new_obs, new_original_obs
 
@@ -239,6 +239,11 @@ class RolloutAlgorithm(OffPolicyAlgorithm):
     def _run_after_step(self) -> None:
         while self.after_step:  # a signal may add to it at any time
             self.after_step.popleft()()
+
+
+def _as(dtype: np.dtype, obs: np.ndarray) -> np.ndarray:
+    """VecNormalize has made floats of integers, and gives back some that are a bit smaller."""
+    return np.rint(obs) if dtype.kind in "iu" else obs
 
 
 def with_usual_strides(obs: np.ndarray) -> np.ndarray:

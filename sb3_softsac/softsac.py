@@ -308,8 +308,10 @@ class SoftSAC(ResumableAlgorithm):
                     f"{type(buffer).__name__}, replay_buffer_kwargs={kwargs}): set it back to {made_from[name]}, or "
                     "make a new model without these."
                 )
-        if isinstance(buffer, ReplayBuffer) and changed & {"n_steps", "gamma"}:
-            buffer.n_steps, buffer.gamma = kwargs.get("n_steps", self.n_steps), kwargs.get("gamma", self.gamma)
+        returns = kwargs.get("n_steps", self.n_steps), kwargs.get("gamma", self.gamma)
+        # They may also be those of another model, whose buffer this one has got
+        if isinstance(buffer, ReplayBuffer) and (buffer.n_steps, buffer.gamma) != returns:
+            buffer.n_steps, buffer.gamma = returns
             self._runner = None
         if "learning_rate" in changed and "lr_schedule" not in changed:  # SB3's users change the schedule itself
             self._setup_lr_schedule()
@@ -487,7 +489,8 @@ class SoftSAC(ResumableAlgorithm):
         assert isinstance(self.train_freq, TrainFreq) and self.env is not None
         between = self.train_freq.frequency * self.env.num_envs
         if self.train_freq.unit == TrainFrequencyUnit.EPISODE:
-            spec = self.env.get_attr("spec")[0] if self.env.has_attr("spec") else None
+            envs = getattr(self.env.unwrapped, "envs", None)  # not from a worker: a spec may not survive the way
+            spec = getattr(envs[0], "spec", None) if envs else None
             between *= getattr(spec, "max_episode_steps", None) or 1000
         return int(steps // between * self.gradient_steps)
 
@@ -518,6 +521,7 @@ class SoftSAC(ResumableAlgorithm):
         """
         self._update_learning_rates()
         self._runner = self._present_runner()
+        was_interrupted, self._is_interrupted = self._is_interrupted, True
         try:
             with matmul_precision(self.matmul_precision):
                 replay = self._present_device_replay()
@@ -526,10 +530,12 @@ class SoftSAC(ResumableAlgorithm):
                 n_done, means = self._runner(draws, self._update_options(), self._n_updates, storage)
         except NotFinite as error:
             self._n_updates += error.n_done
+            self._is_interrupted = was_interrupted
             raise
         finally:
             self._compiles = self._runner.compiles
         self._n_updates += n_done
+        self._is_interrupted = was_interrupted
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         if self.normalize_rewards is not None:
             self.logger.record("train/reward_scale", self._reward_divisor())
@@ -585,6 +591,9 @@ class SoftSAC(ResumableAlgorithm):
             self._reward_scale = RewardScale()
             if self.replay_buffer is not None:
                 self._reward_scale.update_from(self.replay_buffer, self.gamma)
+        if self.normalize_rewards == "bounded" and self._offline_source is not None and self.offline_data is not None:
+            assert self._reward_scale is not None
+            self._reward_scale.bound_by(self.offline_data, self._offline_source["sha256"], self.gamma)
 
     def _reward_divisor(self) -> float:
         """What sampled rewards are divided by."""
@@ -639,17 +648,20 @@ class SoftSAC(ResumableAlgorithm):
         return FloatSchedule(rate if callable(rate) else float(rate))  # NumPy's numbers are not floats to FloatSchedule
 
     def _update_learning_rates(self) -> None:
-        self._update_learning_rate(self.actor.optimizer)
+        shared = [self.actor.optimizer]
         for name, learning_rate, optimizer in (
             ("qf_learning_rate", self.qf_learning_rate, self.critic.optimizer),
             ("ent_coef_learning_rate", self.ent_coef_learning_rate, self.ent_coef_optimizer),
         ):
-            schedule = self.lr_schedule if learning_rate is None else self._schedule(learning_rate)
-            value = schedule(self._current_progress_remaining)
-            if optimizer is not None:
-                update_learning_rate(optimizer, value)
-            if learning_rate is not None:
-                self.logger.record(f"train/{name}", value)
+            if optimizer is None:
+                continue
+            if learning_rate is None:
+                shared.append(optimizer)
+                continue
+            value = self._schedule(learning_rate)(self._current_progress_remaining)
+            update_learning_rate(optimizer, value)
+            self.logger.record(f"train/{name}", value)
+        self._update_learning_rate(shared)  # which a user's class may override
 
     def export(self, path: str | Path, **options: Any) -> float:
         """

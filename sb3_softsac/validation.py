@@ -9,6 +9,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
+from stable_baselines3.common.distributions import SquashedDiagGaussianDistribution
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, CombinedExtractor, NatureCNN
@@ -360,6 +361,18 @@ def check_networks(model: Any) -> None:
             "outputs() instead, which returns their logits."
         )
     actor = type(model.actor)
+    if not issubclass(actor, Actor):
+        raise ValueError(
+            f"{type(model.policy).__name__}.make_actor() returns {actor.__module__}.{actor.__name__}: derive your "
+            "class from sb3_softsac.policies.Actor."
+        )
+    distribution = type(model.actor.action_dist)
+    is_usual = model.use_sde or distribution is SquashedDiagGaussianDistribution
+    if not is_usual and actor.sample is Actor.sample:
+        raise ValueError(
+            f"action_dist={distribution.__name__} of the actor would be left out: override sample() and forward() of "
+            "sb3_softsac.policies.Actor instead."
+        )
     if actor.action_log_prob is not Actor.action_log_prob and actor.sample is Actor.sample:
         raise ValueError(
             f"{actor.__name__}.action_log_prob() would be left out of updates: override sample() instead, which also "

@@ -1,13 +1,16 @@
 """Callbacks."""
 
+import os
 import pathlib
 import pickle
 import signal
+import time
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 import pytest
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
@@ -115,3 +118,33 @@ def test_signals_that_are_handled(on_signal: Any, expected: list[str], tmp_path:
 def test_signals_that_cannot_be(on_signal: Any, tmp_path: pathlib.Path) -> None:
     with pytest.raises(ValueError, match=r"^on_signal=.* is not valid: use True, False, or names"):
         CheckpointCallback(0, tmp_path, on_signal=on_signal)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_signal_to_a_child_that_was_forked_while_learning(tmp_path: pathlib.Path) -> None:
+    """Such as a worker of a data loader: it ends, and the model's own process goes on."""
+
+    class Forks(BaseCallback):
+        def _on_training_start(self) -> None:
+            self.child = os.fork()
+            while self.child == 0:
+                time.sleep(1.0)
+
+        def _on_step(self) -> bool:
+            return True
+
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    forks = Forks()
+    try:
+        make_model().learn(20, [CheckpointCallback(0, tmp_path), forks])
+        os.kill(forks.child, signal.SIGTERM)
+        assert os.WTERMSIG(os.waitpid(forks.child, 0)[1]) == signal.SIGTERM
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert not list(tmp_path.glob("*.json"))
+
+
+def test_folder_that_is_a_file(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "run").write_text("")
+    with pytest.raises(ValueError, match=r"^save_path='.*run' is a file: choose a folder\.$"):
+        make_model().learn(5, CheckpointCallback(100, tmp_path / "run"))

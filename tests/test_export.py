@@ -472,6 +472,11 @@ def test_statistics_beside_the_model(
     want, _ = model.predict(normalize.normalize_obs(obs), deterministic=True)
     np.testing.assert_allclose(action.numpy(), want, atol=TOLERANCE)
 
+    (tmp_path / "Env-v0" / "config.yml").write_text("")  # as in each folder of the zoo
+    assert export_by_command(monkeypatch, tmp_path / "Env-v0.zip", "-o", out, "--allow-pickle") == 0
+    (same,) = th.export.load(out).module()(th.as_tensor(obs))
+    np.testing.assert_allclose(same.numpy(), want, atol=TOLERANCE)
+
     (tmp_path / "Env-v0.zip").unlink()
     make(CASES["plain"]).save(tmp_path / "Env-v0.zip")
     with pytest.raises(ValueError, match=r"vecnormalize.pkl is a pickle.*allow_pickle=True"):

@@ -24,6 +24,7 @@ RUN = [
 pytest.importorskip("rliable")
 sys.path.insert(0, str(SCRIPT.parent))
 
+import ablation  # noqa: E402
 import hours  # noqa: E402
 import learning  # noqa: E402
 import learning_report  # noqa: E402
@@ -135,6 +136,20 @@ def test_documents_show_the_recorded_results(folder: str, n_tables: int) -> None
         assert record.filled(text, {f"{folder}: {name}": table for name, table in tables.items()}) == text
         shown += text.count(f"<!-- {folder}: ")
     assert shown >= n_tables
+
+
+def test_ablation_is_that_of_the_recorded_runs() -> None:
+    tasks = ablation.read_tasks()
+    variants = ablation.read(tasks)
+    table = ablation.table(variants, list(tasks))
+    text = (ROOT / "docs" / "guide" / "networks.md").read_text()
+    assert "<!-- ablation -->" in text and record.filled(text, {"ablation": table}) == text
+    whole, *others = variants
+    assert whole.name == ablation.WHOLE and len(others) >= 1
+    narrow = next(each for each in others if each.name == "blocks half as wide")
+    assert 0.5 < narrow.operations / whole.operations < 0.6
+    n_recorded = sum(len(runs) for arms in tasks.values() for runs in arms.values())
+    assert sum(len(runs) for each in variants for runs in each.runs.values()) == n_recorded  # none has an unknown name
 
 
 def test_return_over_time_is_that_of_the_recorded_runs_and_rates() -> None:

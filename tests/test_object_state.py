@@ -1,5 +1,6 @@
 """Objects of an environment: attributes that are read, large ones, clocks, and those that cannot be read."""
 
+import io
 import json
 import time
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch as th
 from env_tools import (
     Aliases,
     Box,
@@ -33,7 +35,7 @@ from env_tools import (
     through_file,
 )
 from gymnasium import spaces
-from gymnasium.wrappers import RecordEpisodeStatistics
+from gymnasium.wrappers import NormalizeObservation, RecordEpisodeStatistics
 from gymnasium.wrappers.common import PassiveEnvChecker
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecMonitor, VecNormalize
@@ -271,3 +273,110 @@ def test_foreign_attributes_are_refused(name: str) -> None:
         [reason] = env_state.restore(other, state, mid_episode)
         assert name in reason
         assert name not in vars(envs_of(other)[0])
+
+
+class StateMachine(Walk):
+    """Its state is one of its methods."""
+
+    def reset(self, **kwargs: Any) -> Any:
+        self.phase = self.calm
+        return super().reset(**kwargs)
+
+    def calm(self) -> np.ndarray:
+        return np.zeros(2)
+
+    def gusts(self) -> np.ndarray:
+        return self.np_random.normal(size=2)
+
+    def step(self, action: np.ndarray) -> Any:
+        self.position += self.phase()
+        if self.left % 5 == 0:
+            self.phase = self.gusts if self.phase == self.calm else self.calm
+        return super().step(action)
+
+
+@pytest.mark.parametrize("n_before", [1, 5, 9])
+def test_state_that_is_a_method(n_before: int) -> None:
+    [tree] = assert_goes_on(dummy(StateMachine), n_before)
+    assert "replay" not in tree
+
+
+class MovingTarget(Walk):
+    """A function that each reset makes from numbers of its own."""
+
+    target: Any = None
+
+    def reset(self, **kwargs: Any) -> Any:
+        result = super().reset(**kwargs)
+        phase = float(self.np_random.uniform())
+        self.target = lambda: phase
+        return result
+
+
+class GrowingStart(Walk):
+    """A space with other bounds in each episode."""
+
+    def reset(self, **kwargs: Any) -> Any:
+        result = super().reset(**kwargs)
+        self.start = spaces.Box(-self.n_episodes, self.n_episodes, (2,))
+        return result
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.start = spaces.Box(-1.0, 1.0, (2,))
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [(MovingTarget, "target was a function, which a file cannot hold"), (GrowingStart, "had other bounds in start")],
+)
+def test_functions_and_spaces_that_a_file_cannot_hold(make: Callable[[], gym.Env[Any, Any]], reason: str) -> None:
+    env = play(seeded(DummyVecEnv([make])), 40)
+    state = through_file(env_state.capture(env))
+    [found] = env_state.restore(DummyVecEnv([make]), state, mid_episode=True)
+    assert reason in found
+
+
+class Reader(Walk):
+    """Reads its noise from a file."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.file = io.BytesIO(bytes(range(256)))
+
+    def noise(self) -> np.ndarray:
+        return np.full(2, self.file.read(1)[0] / 256)
+
+
+class Tensors(Walk):
+    """Position and speed are parts of one tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.both = th.zeros(4)
+        self.speed = self.both[2:]
+
+    def reset(self, **kwargs: Any) -> Any:
+        self.both.zero_()
+        return super().reset(**kwargs)
+
+    def step(self, action: np.ndarray) -> Any:
+        self.speed += 0.1
+        self.both[:2] += self.speed
+        self.position += self.both[:2].numpy()
+        return super().step(action)
+
+
+@pytest.mark.parametrize("make", [Reader, Tensors])
+def test_what_cannot_be_restored_is_replayed(make: Callable[[], gym.Env[Any, Any]]) -> None:
+    [tree] = env_state.capture(play(seeded(DummyVecEnv([make])), 3))["envs"]
+    assert "replay" in tree
+    if make is Tensors:  # a replay does not bring the file to its place
+        assert_goes_on(dummy(make), 3, 60)
+
+
+def test_owners_of_statistics() -> None:
+    env = DummyVecEnv([lambda: NormalizeObservation(Walk())])
+    assert env_state.owners_of_statistics(env_state.capture(env)) == ["NormalizeObservation"]
+    assert env_state.owners_of_statistics(env_state.capture(DummyVecEnv([Walk]))) == []
+    assert env_state.owners_of_statistics({"missing": "all"}) == env_state.owners_of_statistics(None) == []

@@ -998,7 +998,7 @@ def test_interrupted_step_is_not_taken_for_a_whole_one(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         model.learn(100)
     model.save(tmp_path / "model.zip")
-    with pytest.warns(UserWarning, match="new episode.*a step was interrupted"):
+    with pytest.warns(UserWarning, match="new episode.*a step or an update was interrupted"):
         loaded = load(tmp_path / "model.zip", Interrupting(gym.make("Pendulum-v1")), force_reset=False)
     assert loaded._last_obs is None and loaded.replay_buffer.size() == 59
     for each in (model, loaded):
@@ -1439,3 +1439,166 @@ def test_new_episode_of_a_model_that_was_loaded_without_an_environment(tmp_path:
     SoftSAC.load(tmp_path / "model.zip", device="cpu").save(tmp_path / "again.zip", exclude=["replay_buffer"])
     with pytest.warns(UserWarning, match="continues with a new episode"):
         load(tmp_path / "again.zip", force_reset=False)
+
+
+def test_environment_that_was_used_between_load_and_learn(tmp_path: Path) -> None:
+    """What comes next would not follow from the observation in the file."""
+    saved_model(tmp_path / "model.zip")
+    model = load(tmp_path / "model.zip", force_reset=False)
+    evaluate_policy(model, model.get_env(), 1, warn=False)
+    with pytest.warns(UserWarning, match="new episode, not in mid-episode, because the environment was used"):
+        model.learn(5)
+    buffer = model.replay_buffer
+    assert np.abs(buffer.next_observations[50] - buffer.observations[50]).max() < 1.6  # one step of Pendulum
+    model.learn(5)
+
+
+class Draws(BaseCallback):
+    """As one that evaluates a stochastic policy before training begins."""
+
+    def _on_training_start(self) -> None:
+        np.random.random(3), th.rand(3)
+
+    def _on_step(self) -> bool:
+        return True
+
+
+def test_callback_that_draws_when_training_starts(tmp_path: Path) -> None:
+    saver = sb3_callbacks.CheckpointCallback(50, str(tmp_path), save_replay_buffer=False)
+    whole = make_model()
+    whole.learn(80, callback=[Draws(), saver])
+    model = load(tmp_path / "rl_model_50_steps.zip", force_reset=False)
+    model.learn(30, callback=Draws())
+    assert_same(snapshot(whole), snapshot(model))
+
+
+def test_update_that_was_interrupted_is_not_taken_for_a_whole_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model(compile=False)
+    model.learn(40)
+    with monkeypatch.context() as patch:
+        patch.setattr(model.policy.actor.optimizer, "step", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            model.learn(10, reset_num_timesteps=False)
+    model.save(tmp_path / "model.zip")
+    with pytest.warns(UserWarning, match="new episode.*a step or an update was interrupted"):
+        load(tmp_path / "model.zip", force_reset=False)
+
+
+class SamplesActions(gym.Wrapper):
+    """Takes a random action now and then, drawn from the action space, which the model draws from, too."""
+
+    def step(self, action: Any) -> Any:
+        return self.env.step(self.action_space.sample() if self.np_random.random() < 0.3 else action)
+
+
+def test_random_actions_of_model_and_wrapper(tmp_path: Path) -> None:
+    """In the warm-up, both draw from one random state."""
+
+    def env() -> gym.Env:
+        return SamplesActions(gym.make("Pendulum-v1"))
+
+    whole = make_model(env(), learning_starts=90)
+    whole.learn(50)
+    whole.save(tmp_path / "model.zip")
+    model = load(tmp_path / "model.zip", env(), force_reset=False)
+    assert model.action_space is model.get_env().action_space
+    model.learn(60)
+    uninterrupted = make_model(env(), learning_starts=90)
+    uninterrupted.learn(110)
+    assert_same(snapshot(uninterrupted)["replay_buffer"], snapshot(model)["replay_buffer"])
+
+
+def test_statistics_of_vec_normalize_after_set_env(tmp_path: Path) -> None:
+    def normalized() -> VecNormalize:
+        return VecNormalize(DummyVecEnv([lambda: gym.make("Pendulum-v1")]))
+
+    model = saved_model(tmp_path / "model.zip", env=normalized())
+    loaded = SoftSAC.load(tmp_path / "model.zip", device="cpu")
+    loaded.set_env(normalized())
+    np.testing.assert_array_equal(
+        loaded.get_vec_normalize_env().obs_rms.mean, model.get_vec_normalize_env().obs_rms.mean
+    )
+    used = normalized()
+    used.reset()
+    mean = used.obs_rms.mean.copy()
+    SoftSAC.load(tmp_path / "model.zip", device="cpu").set_env(used)
+    np.testing.assert_array_equal(used.obs_rms.mean, mean)  # it has statistics of its own
+    with pytest.warns(UserWarning, match=r"trained with VecNormalize.*set_env\(\) restores"):
+        SoftSAC.load(tmp_path / "model.zip", device="cpu").set_env(pendulum())
+
+
+def test_running_statistics_of_another_number_of_environments(tmp_path: Path) -> None:
+    def env(n: int) -> VecEnv:
+        return DummyVecEnv([lambda: gym.wrappers.NormalizeObservation(gym.make("Pendulum-v1"))] * n)
+
+    saved_model(tmp_path / "model.zip", env=env(2))
+    with pytest.warns(UserWarning, match="running statistics of NormalizeObservation may not be restored"):
+        load(tmp_path / "model.zip", env(1))
+
+
+def test_file_beside_a_folder_of_checkpoints(tmp_path: Path) -> None:
+    model = make_model()
+    model.learn(50, callback=CheckpointCallback(20, tmp_path / "run"))
+    model.save(tmp_path / "run")
+    with pytest.warns(UserWarning, match=r"There are both .*run and .*run.zip: the newest checkpoint.*'run.zip'"):
+        assert load(tmp_path / "run").num_timesteps == 40
+    assert load(tmp_path / "run.zip").num_timesteps == 50
+
+
+def test_program_that_goes_to_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Goes(BaseCallback):
+        def _on_step(self) -> bool:
+            if self.num_timesteps == 30:
+                os.chdir(tmp_path / "elsewhere")
+            return True
+
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    make_model().learn(50, callback=[CheckpointCallback(20, "run"), Goes()])
+    assert not list((tmp_path / "elsewhere").iterdir())
+    assert load(tmp_path / "run").num_timesteps == 40
+
+
+def test_evaluations_of_another_number_of_episodes(tmp_path: Path) -> None:
+    """NumPy could not save them in one array."""
+
+    def evaluates(n: int) -> EvalCallback:
+        options: dict[str, Any] = {"n_eval_episodes": n, "eval_freq": 20, "log_path": str(tmp_path)}
+        return EvalCallback(pendulum(), **options, verbose=0, warn=False)
+
+    model = make_model()
+    model.learn(50, callback=evaluates(2))
+    model.save(tmp_path / "model.zip")
+    callback = evaluates(3)
+    with pytest.warns(UserWarning, match="evaluations were of 2 episodes, not 3: it begins a new list"):
+        load(tmp_path / "model.zip").learn(30, callback=callback)
+    assert np.shape(np.load(tmp_path / "evaluations.npz")["results"]) == (2, 3)
+
+
+def test_saved_again_after_it_was_loaded_to_watch(tmp_path: Path) -> None:
+    """The RL Zoo loads with buffer_size=1 to watch, and its push_to_hub saves that."""
+    saved_model(tmp_path / "model.zip")
+    load(tmp_path / "model.zip", buffer_size=1).save(tmp_path / "again.zip")
+    assert load(tmp_path / "again.zip").buffer_size == 500
+
+
+def test_buffer_of_another_action_range(tmp_path: Path) -> None:
+    """The same torques are other scaled actions."""
+
+    def env(limit: float) -> gym.Env:
+        return gym.wrappers.RescaleAction(gym.make("Pendulum-v1"), np.float32(-limit), np.float32(limit))
+
+    model = saved_model(tmp_path / "model.zip", env=env(10.0))
+    model.save_replay_buffer(tmp_path / "buffer.pkl")
+    other = make_model(env(20.0))
+    with pytest.warns(UserWarning, match="are from an environment with actions in Box.*: they are converted"):
+        other.load_replay_buffer(tmp_path / "buffer.pkl")
+    np.testing.assert_allclose(other.replay_buffer.actions[:50], model.replay_buffer.actions[:50] / 2, atol=1e-6)
+    narrow = make_model(env(1.0))
+    with pytest.warns(UserWarning, match="out of bounds are clipped"):
+        narrow.replay_buffer.copy_transitions(model.replay_buffer)
+    np.testing.assert_allclose(
+        narrow.replay_buffer.actions[:50], np.clip(model.replay_buffer.actions[:50] * 10, -1, 1), atol=1e-6
+    )

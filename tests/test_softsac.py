@@ -16,13 +16,15 @@ from stable_baselines3 import SAC
 from stable_baselines3.common.buffers import NStepReplayBuffer
 from stable_baselines3.common.buffers import ReplayBuffer as SB3ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.distributions import SquashedDiagGaussianDistribution
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.logger import KVWriter, Logger
 from stable_baselines3.common.noise import NormalActionNoise, OrnsteinUhlenbeckActionNoise
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.type_aliases import TrainFreq, TrainFrequencyUnit
-from stable_baselines3.common.vec_env import SubprocVecEnv
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNormalize
+from stable_baselines3.sac import policies as sac_policies
 from torch import nn
 
 import sb3_softsac.softsac
@@ -927,3 +929,141 @@ def test_exploration_after_a_callback_has_trained() -> None:
     model = pendulum(train_freq=10, random_steps=0)
     model.learn(4, callback=Train())
     assert modes == [False] * 10
+
+
+class FrozenEncoder(BaseFeaturesExtractor):
+    """A pretrained encoder whose batch norm stays in evaluation mode, as users keep it there."""
+
+    def __init__(self, observation_space: Any):
+        super().__init__(observation_space, 4)
+        self.encoder = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).eval().requires_grad_(False)
+        self.encoder.train = lambda mode=True: self.encoder  # type: ignore[method-assign]
+
+    def forward(self, observations: th.Tensor) -> th.Tensor:
+        return self.encoder(observations)
+
+
+def test_encoder_that_refuses_training_mode() -> None:
+    kwargs = {**SMALL, "policy_kwargs": {"net_arch": [8], "features_extractor_class": FrozenEncoder}}
+    model = SoftSAC("MlpPolicy", "Pendulum-v1", learning_starts=20, batch_size=8, **kwargs).learn(40)
+    norm = model.actor.features_extractor.encoder[1]
+    assert norm.num_batches_tracked == 0 and not norm.running_mean.any()
+
+
+class ScriptedExtractor(BaseFeaturesExtractor):
+    def __init__(self, observation_space: Any):
+        super().__init__(observation_space, 16)
+        self.layers = th.jit.script(nn.Sequential(nn.Linear(3, 16), nn.Dropout(0.5)))
+
+    def forward(self, observations: th.Tensor) -> th.Tensor:
+        return self.layers(observations)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_scripted_dropout_is_off_in_predictions() -> None:
+    kwargs = {**SMALL, "policy_kwargs": {"net_arch": [8], "features_extractor_class": ScriptedExtractor}}
+    model = SoftSAC("MlpPolicy", "Pendulum-v1", learning_starts=20, batch_size=8, compile=False, **kwargs).learn(30)
+    obs = np.ones((1, 3), dtype=np.float32)
+    first, second = (model.predict(obs, deterministic=True)[0] for _ in range(2))
+    np.testing.assert_array_equal(first, second)
+
+
+class OwnRates(SoftSAC):
+    def _update_learning_rate(self, optimizers: Any) -> None:
+        super()._update_learning_rate(optimizers)
+        for optimizer in optimizers if isinstance(optimizers, list) else [optimizers]:
+            optimizer.param_groups[0]["lr"] = 1e-5
+
+
+def test_own_learning_rates() -> None:
+    model = OwnRates("MlpPolicy", "Pendulum-v1", learning_starts=20, batch_size=8, qf_learning_rate=1e-3, **SMALL)
+    model.learn(30)
+    optimizers = (model.actor.optimizer, model.critic.optimizer, model.ent_coef_optimizer)
+    assert [optimizer.param_groups[0]["lr"] for optimizer in optimizers] == [1e-5, 1e-3, 1e-5]
+
+
+class ActorOfSB3(SoftSACPolicy):
+    def make_actor(self, features_extractor: Any = None) -> Any:
+        return sac_policies.SACPolicy.make_actor(self, features_extractor)
+
+
+def test_actor_of_sb3_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"make_actor\(\) returns stable_baselines3.sac.policies.Actor: derive"):
+        SoftSAC(ActorOfSB3, "Pendulum-v1", **SMALL)
+
+
+class HalfTheNoise(SquashedDiagGaussianDistribution):
+    pass
+
+
+def test_own_distribution_is_not_left_out_silently() -> None:
+    model = SoftSAC("MlpPolicy", "Pendulum-v1", **SMALL)
+    model.actor.action_dist = HalfTheNoise(1)
+    with pytest.raises(ValueError, match=r"^action_dist=HalfTheNoise of the actor would be left out: override sample"):
+        model.learn(5)
+
+
+@pytest.mark.parametrize("n_steps", [1, 3])
+def test_buffer_of_another_model_gets_the_options_of_this_one(n_steps: int) -> None:
+    other = SoftSAC("MlpPolicy", "Pendulum-v1", n_steps=4 - n_steps, gamma=0.99, **SMALL).learn(5)
+    model = SoftSAC("MlpPolicy", "Pendulum-v1", n_steps=n_steps, gamma=0.5, **SMALL)
+    model.replay_buffer = other.replay_buffer
+    model.learn(5)
+    assert (model.replay_buffer.n_steps, model.replay_buffer.gamma) == (n_steps, 0.5)
+
+
+class NotToBePickled(gym.Wrapper):
+    @property
+    def spec(self) -> Any:
+        spec = copy.copy(self.env.spec)
+        spec.kwargs = {"function": lambda: None}
+        return spec
+
+
+@pytest.mark.processes
+def test_episodes_in_a_worker_whose_spec_cannot_be_pickled() -> None:
+    env = SubprocVecEnv([lambda: NotToBePickled(gym.make("Pendulum-v1", max_episode_steps=10))])
+    model = SoftSAC("MlpPolicy", env, train_freq=(1, "episode"), learning_starts=10, batch_size=8, **SMALL)
+    model.learn(30)
+    env.close()
+    assert model.num_timesteps == 30
+
+
+def test_integers_at_the_end_of_an_episode_with_vec_normalize() -> None:
+    """They come back from their normalised values, which are rounded."""
+
+    class Integers(gym.Env):
+        observation_space = spaces.Box(0, 1000, (20,), np.int64)
+        action_space = spaces.Box(-1.0, 1.0, (1,))
+
+        def reset(self, *, seed: Any = None, options: Any = None) -> Any:
+            super().reset(seed=seed)
+            return self.np_random.integers(400, 600, 20), {}
+
+        def step(self, action: Any) -> Any:
+            self.last = self.np_random.integers(400, 600, 20)
+            return self.last, 1.0, False, True, {"last": self.last}
+
+    ends: list[np.ndarray] = []
+
+    class Notes(BaseCallback):
+        def _on_step(self) -> bool:
+            ends.append(self.locals["infos"][0]["last"])
+            return True
+
+    env = VecNormalize(DummyVecEnv([Integers]))
+    model = SoftSAC("MlpPolicy", env, learning_starts=100, **SMALL).learn(30, callback=Notes())
+    stored = model.replay_buffer._get_samples(np.arange(30)).next_observations.numpy()
+    np.testing.assert_array_equal(stored[5:], np.array(ends)[5:])  # the first are clipped to a few standard deviations
+
+
+@pytest.mark.parametrize("find", [lambda m: m.log_ent_coef, lambda m: m.critic.qf0[0].weight], ids=["coef", "weight"])
+def test_hook_of_a_gradient(find: Callable[[SoftSAC], th.Tensor]) -> None:
+    """Holds a parameter where it is. Neither C++ nor torch's compiler calls it."""
+    model = SoftSAC("MlpPolicy", "Pendulum-v1", learning_starts=20, batch_size=8, compile=True, **SMALL)
+    parameter = find(model)
+    before = parameter.detach().clone()
+    parameter.register_hook(lambda gradient: gradient * 0.0)
+    with pytest.warns(UserWarning, match="runs eagerly, which is slower: torch's compiler leaves out hooks"):
+        model.learn(40)
+    assert th.equal(parameter, before)

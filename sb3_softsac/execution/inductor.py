@@ -12,12 +12,13 @@ from typing import Any, TypeVar, cast
 import torch as th
 
 from sb3_softsac import upstream
-from sb3_softsac.execution.cpp.support import Attributes, Watch
+from sb3_softsac.execution.cpp.support import Attributes, Watch, hooks_of_gradient
 from sb3_softsac.execution.eager import Held, Inputs, Run, make_update, prepare, with_gathering
 from sb3_softsac.execution.learner import Learner
 from sb3_softsac.execution.report import Report, reason_of
 from sb3_softsac.execution.way import Declined, Done, Updates
 from sb3_softsac.gradient_step import EAGER, PURE, Due, UpdateOptions, actor_gradients, critic_gradients
+from sb3_softsac.heads import head_of
 from sb3_softsac.optimizers import ADAM_OPTIONS, has_pure_step, is_plain_adam, moved_names, trainable
 
 BACKEND = "inductor"
@@ -53,10 +54,10 @@ class Structure:
 
     def _present_parts(self) -> list[Any]:
         policy = self._learner.policy
-        head = vars(policy.critic.head)
+        head, actor = vars(head_of(policy.critic)), vars(policy.actor)
         return [
             self._watch.hooks(),
-            *(policy.unit_norm, policy.actor.log_std_bounds, policy.actor.log_std_bounding),
+            *(policy.unit_norm, actor.get("log_std_bounds"), actor.get("log_std_bounding")),
             *(head.get("v_min"), head.get("v_max")),
             list(map(list, self._numbers)),
             *map(_use_of, self._learner.involved()),
@@ -84,7 +85,8 @@ class Inductor:
         self._report = report
         self._n_compilations: dict[Variant, int] = defaultdict(int)
         self._structure: Structure | None = None  # of what is compiled
-        self._n_trainings = 0  # when that was looked at last
+        self._has_hooks = False  # on gradients of parameters
+        self._n_trainings = 0  # when these were looked at last
 
     def __call__(self, updates: Updates) -> Done:
         """See :class:`Way`."""
@@ -92,8 +94,12 @@ class Inductor:
             raise Declined
         if self.learner.n_trainings != self._n_trainings:
             self._n_trainings = self.learner.n_trainings
+            trained = self.learner.optimizers()
+            self._has_hooks = any(map(hooks_of_gradient, (p for each in trained for p in each.parameters)))
             if self._structure is not None and self._structure.has_changed():
                 self.compiled.clear()
+        if self._has_hooks:
+            raise Declined("torch's compiler leaves out hooks of a parameter's gradient")
         variant = self._variant(updates)
         before = _random_states(self.learner.device)
         held, inputs = prepare(self.learner, updates)

@@ -9,10 +9,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+from gymnasium import spaces
 from stable_baselines3.common.buffers import ReplayBuffer as SB3ReplayBuffer
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
-from sb3_softsac.buffers import ReplayBuffer
+from sb3_softsac.buffers import ReplayBuffer, rescaled_actions
 from sb3_softsac.persistence.archive import ArchiveReader, ArchiveWriter, CheckpointError
 from sb3_softsac.persistence.codec import decode, encode, full_name
 
@@ -62,6 +63,12 @@ def describe(buffer: SB3ReplayBuffer) -> dict[str, Any]:
         "n_envs": buffer.n_envs,
         "arrays": {name: [rows.dtype.str, list(rows.shape[1:])] for name, rows in get_rows(buffer, 0, 0).items()},
     }
+
+
+def action_bounds(buffer: SB3ReplayBuffer) -> Any:
+    """JSON tree: lower and upper bounds of the actions that it holds as scaled ones."""
+    assert isinstance(buffer.action_space, spaces.Box)
+    return encode((buffer.action_space.low, buffer.action_space.high))
 
 
 def get_state(buffer: SB3ReplayBuffer) -> Any:
@@ -211,6 +218,10 @@ def _fill(
         set_rows(buffer, first, rows)
         n_rows += next(len(array) for name, array in rows.items() if not _varies(name))
     set_state(buffer, replay["state"])
+    if "action_bounds" in replay:  # not in older files
+        low, high = decode(replay["action_bounds"])
+        there = spaces.Box(low, high, dtype=low.dtype)
+        buffer.actions[...] = rescaled_actions(buffer.actions, there, buffer.action_space)
     if not 0 <= buffer.pos < buffer.buffer_size or n_rows < buffer.size():
         raise CheckpointError(
             f"replay_buffer: {what} has {n_rows} rows of {buffer.size()}, and the next to be written is {buffer.pos}."

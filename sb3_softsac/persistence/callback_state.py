@@ -97,6 +97,13 @@ def _restore_one(each: BaseCallback, saved: list[Any], restarts_stops: bool, lat
     _, tree, env, is_late, *digests = saved  # older files have no digests
     state, own = decode(tree)
     lost = [f"it has no {name} here" for name in state if name not in vars(each)]
+    results = state.get("evaluations_results")
+    if isinstance(each, EvalCallback) and results and len(results[0]) != each.n_eval_episodes:
+        # NumPy could not save rows of different lengths
+        lost.append(
+            f"its evaluations were of {len(results[0])} episodes, not {each.n_eval_episodes}: it begins a new list"
+        )
+        state = {name: value for name, value in state.items() if not name.startswith("evaluations_")}
     vars(each).update({name: value for name, value in state.items() if name in STATE and name in vars(each)})
     if own is not None:
         if offers_state(each):

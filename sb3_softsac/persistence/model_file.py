@@ -341,6 +341,12 @@ def _find(path: Path) -> tuple[Path, tuple[RunFolder, Manifest] | None]:
     if path.is_dir() and (RunFolder(path).numbers() or not zip_path.exists()):
         folder = RunFolder(path)
         manifest = folder.newest_valid()
+        if zip_path.exists():
+            warnings.warn(
+                f"There are both {path} and {zip_path}: the newest checkpoint in the folder is loaded. Pass "
+                f"{zip_path.name!r} to load the file.",
+                stacklevel=6,
+            )
         return path / manifest["state"]["file"], (folder, manifest)
     if not path.is_file() and zip_path.exists():
         path = zip_path

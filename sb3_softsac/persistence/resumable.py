@@ -23,9 +23,9 @@ from stable_baselines3.common.distributions import StateDependentNoiseDistributi
 from stable_baselines3.common.logger import Logger, configure
 from stable_baselines3.common.noise import VectorizedActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, RolloutReturn
 from stable_baselines3.common.utils import check_for_correct_spaces, get_latest_run_id, get_system_info
-from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
 from sb3_softsac.buffers import map_obs
@@ -53,8 +53,9 @@ class Pending(NamedTuple):
     callbacks: list[Any] | None = None  # see callback_state
     restarts_stops: bool = False  # restart stop callbacks that already fired
     log: dict[str, dict[str, Any]] | None = None  # recorded, but not yet dumped by the logger
-    # If the run continues in mid-episode: restored again at learn(), since predict() and others change them until then
+    # If the run continues in mid-episode: what the first rollout finds, since predict() and others change it until then
     random_states: dict[str, Any] | None = None
+    env: dict[str, Any] | None = None  # see env_state
 
 
 class Unread(NamedTuple):
@@ -90,13 +91,24 @@ class ResumableAlgorithm(RolloutAlgorithm):
     _pending = Pending()
     _unread: Unread | None = None
     _tensorboard_run: str | None = None  # folder of the run within tensorboard_log
+    _buffer_size_in_file: int | None = None  # if load() was asked for less, to save memory
     _made_from: dict[str, Any] | None = None  # values of the arguments that something was made from
 
     # Attributes of this process, in no copy and no file
     OF_PROCESS: tuple[str, ...] = ("_callback", "_late_callbacks", "run_folders", "after_step")
     # Further attributes that are in no file, besides those that SB3 leaves out
     NOT_IN_FILES: tuple[str, ...] = (
-        *("lr_schedule", "save_exclude", "is_learning", "_loaded", "_pending", "_unread", "_mid_step", "_made_from"),
+        *(
+            "lr_schedule",
+            "save_exclude",
+            "is_learning",
+            "_loaded",
+            "_pending",
+            "_unread",
+            "_is_interrupted",
+            "_made_from",
+            "_buffer_size_in_file",
+        ),
         "_may_continue_episode",
     )
 
@@ -186,8 +198,9 @@ class ResumableAlgorithm(RolloutAlgorithm):
         tb_log_name: str | None = "run",
         progress_bar: bool = False,
     ) -> tuple[int, BaseCallback]:
-        if self._mid_step:
-            self._last_obs, self._mid_step = None, False
+        if self._is_interrupted:
+            self._last_obs, self._is_interrupted = None, False
+        self._note_used_env()
         self._may_continue_episode = False
         if self.random_steps != self._warmed_up_with:  # the user wants others
             self._warmed_up, self._warmed_up_with = False, self.random_steps
@@ -197,7 +210,7 @@ class ResumableAlgorithm(RolloutAlgorithm):
         assert self.env is not None, "You must set the environment before calling learn()"
         if self._unread is not None and self._unread.replay is not None:
             warnings.warn(
-                f"The replay buffer in {self._unread.replay} was not read, nor the random states and VecNormalize, "
+                f"The replay buffer in {self._unread.replay} was not read, nor the random states, "
                 "because load() was called without an environment. To continue the run, pass env=... to load().",
                 stacklevel=3,
             )
@@ -225,11 +238,33 @@ class ResumableAlgorithm(RolloutAlgorithm):
             if self._vec_normalize_env is not None:
                 self._last_original_obs = self._original_obs()
         if self.tensorboard_log is not None and self.logger.dir is not None:
-            self._tensorboard_run = os.path.basename(self.logger.dir)
+            within = os.path.relpath(self.logger.dir, self.tensorboard_log)
+            self._tensorboard_run = os.path.basename(within) if within.startswith(os.pardir) else within
         if not reset_num_timesteps:
             self._restore_at_learn()
-        self._pending = Pending()
+        random_states = None if reset_num_timesteps else self._pending.random_states
+        self._pending = Pending(random_states=random_states)
         return total_timesteps, self._callback
+
+    def _note_used_env(self) -> None:
+        """Begin a new episode if the environment is no longer where ``load()`` left it."""
+        if self._pending.env is not None and self._last_obs is not None:
+            assert self.env is not None
+            if not env_state.are_same_but_for_clocks(self._pending.env, env_state.capture(self.env)):
+                warnings.warn(
+                    "The run continues with a new episode, not in mid-episode, because the environment was used after "
+                    "load(): evaluate in another one.",
+                    stacklevel=5,
+                )
+                self._last_obs = None
+
+    def _collect_rollout(self, *args: Any) -> RolloutReturn:
+        random_states = self._pending.random_states
+        if random_states is not None:
+            # Only now: on_training_start() of a callback may draw, and has drawn already when the run began
+            self._pending = Pending()
+            set_random_states(decode(random_states), self.device)
+        return super()._collect_rollout(*args)
 
     def _reset_episodes(self) -> None:
         """The environments are about to be reset."""
@@ -237,17 +272,15 @@ class ResumableAlgorithm(RolloutAlgorithm):
         self._end_stored_episodes()
 
     def _restore_at_learn(self) -> None:
-        """Restore what ``load()`` cannot: callbacks, the logger and random states."""
+        """Restore what ``load()`` cannot: callbacks and the logger."""
         lost: list[str] = []
-        callbacks, restarts_stops, log, random_states = self._pending
+        callbacks, restarts_stops, log, *_ = self._pending
         if callbacks is not None:
             self._late_callbacks, lost = callback_state.restore(self._callback, callbacks, restarts_stops)
         if log is not None:
             for name in LOGGER_STATE:
                 getattr(self.logger, name).update(log.get(name, {}))
             lost += [f"{name} was logged, but could not be saved" for name in log.get(NOT_SAVED, ())]
-        if random_states is not None:
-            set_random_states(decode(random_states), self.device)
         if lost:
             warnings.warn(f"The continuation may differ: {'; '.join(lost)}.", stacklevel=4)
 
@@ -289,7 +322,7 @@ class ResumableAlgorithm(RolloutAlgorithm):
         :param seed: seed, at least 0; None: change nothing
         """
         if seed is not None:
-            self._pending = self._pending._replace(random_states=None)
+            self._pending = self._pending._replace(random_states=None, env=None)
         super().set_random_seed(seed)
 
     def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
@@ -307,7 +340,19 @@ class ResumableAlgorithm(RolloutAlgorithm):
             self.replay_buffer.env = self.env  # SB3 would go on computing rewards in the old environment
         if force_reset:
             self._rollout = None
+        if self._unread is not None and self._unread.statistics is not None:
+            self._restore_statistics(self._unread.statistics)
         self._setup_replay_buffer()
+
+    def _restore_statistics(self, statistics: dict[str, Any]) -> None:
+        """
+        :param statistics: VecNormalize's, of a file that was loaded without an environment
+        """
+        normalize = self._vec_normalize_env
+        if normalize is None:
+            _warn_of_missing_vec_normalize("Pass VecNormalize(env): set_env() restores its statistics.")
+        elif _is_new(normalize) and self._unread is not None and self._n_updates == self._unread.n_updates:
+            env_state.restore(normalize, statistics, mid_episode=False)
 
     def save(
         self,
@@ -360,6 +405,8 @@ class ResumableAlgorithm(RolloutAlgorithm):
             )
         with ArchiveWriter(file) as archive:
             attributes = {name: value for name, value in vars(self).items() if name not in skipped}
+            if self._buffer_size_in_file is not None and self.buffer_size == 1:
+                attributes["buffer_size"] = self._buffer_size_in_file
             for name in ("ep_info_buffer", "ep_success_buffer"):
                 if name in attributes:
                     attributes[name] = model_file.plain_infos(attributes[name], name)
@@ -377,7 +424,7 @@ class ResumableAlgorithm(RolloutAlgorithm):
                     "ent_coef": encode((self._made_from or vars(self)).get("ent_coef")),
                     "env": self._env_state(),
                     "frozen": model_file.frozen_parameters(self),
-                    "mid_step": self._mid_step,
+                    "mid_step": self._is_interrupted,
                     "callbacks": self._pending.callbacks or callback_state.capture(self._callback),
                     "log": self._log_state(),
                     "replay": replay,
@@ -412,7 +459,12 @@ class ResumableAlgorithm(RolloutAlgorithm):
         assert buffer is not None
         segments = None if rows_elsewhere else buffer_state.segments(buffer)
         state = buffer_state.get_state(buffer)
-        return {"description": buffer_state.describe(buffer), "state": state, "segments": segments}
+        return {
+            "description": buffer_state.describe(buffer),
+            "action_bounds": buffer_state.action_bounds(buffer),
+            "state": state,
+            "segments": segments,
+        }
 
     @classmethod
     def load(  # type: ignore[override]
@@ -466,7 +518,8 @@ class ResumableAlgorithm(RolloutAlgorithm):
             _check_names(kwargs, {*data, *dir(model), *inspect.signature(cls).parameters})
             model._set_up(data, kwargs, is_seeded=not continues_random_states)
             model._restore_policy(file, has_new_ent_coef, has_policy_kwargs)
-            # The RL Zoo passes buffer_size=1 if it only evaluates
+            # The RL Zoo passes buffer_size=1 if it only evaluates; its push_to_hub saves the model again
+            model._buffer_size_in_file = data.get("buffer_size")
             wants_replay = "replay_buffer" not in (custom_objects or {}) and kwargs.get("buffer_size") != 1
             if env is None:
                 replay = file.name if wants_replay and file.replay is not None else None
@@ -485,7 +538,8 @@ class ResumableAlgorithm(RolloutAlgorithm):
                 if continues_random_states:
                     set_random_states(decode(file.index["random"]), model.device)
                     if model._last_obs is not None:
-                        model._pending = model._pending._replace(random_states=file.index["random"])
+                        env_now = env_state.capture(cast(VecEnv, model.env))
+                        model._pending = model._pending._replace(random_states=file.index["random"], env=env_now)
             return model
 
     def _set_up(self, data: dict[str, Any], kwargs: dict[str, Any], is_seeded: bool) -> None:
@@ -552,9 +606,15 @@ class ResumableAlgorithm(RolloutAlgorithm):
             is_whole = not file.index.get("mid_step", False)
             reasons = env_state.restore(self.env, state, mid_episode=goes_on and is_whole)
             if not is_whole:
-                reasons.append("it was saved while a step was interrupted")
+                reasons.append("it was saved while a step or an update was interrupted")
             elif reasons and not goes_on and self._vec_normalize_env is not None:
                 warnings.warn(f"VecNormalize may not be fully restored: {'; '.join(reasons)}.", stacklevel=3)
+            elif reasons and not goes_on and (owners := env_state.owners_of_statistics(state)):
+                warnings.warn(
+                    f"The running statistics of {', '.join(owners)} may not be restored, so that the policy sees other "
+                    f"values than before: {'; '.join(reasons)}.",
+                    stacklevel=3,
+                )
             elif reasons and not goes_on:
                 self._say(f"The environment's state is not fully restored: {'; '.join(reasons)}")
             if self._vec_normalize_env is not None and (reasons or not goes_on):
@@ -565,11 +625,7 @@ class ResumableAlgorithm(RolloutAlgorithm):
                         stacklevel=3,
                     )
             if self._vec_normalize_env is None and env_state.statistics(state) is not None:
-                warnings.warn(
-                    "The model was trained with VecNormalize, but the environment is not wrapped in it: the policy "
-                    "expects normalised observations. Pass VecNormalize(env); load() restores its statistics.",
-                    stacklevel=3,
-                )
+                _warn_of_missing_vec_normalize("Pass VecNormalize(env): load() restores its statistics.")
         if goes_on:
             there, here = file.index.get("machine", {}), model_file.machine(self.device, self._known_threads())
             differences = [
@@ -675,10 +731,28 @@ def _fit_to_env(data: dict[str, Any], env: VecEnv | None) -> bool:
     if env is not None:
         check_for_correct_spaces(env, data["observation_space"], data["action_space"])
         data["n_envs"] = env.num_envs
+        # As in a new model, random actions and wrappers that sample the space share one random state
+        env.action_space._np_random = data["action_space"]._np_random
+        data["action_space"] = env.action_space
     noise = data.get("action_noise")
     if not same_envs and isinstance(noise, VectorizedActionNoise):
         data["action_noise"] = noise.base_noise
     return same_envs and "_last_obs" in data
+
+
+def _is_new(normalize: VecNormalize) -> bool:
+    """Whether it has seen no observation."""
+    rms = normalize.obs_rms if normalize.norm_obs else normalize.ret_rms
+    parts = rms.values() if isinstance(rms, dict) else [rms]
+    return all(part.count < 1.0 for part in parts)
+
+
+def _warn_of_missing_vec_normalize(fix: str) -> None:
+    warnings.warn(
+        "The model was trained with VecNormalize, but the environment is not wrapped in it: the policy expects "
+        f"normalised observations. {fix}",
+        stacklevel=4,
+    )
 
 
 def _check_names(kwargs: dict[str, Any], known: set[str]) -> None:

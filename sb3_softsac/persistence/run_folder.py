@@ -47,7 +47,7 @@ class RunFolder:
     """
 
     def __init__(self, path: Path):
-        self.path = path
+        self.path = path.absolute() if isinstance(path, Path) else path  # wherever the user's program goes
         self.last: Manifest | None = None  # written or loaded last by this process
         self.newest = -1  # number of the newest checkpoint at that time, valid or not
         # Replay buffer and its n_added at that time; its id would not do, since a later buffer may get the same

@@ -30,7 +30,7 @@ OWN_METHODS = (
 ATTRIBUTES = ("use_sde", "separate_log_std_net", "preprocessing", "q_networks")
 
 _END = object()
-_hooks_of_gradient = attrgetter("_backward_hooks")
+hooks_of_gradient = attrgetter("_backward_hooks")
 
 
 class NotPlain(Exception):
@@ -127,11 +127,11 @@ class Watch:
 
     def sees_hooks(self) -> bool:
         """Whether there are hooks on modules or gradients."""
-        return any(self._hooks) or any(map(_hooks_of_gradient, self._parameters))
+        return any(self._hooks) or any(map(hooks_of_gradient, self._parameters))
 
     def hooks(self) -> list[Any]:
         """Hooks on modules and gradients."""
-        dicts = itertools.chain(self._hooks, map(_hooks_of_gradient, self._parameters))
+        dicts = itertools.chain(self._hooks, map(hooks_of_gradient, self._parameters))
         return [hook for some in dicts if some for hook in some.values()]
 
     def sees_own_methods(self) -> bool:

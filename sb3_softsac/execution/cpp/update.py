@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch as th
 from torch.optim import Adam, AdamW
 
-from sb3_softsac import heads, losses, networks
+from sb3_softsac import distributions, heads, losses, networks
 from sb3_softsac.execution.cpp import build, matmul
 from sb3_softsac.execution.cpp.support import (
     Attributes,
@@ -21,6 +21,7 @@ from sb3_softsac.execution.cpp.support import (
     NotPlain,
     Stack,
     Watch,
+    hooks_of_gradient,
     parameters_of,
     plain_actor,
     plain_layers,
@@ -49,6 +50,7 @@ JOINT_BATCHES = (None, "critic", "all")  # by the numbers that they have in upda
 # If the user replaces one of these, torch runs the replacement
 FUNCTIONS: list[tuple[Any, str]] = [
     *((losses, name) for name in ("target_q_values", "critic_loss", "actor_loss", "ent_coef_loss")),
+    *((distributions, name) for name in ("sample", "squash", "log_det_tanh", "_log_prob_of_noise")),
     *((heads, "project"), (networks, "project_to_unit_norm"), (networks, "batch_statistics")),
 ]
 OWN_FUNCTIONS = [getattr(module, name) for module, name in FUNCTIONS]
@@ -199,7 +201,7 @@ class CppUpdate:
             self._look_at(optimizers)
         if self._reason is not None:
             return self._reason
-        if self._watch.sees_hooks():
+        if self._watch.sees_hooks() or any(map(hooks_of_gradient, self.learner.ent_coef.tensors())):
             return "a hook is registered on a network or a parameter"
         for (module, name), own in zip(FUNCTIONS, OWN_FUNCTIONS, strict=True):
             if getattr(module, name) is not own:

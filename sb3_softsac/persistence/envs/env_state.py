@@ -44,6 +44,7 @@ from sb3_softsac.persistence.envs.object_state import (
     chain_of,
     class_name,
     describe_error,
+    digests_of_spaces,
     is_constant,
     link_shared,
     note_large_data,
@@ -206,6 +207,34 @@ def env_id(state: dict[str, Any] | None) -> str | None:
     except (TypeError, KeyError, IndexError):  # no state, no id, or a damaged one
         return None
     return found if isinstance(found, str) else None
+
+
+def owners_of_statistics(state: dict[str, Any] | None) -> list[str]:
+    """
+    :param state: result of :func:`capture`
+    :return: classes of the wrappers within the environments that keep running means, such as ``NormalizeObservation``
+    """
+    try:
+        layers = [layer for tree in state["envs"] for layer in tree.get("layers", [])]  # type: ignore[index]
+        kinds = {layer["class"]: {kind for tree in layer["lasting"].values() for kind in tree} for layer in layers}
+        return sorted(name.rpartition(".")[2] for name, found in kinds.items() if found & {"object", "objects"})
+    except (TypeError, KeyError, AttributeError):  # no state, or a damaged one
+        return []
+
+
+def are_same_but_for_clocks(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    """
+    :param a: result of :func:`capture`
+    :param b: another
+    :return: whether nothing has happened in between
+    """
+
+    def without_clocks(tree: Any) -> Any:
+        if isinstance(tree, dict):
+            return {key: without_clocks(value) for key, value in tree.items() if key != "elapsed"}
+        return [without_clocks(value) for value in tree] if isinstance(tree, list | tuple) else tree
+
+    return are_same(without_clocks(a), without_clocks(b))
 
 
 def ignore_signals(env: VecEnv, signals: Iterable[int]) -> None:
@@ -433,6 +462,8 @@ def _restore_exactly(chain: list[Any], layers: list[dict[str, Any]], replay: dic
         names = layer["made"].keys() | now.keys()
         if others := sorted(name for name in names if not are_same(layer["made"].get(name), now.get(name))):
             raise ValueError(f"{short_name(obj)} was made with different values of {', '.join(others)}")
+        if not is_replayed:
+            _compare_constants(obj, layer)
     if replay is not None:
         replay_episode(chain, replay)
     for obj, layer in zip(chain, layers, strict=True):
@@ -447,6 +478,15 @@ def _restore_exactly(chain: list[Any], layers: list[dict[str, Any]], replay: dic
         restore_object(obj, layer, attributes, chain)
     link_shared(chain, layers, ("lasting", "episode"))
     _warn_of_settings(chain, layers)
+
+
+def _compare_constants(obj: Any, layer: dict[str, Any]) -> None:
+    """Functions and spaces are not restored: they have to be there already."""
+    if lacking := [name for name in layer.get("functions", ()) if not callable(getattr(obj, name, None))]:
+        raise ValueError(f"{short_name(obj)}.{lacking[0]} was a function, which a file cannot hold")
+    digests = digests_of_spaces(obj)
+    if changed := sorted(name for name, old in layer.get("bounds", {}).items() if digests.get(name, old) != old):
+        raise ValueError(f"{short_name(obj)} had other bounds in {', '.join(changed)}")
 
 
 def _warn_of_settings(chain: list[Any], layers: list[dict[str, Any]]) -> None:

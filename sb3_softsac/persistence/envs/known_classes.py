@@ -5,7 +5,6 @@ Tables of the classes whose attributes are known: wrappers, generators of random
 """
 
 import functools
-import io
 import logging
 import random
 import time
@@ -88,7 +87,6 @@ CONSTANT_TYPES = (
     logging.Logger,
     Logger,
     ResultsWriter,
-    io.IOBase,
     Bookkeeping,
 )
 FUNCTION_TYPES = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, functools.partial, np.ufunc)

@@ -10,6 +10,7 @@ import copy
 import functools
 import hashlib
 import inspect
+import io
 import json
 import random
 import types
@@ -19,6 +20,7 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
+import torch as th
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.wrappers import PassiveEnvChecker
 from stable_baselines3.common.monitor import Monitor
@@ -92,8 +94,9 @@ def capture_chain(chain: list[Any]) -> list[dict[str, Any]]:
 
     :param chain: all objects from the outermost wrapper to the environment
     :return: JSON tree of each: ``class``; ``made``, constructor arguments; ``lasting`` and ``episode``, attributes;
-        ``spaces``, random states of the spaces; ``constant``, names of attributes left out; ``unreadable``, reasons by
-        name; ``settings``; ``own``, result of ``get_state()`` if the object has it
+        ``spaces``, random states of the spaces, and ``bounds``, digests of them; ``constant``, names of attributes left
+        out, and ``functions``, those of them that are functions; ``unreadable``, reasons by name; ``settings``;
+        ``own``, result of ``get_state()`` if the object has it
     """
     seen: dict[int, tuple[Any, ...]] = {}  # path of each mutable value so far, by id
     return [_capture_object(chain, i, seen) for i in range(len(chain))]
@@ -110,7 +113,9 @@ def _capture_object(chain: list[Any], index: int, seen: dict[int, tuple[Any, ...
         "lasting": lasting,
         "episode": episode,
         "spaces": {},
+        "bounds": digests_of_spaces(obj),
         "constant": [],
+        "functions": [],
         "unreadable": unreadable,
         "settings": settings_of(obj),
     }
@@ -128,8 +133,12 @@ def _capture_object(chain: list[Any], index: int, seen: dict[int, tuple[Any, ...
     for name, value in vars(obj).items():
         where = f"{short_name(obj)}.{name}"
         try:
-            if is_constant(name, value, chain):
+            if _is_chosen_method(obj, name, value):
+                episode[name] = {"method": value.__name__}
+            elif is_constant(name, value, chain):
                 layer["constant"].append(name)
+                if isinstance(value, FUNCTION_TYPES):
+                    layer["functions"].append(name)
             elif isinstance(value, RANDOM_TYPES) or (
                 not has_own and (episode_names is None or name in lasting_names + episode_names)
             ):
@@ -168,7 +177,9 @@ def restore_attributes(obj: Any, attributes: dict[str, Any], chain: list[Any]) -
         if is_code or not (name in values or name in _names_in(cls)):
             raise ValueError(f"{short_name(obj)} has no attribute {name!r} to restore")
         current = values.get(name)
-        if name in values and is_constant(name, current, chain):
+        if "method" in tree:
+            values[name] = _method_of(obj, tree["method"], where)
+        elif name in values and is_constant(name, current, chain):
             if not are_same(tree, {"value": None}):  # None: a window that was not open yet
                 raise ValueError(f"{where} was plain data and is a {type(current).__name__} here")
         elif "elapsed" in tree:
@@ -205,6 +216,25 @@ def _spaces(obj: Any) -> dict[str, gym.Space[Any]]:
     """Spaces of an object and of its class, by attribute."""
     of_class = {name: inspect.getattr_static(type(obj), name, None) for name in ("action_space", "observation_space")}
     return {name: value for name, value in {**of_class, **vars(obj)}.items() if isinstance(value, gym.Space)}
+
+
+def digests_of_spaces(obj: Any) -> dict[str, str]:
+    """
+    :param obj: environment or wrapper
+    :return: a digest of each of its spaces without random states, by attribute
+    """
+    return {name: _digest_of_space(space) for name, space in _spaces(obj).items()}
+
+
+def _digest_of_space(space: gym.Space[Any]) -> str:
+    digest = hashlib.sha256()
+    for part in _subspaces(space):
+        if isinstance(part, gym.spaces.Box):  # whose repr() leaves numbers out
+            digest.update(f"{type(part).__name__} {part.shape} {part.dtype}".encode())
+            digest.update(part.low.tobytes() + part.high.tobytes())
+        else:
+            digest.update(repr(part).encode())
+    return digest.hexdigest()[:16]
 
 
 def _subspaces(space: gym.Space[Any]) -> list[gym.Space[Any]]:
@@ -258,6 +288,13 @@ def encode_attribute(obj: Any, name: str, value: Any, where: str) -> dict[str, A
     if _is_mujoco_data(value):
         return {"mujoco": _encode_mujoco(value)}
     return {"value": encode(value, where)}
+
+
+def _method_of(obj: Any, name: Any, where: str) -> Any:
+    method = getattr(obj, name, None) if isinstance(name, str) and not name.startswith("__") else None
+    if not isinstance(method, types.MethodType) or method.__self__ is not obj:
+        raise ValueError(f"{where} is the method {name!r} in the state, which {short_name(obj)} does not have")
+    return method
 
 
 def _unchanged(obj: Any, name: str, value: Any) -> dict[str, Any] | None:
@@ -405,6 +442,11 @@ def _note(value: Any, path: tuple[Any, ...], where: str, seen: dict[int, tuple[A
             raise NotEncodable(f"{where} is a view of memory that NumPy does not own")
         if is_deep and not value.flags.c_contiguous:
             raise NotEncodable(f"{where} is not contiguous")
+    if isinstance(value, th.Tensor):
+        memory = value.untyped_storage().data_ptr()
+        if memory and seen.setdefault(-memory, path) != path:
+            raise NotEncodable(f"{where} shares memory with {'.'.join(map(str, seen[-memory][1:]))}")
+        seen.setdefault(id(value), path)
     if isinstance(root, (np.ndarray, list, dict, deque, set, *RANDOM_TYPES, *NESTED)) or _is_mujoco_data(root):
         # A view must not be taken for the array that it views
         owner = seen.setdefault(id(root), path if root is value else (*path, "its base"))
@@ -421,6 +463,8 @@ def is_constant(name: str, value: Any, chain: list[Any]) -> bool:
     """Whether an attribute is not state: a function, a space, a renderer, another object of the chain, ..."""
     if name in CONSTANT_NAMES or isinstance(value, CONSTANT_TYPES) or any(value is obj for obj in chain):
         return True
+    if isinstance(value, io.IOBase):
+        return value.closed or not value.readable()  # the position in a file that is read is state
     if isinstance(value, functools.partial):
         return is_constant("", value.func, chain)
     if isinstance(value, FUNCTION_TYPES):
@@ -429,6 +473,13 @@ def is_constant(name: str, value: Any, chain: list[Any]) -> bool:
         return owner is None or is_constant("", owner, chain)
     kind = type(value).__name__
     return any(_package_of(value) == package and kind.startswith(start) for package, start in RENDERERS)
+
+
+def _is_chosen_method(obj: Any, name: str, value: Any) -> bool:
+    """Whether an attribute is one of its object's own methods, as in a state machine."""
+    if not isinstance(value, types.MethodType) or value.__self__ is not obj or hasattr(type(obj), name):
+        return False
+    return getattr(type(obj), value.__name__, None) is value.__func__
 
 
 def _is_code(value: Any) -> bool:
