@@ -5,9 +5,9 @@ What each part of ``compact`` brings: runs that leave one out, or change it, bes
         --steps 100000 --eval-freq 5000 --option policy_kwargs.unit_norm=null --out runs/unit_norm_1
     python benchmarks/ablation.py
 
-Reads runs in ``results/ablation``, and those of the whole in ``results/learning_compact``. Beside their scores (means of
-the last five evaluations) it says how much arithmetic is in the matrix products of a step: a part that brings little
-may still be cheap, and one that brings much dear.
+Reads runs in ``results/ablation``, and those of the whole in ``results/learning_compact``. Beside their scores (means
+of the last five evaluations) it says how much arithmetic is in the matrix products of a step: a part that brings
+little may still be cheap, and one that brings much dear.
 """
 
 import json

@@ -88,6 +88,8 @@ def verify(path: Path) -> bool:
     if not path.is_dir():
         try:
             with open_model_file(path) as model_file:
+                if not model_file.index and "data" not in model_file.archive:
+                    raise CheckpointError(f"{path} is a zip, but not a model file: it has no member data.")
                 _print(f"{path}: {'whole' if model_file.index else 'readable (a file of SB3, which has no hashes)'}")
         except CheckpointError as error:
             _print(error)
@@ -121,6 +123,8 @@ def export(path: Path, output: Path) -> None:
     if output.exists() and path.exists() and output.resolve() == path.resolve():
         raise ValueError(f"{output} is the file to export from: choose another output, -o FILE.")
     with open_model_file(path) as file, atomic_files.atomic_file(output) as target, ArchiveWriter(target) as archive:
+        if "data" not in file.archive:
+            raise CheckpointError(f"{path} is not a model file: it has no member data.")
         for name in file.archive.sizes:
             if name.startswith("replay/") or name == INDEX:
                 continue

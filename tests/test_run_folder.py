@@ -848,3 +848,17 @@ def test_manifests_that_are_no_files(two_runs: list[pathlib.Path]) -> None:
     *_, step = save_on(folder, buffer, step, 3)
     assert load(run)[2] == step
     assert folder.numbers()[-1] == 783
+
+
+def test_commands_for_what_is_no_model(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Any zip, and the file of a replay buffer, which is whole, but no policy."""
+    with zipfile.ZipFile(tmp_path / "other.zip", "w") as archive:
+        archive.writestr("notes.txt", "of something else")
+    assert not checkpoint.verify(tmp_path / "other.zip")
+    assert "is a zip, but not a model file: it has no member data" in capsys.readouterr().out
+    SoftSAC("MlpPolicy", "Pendulum-v1", buffer_size=10, device="cpu").save_replay_buffer(tmp_path / "buffer.pkl")
+    assert checkpoint.verify(tmp_path / "buffer.pkl")
+    for name in ("other.zip", "buffer.pkl"):
+        with pytest.raises(CheckpointError, match="is not a model file"):
+            checkpoint.export(tmp_path / name, tmp_path / "out.zip")
+        assert not (tmp_path / "out.zip").exists()
