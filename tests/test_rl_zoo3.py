@@ -21,14 +21,16 @@ import zipfile
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from types import CodeType
+from types import CodeType, SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 import pytest
+from stable_baselines3.common.env_util import make_vec_env
 
 import sb3_softsac
+from sb3_softsac import SoftSAC, _rl_zoo3
 
 pytestmark = pytest.mark.processes
 
@@ -479,3 +481,35 @@ def test_frames_stacked_below_vec_normalize(tmp_path: Path) -> None:
     output = run_module("rl_zoo3.train", *SHORT, *continued, "-params", *options, cwd=tmp_path)
     assert "Continuing at step 200" in output and "new episode" not in output
     assert saved_data(tmp_path / "logs" / "softsac" / "Pendulum-v1_2" / "Pendulum-v1.zip")["num_timesteps"] == 300
+
+
+@pytest.mark.parametrize(
+    ("callback", "is_left_out"),
+    [
+        ({"sb3_softsac.CheckpointCallback": {"save_freq": 100, "save_path": "folder"}}, True),
+        ("sb3_softsac.callbacks.SaveBestTrainingReturnCallback", True),
+        ({"stable_baselines3.common.callbacks.CheckpointCallback": {"save_freq": 100, "save_path": "folder"}}, False),
+        ("my_package.CheckpointCallback", False),
+    ],
+)
+def test_callbacks_of_one_run_are_left_out_of_trials(callback: Any, is_left_out: bool) -> None:
+    """All trials would write to one folder."""
+    assert _rl_zoo3._is_of_one_run(str(callback)) == is_left_out
+
+
+def test_continued_file_that_was_saved_after_watching(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By push_to_hub with an earlier version: it says buffer_size=1."""
+    kwargs: dict[str, Any] = {"policy_kwargs": {"net_arch": [8]}, "batch_size": 8, "device": "cpu"}
+    SoftSAC("MlpPolicy", "Pendulum-v1", buffer_size=1, **kwargs).save(tmp_path / "model.zip")
+    manager = SimpleNamespace(
+        algo="softsac", trained_agent=str(tmp_path / "model.zip"), device="cpu", tensorboard_log=None,
+        verbose=0, seed=0, truncate_last_trajectory=True,
+    )  # fmt: skip
+    env = make_vec_env("Pendulum-v1")
+
+    def load(**hyperparams: Any) -> Any:
+        return _rl_zoo3._load_pretrained_agent(lambda *_: None, manager, hyperparams, env)
+
+    assert load().replay_buffer.buffer_size == 1_000_000
+    assert "buffer_size=1,000,000 instead of the file's, 1" in capsys.readouterr().out
+    assert load(buffer_size=5).replay_buffer.buffer_size == 5
