@@ -2,6 +2,7 @@
 
 import argparse
 import inspect
+import json
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,8 @@ def test_gymnasium_knows_the_environments(env_id: str):
 
 def test_entries_of_the_zoo_are_carried_over_unchanged():
     ours, zoo = read(MAIN), read(ZOO_SAC)
+    # A name that Gymnasium no longer has
+    zoo = json.loads(json.dumps(zoo).replace("gymnasium.wrappers.time_limit.TimeLimit", "gymnasium.wrappers.TimeLimit"))
     assert set(zoo) <= set(ours)
     assert {env_id: ours[env_id] for env_id in zoo} == zoo
 
