@@ -33,6 +33,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.utils import safe_mean
+from stable_baselines3.sac.policies import SACPolicy
 from torch import nn
 
 from sb3_softsac import CheckpointCallback, SoftSAC, schedules
@@ -55,7 +56,7 @@ def read_hyperparameters(config: Path, env_id: str, algo: str) -> dict[str, Any]
 
     :param config: yml file
     :param env_id: its entry, or else that of ``default``, is taken
-    :param algo: key of ``ALGORITHMS``; arguments that it does not have are left out
+    :param algo: key of ``ALGORITHMS``; arguments that it does not have are left out, also those of its policy
     :return: arguments
     :raises ValueError: if there is no entry, and for keys that are not arguments of SoftSAC: here are no wrappers and
         no normalisation
@@ -76,6 +77,9 @@ def read_hyperparameters(config: Path, env_id: str, algo: str) -> dict[str, Any]
         if isinstance(arguments.get(key), str):
             # As the zoo does; the file is the user's own
             arguments[key] = eval(arguments[key], {"nn": nn})
+    if algo == "sac" and "policy_kwargs" in arguments:
+        known = inspect.signature(SACPolicy).parameters
+        arguments["policy_kwargs"] = {key: value for key, value in arguments["policy_kwargs"].items() if key in known}
     if isinstance(arguments.get("train_freq"), list):
         arguments["train_freq"] = tuple(arguments["train_freq"])
     return arguments

@@ -9,8 +9,10 @@ import sys
 import time
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 import pytest
+from stable_baselines3 import SAC
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "benchmarks" / "learning.py"
@@ -106,6 +108,14 @@ def test_options_and_parts_of_them() -> None:
     assert arguments["policy_kwargs"]["unit_norm"] is None and arguments["policy_kwargs"]["n_atoms"] == 101
     assert arguments["tau"] == 0.1 and arguments["learning_rate"] == "lin_3e-4_3e-5"
     assert arguments["replay_buffer_kwargs"] == {"handle_timeout_termination": False}
+
+
+@pytest.mark.parametrize("env_id", ["Humanoid-v5", "HalfCheetah-v5", "InvertedPendulum-v5"])
+def test_sac_gets_what_it_has(env_id: str) -> None:
+    """Of the shipped hyperparameters, with those of its policy."""
+    arguments = learning.read_hyperparameters(ROOT / "hyperparams" / "softsac.yml", env_id, "sac")
+    model = SAC(env=gym.make("Pendulum-v1"), **arguments)
+    assert model.learning_starts == arguments["learning_starts"]
 
 
 def test_a_finished_or_begun_run_is_not_written_over(tmp_path: Path) -> None:
