@@ -19,10 +19,14 @@ from importlib.metadata import version
 from pathlib import Path
 from types import CodeType, ModuleType
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import numpy as np
 
 from sb3_softsac.callbacks import CheckpointCallback, SaveBestTrainingReturnCallback
+from sb3_softsac.execution import threads
+from sb3_softsac.persistence import model_file
+from sb3_softsac.persistence.archive import CheckpointError
 from sb3_softsac.presets import hyperparams_folder
 from sb3_softsac.softsac import SoftSAC
 
@@ -190,12 +194,15 @@ def _init(original: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -
     is_ray = arguments.get("vec_env_type") == RAY
     if is_ray:
         arguments["vec_env_type"] = "dummy"
+        arguments["log_folder"] = str(Path(arguments["log_folder"]).resolve())  # actors have another working directory
     original(*call.args, **call.kwargs)
     if is_ray:
         from sb3_softsac.ray import RayVecEnv  # only here: Ray is an extra
 
         self.vec_env_class = RayVecEnv
     if self.algo == ALGO:
+        if getattr(self.args, "num_threads", 0) > 0:
+            threads.keep()  # train has set it
         self.config = own_config(arguments.get("config"))
         given = arguments.get("hyperparams") or {}
         self._asks_for_n_timesteps = arguments.get("n_timesteps", 0) > 0 or "n_timesteps" in given
@@ -207,7 +214,15 @@ def _read_hyperparameters(original: Callable[..., Any], self: Any) -> tuple[dict
     issue 693, zoo issue 480). As a ``vec_env_wrapper`` they are stacked below; it is saved so, for enjoy and others.
     """
     hyperparams, saved = original(self)
-    if self.algo == ALGO and hyperparams.get("normalize") and hyperparams.get("frame_stack"):
+    if self.algo != ALGO:
+        return hyperparams, saved
+    if "env_kwargs" in hyperparams and self._eval_env_kwargs_args is None:
+        self.eval_env_kwargs = hyperparams["env_kwargs"]  # the zoo only does so if the command has some, too
+    statistics = Path(self.trained_agent).parent / self.env_name / "vecnormalize.pkl"
+    if self.continue_training and statistics.exists() and not hyperparams.get("normalize"):
+        print("normalize=True: the continued run has VecNormalize")
+        hyperparams["normalize"] = saved["normalize"] = True
+    if hyperparams.get("normalize") and hyperparams.get("frame_stack"):
         for each in (hyperparams, saved):
             wrappers = each.get("vec_env_wrapper") or []
             wrappers = wrappers if isinstance(wrappers, list) else [wrappers]
@@ -223,6 +238,20 @@ def _preprocess_schedules(
     names = [name for name in RATES if self.algo == ALGO and isinstance(hyperparams.get(name), str)]
     rates = {name: hyperparams.pop(name) for name in names}
     return {**original(hyperparams), **rates}
+
+
+def _create_log_folder(original: Callable[..., None], self: Any) -> None:
+    """Another command may have taken the run's number since it was chosen."""
+    while self.algo == ALGO:
+        try:
+            Path(self.save_path).mkdir(parents=True)
+            break
+        except FileExistsError:
+            utils = importlib.import_module("rl_zoo3.utils")
+            number = utils.get_latest_run_id(self.log_path, self.env_name) + 1
+            self.save_path = str(Path(self.log_path, f"{self.env_name}_{number}"))
+            self.params_path = f"{self.save_path}/{self.env_name}"
+    original(self)
 
 
 def _create_callbacks(original: Callable[..., None], self: Any) -> None:
@@ -266,6 +295,8 @@ def _load_pretrained_agent(original: Callable[..., Any], self: Any, hyperparams:
     print("Loading pretrained agent")
     changes = {name: value for name, value in hyperparams.items() if name not in ("policy", "policy_kwargs")}
     noise = changes.pop("action_noise", None)
+    with model_file.open_model_file(self.trained_agent) as file:
+        saved = model_file.read_data(file.archive, None, changes, allow_pickle=False)
     # Goes on where the file was written, random states included
     model = SoftSAC.load(
         self.trained_agent,
@@ -276,13 +307,22 @@ def _load_pretrained_agent(original: Callable[..., Any], self: Any, hyperparams:
         verbose=self.verbose,
         **changes,
     )
+    for name, value in changes.items():
+        if name in saved and _plain(saved[name]) != _plain(value):
+            print(f"{name}={_plain(value)} instead of the file's, {_plain(saved[name])}")
+    own = {name: value for name, value in model.policy_kwargs.items() if name != "use_sde"}  # which SB3 has added
+    if "policy_kwargs" in hyperparams and _plain(hyperparams["policy_kwargs"]) != _plain(own):
+        print(f"policy_kwargs={own} is the file's, not {hyperparams['policy_kwargs']}")
+        self._policy_kwargs_of_file = own
     if "buffer_size" not in changes and model.replay_buffer is not None and model.buffer_size < model.batch_size:
         # Earlier versions wrote such files after they had been loaded for watching, as by push_to_hub
         default = inspect.signature(SoftSAC).parameters["buffer_size"].default
         print(f"buffer_size={default:,} instead of the file's, {model.buffer_size}")
         model.buffer_size, model.replay_buffer = default, None
         model._setup_replay_buffer()
-    if _asks_for_seed() and self.seed != model.seed:
+    if not _asks_for_seed():
+        self.args.seed = model.seed  # for args.yml
+    elif self.seed != model.seed:
         print(f"Seed {self.seed} instead of the file's, {model.seed}")
         model.seed = self.seed
         model.set_random_seed(self.seed)
@@ -295,18 +335,44 @@ def _load_pretrained_agent(original: Callable[..., Any], self: Any, hyperparams:
     return model
 
 
+def _plain(value: Any) -> str:
+    """:return: text that is equal for equal arguments; the zoo makes schedules of constant rates"""
+    value = getattr(value, "val", value) if type(value).__name__ == "ConstantSchedule" else value
+    if isinstance(value, dict):
+        return str({name: _plain(each) for name, each in sorted(value.items())})
+    if isinstance(value, (list, tuple)):
+        return str([_plain(each) for each in value])
+    return repr(float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else value)
+
+
+def _save_config(original: Callable[..., None], self: Any, saved_hyperparams: dict[str, Any]) -> None:
+    if hasattr(self, "_policy_kwargs_of_file"):
+        saved_hyperparams["policy_kwargs"] = self._policy_kwargs_of_file
+    original(self, saved_hyperparams)
+
+
 def _asks_for_seed() -> bool:
     """Whether the command has a seed. The zoo itself draws one for each command without."""
     return any(argument.partition("=")[0] == "--seed" for argument in sys.argv)
 
 
 def _learn(original: Callable[..., None], self: Any, model: Any) -> None:
-    if self.continue_training and isinstance(model, SoftSAC):
+    if not isinstance(model, SoftSAC):
+        original(self, model)
+        return
+    if self.continue_training:
         left = model._total_timesteps - model.num_timesteps
         if left > 0 and not self._asks_for_n_timesteps:
             self.n_timesteps = left
         print(f"Continuing at step {model.num_timesteps:,}, for {self.n_timesteps:,} steps")
-    original(self, model)
+    env: Any = model.env
+    try:
+        # The zoo saves the model after it has closed the environment: in processes, its state would be gone
+        with mock.patch.object(type(env), "close", lambda _: None):
+            original(self, model)
+    except BaseException:
+        env.close()
+        raise
 
 
 def _save_trained_model(original: Callable[..., None], self: Any, model: Any) -> None:
@@ -316,6 +382,8 @@ def _save_trained_model(original: Callable[..., None], self: Any, model: Any) ->
         model.save_exclude = () if wanted else ("replay_buffer",)
     original(self, model)
     self.save_replay_buffer = wanted
+    if isinstance(model, SoftSAC) and model.env is not None:
+        model.env.close()  # see _learn
 
 
 def _objective(original: Callable[..., float], self: Any, trial: "Trial") -> float:
@@ -325,11 +393,30 @@ def _objective(original: Callable[..., float], self: Any, trial: "Trial") -> flo
         if self.storage is not None:
             from sb3_softsac import studies  # only here: it imports the zoo
 
-            return studies.objective(original, self, trial)
+            return studies.objective(_pruned_if_invalid(original), self, trial)
+        return _pruned_if_invalid(original)(self, trial)
     return original(self, trial)
 
 
+def _pruned_if_invalid(objective: Callable[..., float]) -> Callable[..., float]:
+    """:return: an objective that prunes what the constructor refuses, as the zoo prunes what fails in ``learn()``"""
+
+    @wraps(objective)
+    def pruning(self: Any, trial: "Trial") -> float:
+        try:
+            return objective(self, trial)
+        except CheckpointError:
+            raise
+        except ValueError as error:
+            print(f"Trial {trial.number} is pruned: {error}")
+            raise importlib.import_module("optuna").TrialPruned from error
+
+    return pruning
+
+
 def _hyperparameters_optimization(original: Callable[..., None], self: Any) -> None:
+    if self.algo == ALGO and self._hyperparams.get("policy_kwargs"):
+        print("Trials sample policy_kwargs of their own, in place of the configuration's")
     if self.algo == ALGO and self.storage is not None:
         from sb3_softsac import studies
 
@@ -342,9 +429,11 @@ METHODS: dict[str, Callable[..., Any]] = {
     "__init__": _init,
     "read_hyperparameters": _read_hyperparameters,
     "_preprocess_schedules": _preprocess_schedules,
+    "create_log_folder": _create_log_folder,
     "create_callbacks": _create_callbacks,
     "setup_experiment": _setup_experiment,
     "_load_pretrained_agent": _load_pretrained_agent,
+    "_save_config": _save_config,
     "learn": _learn,
     "save_trained_model": _save_trained_model,
     "objective": _objective,

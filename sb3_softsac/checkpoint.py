@@ -90,6 +90,11 @@ def verify(path: Path) -> bool:
             with open_model_file(path) as model_file:
                 if not model_file.index and "data" not in model_file.archive:
                     raise CheckpointError(f"{path} is a zip, but not a model file: it has no member data.")
+                if model_file.index.get("replay") is not None and model_file.replay is None:
+                    raise CheckpointError(
+                        f"{path} is a part of a checkpoint that was never completed, or that is in another folder: the "
+                        "rows of its replay buffer are missing."
+                    )
                 _print(f"{path}: {'whole' if model_file.index else 'readable (a file of SB3, which has no hashes)'}")
         except CheckpointError as error:
             _print(error)

@@ -30,7 +30,7 @@ from sb3_softsac.execution.way import Minibatches
 from sb3_softsac.gradient_step import UpdateOptions
 from sb3_softsac.heads import CategoricalHead, head_of
 from sb3_softsac.held_noise import HeldNoise
-from sb3_softsac.persistence.resumable import ResumableAlgorithm
+from sb3_softsac.persistence.resumable import BUFFER_SIZE_IF_WATCHED, ResumableAlgorithm
 from sb3_softsac.policies import COUNTERPARTS, Actor, CnnPolicy, Critic, MlpPolicy, MultiInputPolicy, SoftSACPolicy
 from sb3_softsac.reward_scale import RewardScale
 from sb3_softsac.type_aliases import TorchObs
@@ -378,7 +378,7 @@ class SoftSAC(ResumableAlgorithm):
                 n_envs=self.n_envs,
                 **{**own, **self.replay_buffer_kwargs},
             )
-        if self.env is not None:
+        if self.env is not None and self.buffer_size != BUFFER_SIZE_IF_WATCHED:
             offline.set_up(self)
 
     def _create_aliases(self) -> None:

@@ -799,8 +799,8 @@ def test_data_that_is_missing_or_different_at_load(kind: str, tmp_path: Path, mi
         CheckpointError, match=r"offline data .* cannot be read: .*offline_data=.* offline_fraction=0.0"
     ):
         load(pendulum())
-    # It can predict, and go on without
-    assert load().offline_data is None
+    # It can predict, also in the zoo's commands that only watch, and go on without
+    assert load().offline_data is None and load(pendulum(), buffer_size=1).offline_data is None
     model = load(pendulum(), offline_fraction=0.0).learn(5)
     assert model.offline_data is None
     model.save(tmp_path / "without")

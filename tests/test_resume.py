@@ -34,7 +34,7 @@ from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize, VecTransposeImage
 
-from sb3_softsac import CheckpointCallback, CheckpointError, ReplayBuffer, SoftSAC, SoftSACPolicy
+from sb3_softsac import CheckpointCallback, CheckpointError, ReplayBuffer, SoftSAC, SoftSACPolicy, checkpoint
 from sb3_softsac.persistence import model_file
 from sb3_softsac.persistence.run_folder import RunFolder
 
@@ -1034,6 +1034,7 @@ def test_model_file_of_an_incomplete_checkpoint(tmp_path: Path) -> None:
     (path,) = (tmp_path / "run").glob("step-60-*.zip")
     with pytest.raises(CheckpointError, match=r"never completed.*Load .*step-40-000001.zip instead.*custom_objects"):
         load(path)
+    assert not checkpoint.verify(path) and checkpoint.verify(tmp_path / "run")
     assert load(path, custom_objects={"replay_buffer": None}).num_timesteps == 60
     assert SoftSAC.load(path, device="cpu").num_timesteps == 60  # to predict
     assert load(tmp_path / "run").num_timesteps == 40

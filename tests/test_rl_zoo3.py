@@ -31,6 +31,7 @@ from stable_baselines3.common.env_util import make_vec_env
 
 import sb3_softsac
 from sb3_softsac import SoftSAC, _rl_zoo3
+from sb3_softsac.persistence import model_file
 
 pytestmark = pytest.mark.processes
 
@@ -101,8 +102,16 @@ def test_continue(trained: Path, tmp_path: Path, with_buffer: bool) -> None:
         run_module("sb3_softsac.checkpoint", "export", str(model), "-o", "light.zip", cwd=tmp_path)
         model = tmp_path / "light.zip"
     seed = [] if with_buffer else ["--seed", "7"]
-    run_module("rl_zoo3.train", *SHORT, "-n", "50", "-i", str(model), *seed, "-params", *ONE_STEP, cwd=tmp_path)
-    after = saved_data(tmp_path / "logs/softsac/Pendulum-v1_1/Pendulum-v1.zip")
+    changes = ["gamma:0.9", "policy_kwargs:dict(net_arch=[7])"]
+    output = run_module(
+        "rl_zoo3.train", *SHORT, "-n", "50", "-i", str(model), *seed, "-params", *ONE_STEP, *changes, cwd=tmp_path
+    )
+    run = tmp_path / "logs/softsac/Pendulum-v1_1"
+    after = saved_data(run / "Pendulum-v1.zip")
+    assert "gamma=0.9 instead of the file's, 0.99" in output and "batch_size=" not in output
+    assert "policy_kwargs={} is the file's, not {'net_arch': [7]}" in output
+    assert "- - policy_kwargs\n    - {}\n" in (run / "Pendulum-v1/config.yml").read_text()
+    assert f"- - seed\n    - {after['seed']}\n" in (run / "Pendulum-v1/args.yml").read_text()
     assert (before["num_timesteps"], after["num_timesteps"]) == (400, 450)
     assert after["_n_updates"] - before["_n_updates"] == (50 if with_buffer else 0)
     assert after["seed"] == (before["seed"] if with_buffer else 7), "the zoo draws one for commands that have none"
@@ -168,8 +177,11 @@ def test_sigterm_leaves_a_checkpoint(with_buffer: bool, tmp_path: Path) -> None:
     run_module(
         "rl_zoo3.train", *options, "n_envs:2", "--vec-env", "subproc", "-i", str(checkpoint), "-n", "150", cwd=tmp_path
     )
-    after = saved_data(tmp_path / "logs/softsac/Pendulum-v1_2/Pendulum-v1.zip")["num_timesteps"]
-    assert after == before + 150
+    final = tmp_path / "logs/softsac/Pendulum-v1_2/Pendulum-v1.zip"
+    assert saved_data(final)["num_timesteps"] == before + 150
+    # Written when training has ended, but with the state of the environments' processes
+    with model_file.open_model_file(final) as file:
+        assert file.index["env"] is not None and "is closed" not in json.dumps(file.index["env"])
 
 
 def test_subproc_and_parallel_training(tmp_path: Path) -> None:
@@ -202,9 +214,10 @@ def test_optimize(tmp_path: Path) -> None:
 def test_optimize_with_gsde(tmp_path: Path) -> None:
     """Options that gSDE excludes are not sampled with it."""
     options = ["-n", "120", "--n-trials", "3", "--n-evaluations", "1", "--eval-episodes", "1", "--no-optim-plots"]
-    params = ["-params", "learning_starts:100", "use_sde:True"]
+    params = ["-params", "learning_starts:100", "use_sde:True", "policy_kwargs:dict(net_arch=[8])"]
     output = run_module("rl_zoo3.train", *SHORT, "-optimize", *options, *params, cwd=tmp_path)
     assert output.count("finished with value") == 3 and "policy_delay: " in output
+    assert output.count("Trials sample policy_kwargs of their own, in place of the configuration's") == 1
     assert "log_std_bounding: " not in output and "weight_init: " in output
 
 
@@ -320,6 +333,7 @@ def look_inside(folder: Path) -> None:
 
     from sb3_softsac import SoftSAC, presets
     from sb3_softsac._rl_zoo3 import EXCLUDED, excluded_options, hyperparams_folder
+    from sb3_softsac.execution import threads
 
     # Hyperparameters: ours, the user's, and the zoo's for other algorithms
     def config(algo: str, **kwargs: Any) -> Path:
@@ -337,6 +351,28 @@ def look_inside(folder: Path) -> None:
     Path("softsac.yml").write_text("default: {}")
     assert config("softsac", config="softsac.yml") == Path("softsac.yml")
     assert config("sac").parent.parent.name == "rl_zoo3"
+
+    # Runs that begin at once
+    managers = [ExperimentManager(argparse.Namespace(), "softsac", "Pendulum-v1", "logs") for _ in range(3)]
+    for manager in managers:
+        manager.create_log_folder()
+    assert [manager.save_path for manager in managers] == [f"logs/softsac/Pendulum-v1_{i}" for i in (1, 2, 3)]
+    assert all(Path(manager.params_path).is_dir() for manager in managers)
+
+    # The environment's arguments are also those of evaluations, unless these have their own
+    Path("env.yml").write_text("default: {n_timesteps: 10, env_kwargs: {g: 1.0}}")
+    for own, expected in ((None, {"g": 1.0}), ({"g": 2.0}, {"g": 2.0})):
+        manager = ExperimentManager(
+            argparse.Namespace(), "softsac", "Pendulum-v1", "logs", config="env.yml", eval_env_kwargs=own
+        )
+        manager.read_hyperparameters()
+        assert manager.eval_env_kwargs == expected
+
+    # --num-threads holds also if it is torch's own number
+    number = th.get_num_threads()
+    assert threads.choose(1) == 1
+    ExperimentManager(argparse.Namespace(num_threads=number), "softsac", "Pendulum-v1", "logs")
+    assert threads.are_chosen() and threads.choose(1) == number
 
     # Schedules
     rates = {"learning_rate": 1e-3, "qf_learning_rate": "cos_2e-3_1e-3", "ent_coef_learning_rate": 1e-4}
@@ -370,6 +406,14 @@ def look_inside(folder: Path) -> None:
             trial.set_user_attr(EXCLUDED, excluded_options(preset))
             sampled = HYPERPARAMS_SAMPLER["softsac"](trial, 1, 1, {"using_her_replay_buffer": False})
             SoftSAC("MlpPolicy", make("Pendulum-v1"), **{**preset, **sampled, "buffer_size": 10})
+
+    # What the constructor refuses ends the trial, not the study
+    def refused(*_: Any) -> float:
+        SoftSAC("MlpPolicy", make("Pendulum-v1"), n_steps=0)
+        return 0.0
+
+    with pytest.raises(optuna.TrialPruned):
+        _rl_zoo3._pruned_if_invalid(refused)(None, study.ask())
 
     # Options without a meaning beside the others are not sampled
     trial = study.ask()
@@ -503,7 +547,7 @@ def test_continued_file_that_was_saved_after_watching(tmp_path: Path, capsys: py
     SoftSAC("MlpPolicy", "Pendulum-v1", buffer_size=1, **kwargs).save(tmp_path / "model.zip")
     manager = SimpleNamespace(
         algo="softsac", trained_agent=str(tmp_path / "model.zip"), device="cpu", tensorboard_log=None,
-        verbose=0, seed=0, truncate_last_trajectory=True,
+        verbose=0, seed=0, truncate_last_trajectory=True, args=argparse.Namespace(),
     )  # fmt: skip
     env = make_vec_env("Pendulum-v1")
 

@@ -19,11 +19,19 @@ WORK_PER_THREAD = 4_000_000
 CHOSEN_BY_USER = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 _AT_IMPORT = th.get_num_threads()
 _used = _AT_IMPORT
+_is_kept = False
 
 
 def are_chosen() -> bool:
     """Whether the user has set the number, with ``torch.set_num_threads`` or in the environment."""
-    return th.get_num_threads() not in (_AT_IMPORT, _used) or any(name in os.environ for name in CHOSEN_BY_USER)
+    is_set = _is_kept or th.get_num_threads() not in (_AT_IMPORT, _used)
+    return is_set or any(name in os.environ for name in CHOSEN_BY_USER)
+
+
+def keep() -> None:
+    """From now on, the present number is the user's choice, also if it is torch's own."""
+    global _is_kept
+    _is_kept = True
 
 
 def choose(work: int) -> int:

@@ -42,6 +42,7 @@ from sb3_softsac.validation import check_env, check_wrappers
 TENSORBOARD_NAME = "SoftSAC"
 LOGGER_STATE = ("name_to_value", "name_to_count", "name_to_excluded")
 NOT_SAVED = "not_saved"  # names of logged values that cannot be encoded
+BUFFER_SIZE_IF_WATCHED = 1  # what the RL Zoo passes to load() if it only evaluates
 ENT_COEF_STATE = {"ent_coef_optimizer", "ent_coef_tensor", "log_ent_coef"}
 
 Self = TypeVar("Self", bound="ResumableAlgorithm")
@@ -98,18 +99,8 @@ class ResumableAlgorithm(RolloutAlgorithm):
     OF_PROCESS: tuple[str, ...] = ("_callback", "_late_callbacks", "run_folders", "after_step")
     # Further attributes that are in no file, besides those that SB3 leaves out
     NOT_IN_FILES: tuple[str, ...] = (
-        *(
-            "lr_schedule",
-            "save_exclude",
-            "is_learning",
-            "_loaded",
-            "_pending",
-            "_unread",
-            "_is_interrupted",
-            "_made_from",
-            "_buffer_size_in_file",
-        ),
-        "_may_continue_episode",
+        *("lr_schedule", "save_exclude", "is_learning", "_loaded", "_pending", "_unread"),
+        *("_is_interrupted", "_made_from", "_buffer_size_in_file", "_may_continue_episode"),
     )
 
     @abstractmethod
@@ -405,7 +396,7 @@ class ResumableAlgorithm(RolloutAlgorithm):
             )
         with ArchiveWriter(file) as archive:
             attributes = {name: value for name, value in vars(self).items() if name not in skipped}
-            if self._buffer_size_in_file is not None and self.buffer_size == 1:
+            if self._buffer_size_in_file is not None and self.buffer_size == BUFFER_SIZE_IF_WATCHED:
                 attributes["buffer_size"] = self._buffer_size_in_file
             for name in ("ep_info_buffer", "ep_success_buffer"):
                 if name in attributes:
@@ -518,9 +509,9 @@ class ResumableAlgorithm(RolloutAlgorithm):
             _check_names(kwargs, {*data, *dir(model), *inspect.signature(cls).parameters})
             model._set_up(data, kwargs, is_seeded=not continues_random_states)
             model._restore_policy(file, has_new_ent_coef, has_policy_kwargs)
-            # The RL Zoo passes buffer_size=1 if it only evaluates; its push_to_hub saves the model again
-            model._buffer_size_in_file = data.get("buffer_size")
-            wants_replay = "replay_buffer" not in (custom_objects or {}) and kwargs.get("buffer_size") != 1
+            model._buffer_size_in_file = data.get("buffer_size")  # the zoo's push_to_hub saves the model again
+            is_watched = kwargs.get("buffer_size") == BUFFER_SIZE_IF_WATCHED
+            wants_replay = "replay_buffer" not in (custom_objects or {}) and not is_watched
             if env is None:
                 replay = file.name if wants_replay and file.replay is not None else None
                 model._unread = Unread(replay, env_state.without_envs(file.index.get("env")), model._n_updates)
