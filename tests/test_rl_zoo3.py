@@ -1,25 +1,25 @@
 """
 The RL Zoo's commands with SoftSAC, from a folder that is not the repository's.
 
-Everything runs in processes of its own: importing the zoo changes Gymnasium for the whole process, and registration
-is about how an interpreter starts. ``run_module`` is the command line; ``in_process`` runs a function of this file,
-for tests that look inside.
+Everything runs in processes of its own: importing the zoo changes Gymnasium for the whole process. ``run_python`` is
+the command line, since registration is about how an interpreter starts; ``run_module`` does the same in a process that
+has imported torch already; ``in_process`` runs a function of this file, for tests that look inside.
 """
 
 import argparse
 import csv
 import json
-import multiprocessing
 import os
 import runpy
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+import traceback
 import zipfile
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from types import CodeType, SimpleNamespace
 from typing import Any
@@ -27,6 +27,7 @@ from unittest.mock import patch
 
 import numpy as np
 import pytest
+from resume_script import new_process
 from stable_baselines3.common.env_util import make_vec_env
 
 import sb3_softsac
@@ -56,13 +57,42 @@ def run_python(*args: str, cwd: Path, **environment: str) -> str:
     return result.stdout
 
 
-def run_module(module: str, *args: str, cwd: Path) -> str:
-    return run_python("-m", module, *args, cwd=cwd)
-
-
 def in_process(function: Callable[..., Any], *args: Any) -> Any:
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+    with new_process() as pool:
         return pool.submit(function, *args).result(timeout=300)
+
+
+def run_module(module: str, *args: str, cwd: Path) -> str:
+    """As ``python -m``, without its imports."""
+    code, output = in_process(main_of, module, args, cwd)
+    assert code == 0, output
+    return output
+
+
+def main_of(module: str, args: tuple[str, ...], folder: Path) -> tuple[int, str]:
+    """
+    Run a module in this process, which is one of its own.
+
+    :return: exit status, and what was printed
+    """
+    os.chdir(folder)
+    os.environ.update(ENVIRONMENT)
+    sys.argv[1:] = args
+    sys.path.insert(0, "")
+    with tempfile.TemporaryFile("w+") as log:
+        for descriptor in (1, 2):
+            os.dup2(log.fileno(), descriptor)
+        try:
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
+            code = 0
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        except BaseException:
+            traceback.print_exc()
+            code = 1
+        sys.stdout.flush()
+        log.seek(0)
+        return code, log.read()
 
 
 def saved_data(path: Path) -> dict[str, Any]:
@@ -81,8 +111,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     options = [*ONE_STEP, "learning_starts:100", "buffer_size:1000", "qf_learning_rate:'lin_1e-3'", callback]
     evaluations = ["--eval-freq", "200", "--eval-episodes", "2"]
     saving = ["--save-replay-buffer", "-n", "400"]
-    output = run_module("rl_zoo3.train", *SHORT, *evaluations, *saving, "-params", *options, cwd=folder)
-    assert "softsac.yml" in output
+    command = ["-m", "rl_zoo3.train", *SHORT, *evaluations, *saving, "-params", *options]
+    assert "softsac.yml" in run_python(*command, cwd=folder)
     return folder
 
 
@@ -271,7 +301,7 @@ def test_watch(trained: Path, command: str) -> None:
 
 def test_enjoy_from_the_command_line(trained: Path) -> None:
     watch = [*WATCH, "-f", "logs", "-n", "200", "--no-render", "--load-best"]
-    assert "Episode Reward" in run_module("rl_zoo3.enjoy", *watch, cwd=trained)
+    assert "Episode Reward" in run_python("-m", "rl_zoo3.enjoy", *watch, cwd=trained)
 
 
 # The hub, faked by a folder
