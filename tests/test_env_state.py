@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -43,6 +44,7 @@ from gymnasium.wrappers import (
     NormalizeObservation,
     NormalizeReward,
     RecordEpisodeStatistics,
+    RecordVideo,
     StickyAction,
     TimeAwareObservation,
     TimeLimit,
@@ -60,6 +62,7 @@ from stable_baselines3.common.vec_env import (
     VecFrameStack,
     VecMonitor,
     VecNormalize,
+    VecVideoRecorder,
 )
 
 from sb3_softsac.persistence.envs import env_state
@@ -263,6 +266,31 @@ def test_new_episode_continues_the_random_states(make: Callable[[], gym.Env[Any,
     finally:
         env.close()
         other.close()
+
+
+@pytest.mark.parametrize("mid_episode", [False, True])
+def test_videos_are_numbered_on(mid_episode: bool, tmp_path: Path) -> None:
+    """Those of a continued run would be written over the earlier ones."""
+
+    def make() -> gym.Env[Any, Any]:
+        env = gym.make("Pendulum-v1", max_episode_steps=10, render_mode="rgb_array")
+        return RecordVideo(env, str(tmp_path), step_trigger=no_video)
+
+    def make_both() -> VecVideoRecorder:
+        return VecVideoRecorder(DummyVecEnv([make]), str(tmp_path), no_video)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the folder is there already
+        env, other = seeded(make_both()), make_both()
+    play(env, 23)
+    assert env_state.restore(other, through_file(env_state.capture(env)), mid_episode=mid_episode) == []
+    recorders = [(each, envs_of(each)[0]) for each in (env, other)]
+    for vec_recorder, recorder in recorders:
+        assert (vec_recorder.step_id, recorder.step_id, recorder.episode_id) == (23, 22, 2)  # type: ignore[attr-defined]
+
+
+def no_video(_: int) -> bool:
+    return False
 
 
 def test_new_episode_keeps_settings() -> None:

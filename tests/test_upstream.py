@@ -410,9 +410,8 @@ ATTRIBUTES: dict[type, tuple[set[str], set[str]]] = {
     known_classes.RecordVideo: (
         OF_WRAPPERS,
         {
-            *("_video_name", "disable_logger", "episode_id", "episode_trigger", "frames_per_sec", "gc_trigger"),
-            *("name_prefix", "recorded_frames", "recording", "render_history", "step_id", "step_trigger"),
-            *("video_folder", "video_length"),
+            *("_video_name", "disable_logger", "episode_trigger", "frames_per_sec", "gc_trigger", "name_prefix"),
+            *("recorded_frames", "recording", "render_history", "step_trigger", "video_folder", "video_length"),
         },
     ),
     known_classes.RenderCollection: (OF_WRAPPERS, {"frame_list", "metadata", "pop_frames", "reset_clean"}),
@@ -436,7 +435,7 @@ ATTRIBUTES: dict[type, tuple[set[str], set[str]]] = {
         OF_VEC_WRAPPERS,
         {
             *("env", "frames_per_sec", "name_prefix", "record_video_trigger", "recorded_frames", "recording"),
-            *("step_id", "video_folder", "video_length", "video_name", "video_path"),
+            *("video_folder", "video_length", "video_name", "video_path"),
         },
     ),
     known_classes.DummyVecEnv: (
@@ -520,10 +519,12 @@ def zoo_tree(name: str) -> ast.Module:
 
 
 METHODS = {
+    "create_log_folder": "self",
     "create_callbacks": "self",
     "setup_experiment": "self",
     "_load_pretrained_agent": "self, hyperparams, env",
     "learn": "self, model",
+    "_save_config": "self, saved_hyperparams",
     "save_trained_model": "self, model",
     "objective": "self, trial",
     "hyperparameters_optimization": "self",
@@ -549,11 +550,14 @@ def test_methods_of_the_zoo(name: str) -> None:
 def test_manager_of_the_zoo() -> None:
     assert _rl_zoo3.METHODS.keys() == METHODS.keys() | {"__init__"}
     names = {arg.arg for arg in zoo_method("__init__").args.args}
-    assert {"config", "hyperparams", "n_timesteps"} <= names, "_rl_zoo3._init looks for these arguments by name."
+    assert {"config", "hyperparams", "n_timesteps", "log_folder", "vec_env_type"} <= names, (
+        "_rl_zoo3._init looks for these arguments by name."
+    )
     used = {
         *("algo", "config", "save_freq", "callbacks", "save_path", "optimize_hyperparameters", "specified_callbacks"),
         *("save_replay_buffer", "trained_agent", "device", "tensorboard_log", "verbose", "truncate_last_trajectory"),
-        *("continue_training", "n_timesteps", "_hyperparams"),
+        *("continue_training", "n_timesteps", "_hyperparams", "args", "params_path", "env_name"),
+        *("eval_env_kwargs", "_eval_env_kwargs_args"),
         *("storage", "log_path", "n_envs", "n_jobs", "max_total_trials"),
     }
     gone = used - _assigned_in(zoo_tree("exp_manager"))

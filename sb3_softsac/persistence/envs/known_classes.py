@@ -54,7 +54,10 @@ STATE: dict[type, tuple[tuple[str, ...], tuple[str, ...] | None]] = {
     VecCheckNan: ((), ("_user_warned", "_actions", "_observations")),
     # DummyVecEnv overwrites its buffers in each step; pending seeds and options are saved separately
     **dict.fromkeys((DummyVecEnv, SubprocVecEnv, VecTransposeImage, VecExtractDictObs), ((), ())),
-    **dict.fromkeys((VecVideoRecorder, RecordVideo, RenderCollection, HumanRendering), ((), ())),
+    # Frames of an unfinished video are lost, but no video is written over
+    RecordVideo: (("episode_id", "step_id"), ()),
+    VecVideoRecorder: (("step_id",), ()),
+    **dict.fromkeys((RenderCollection, HumanRendering), ((), ())),
 }
 ALL: tuple[tuple[str, ...], None] = ((), None)
 # Settings of classes that do not record their constructor arguments. A continued run uses those of the new object and
