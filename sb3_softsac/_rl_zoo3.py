@@ -362,7 +362,9 @@ def _learn(original: Callable[..., None], self: Any, model: Any) -> None:
         return
     if self.continue_training:
         left = model._total_timesteps - model.num_timesteps
-        if left > 0 and not self._asks_for_n_timesteps:
+        if left <= 0:
+            model._tensorboard_run = None  # several runs may go on from the end of one: each logs to its own folder
+        elif not self._asks_for_n_timesteps:
             self.n_timesteps = left
         print(f"Continuing at step {model.num_timesteps:,}, for {self.n_timesteps:,} steps")
     env: Any = model.env

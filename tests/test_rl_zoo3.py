@@ -31,7 +31,7 @@ from resume_script import new_process
 from stable_baselines3.common.env_util import make_vec_env
 
 import sb3_softsac
-from sb3_softsac import SoftSAC, _rl_zoo3
+from sb3_softsac import CheckpointCallback, SoftSAC, _rl_zoo3
 from sb3_softsac.persistence import model_file
 
 pytestmark = pytest.mark.processes
@@ -587,3 +587,19 @@ def test_continued_file_that_was_saved_after_watching(tmp_path: Path, capsys: py
     assert load().replay_buffer.buffer_size == 1_000_000
     assert "buffer_size=1,000,000 instead of the file's, 1" in capsys.readouterr().out
     assert load(buffer_size=5).replay_buffer.buffer_size == 5
+
+
+@pytest.mark.parametrize("is_finished", [False, True])
+def test_runs_from_the_end_of_one_log_to_folders_of_their_own(is_finished: bool, tmp_path: Path) -> None:
+    """One that was interrupted goes on in its own."""
+    kwargs: dict[str, Any] = {"policy_kwargs": {"net_arch": [8]}, "buffer_size": 100, "device": "cpu"}
+    callback = CheckpointCallback(20, tmp_path / "run")
+    model = SoftSAC("MlpPolicy", "Pendulum-v1", tensorboard_log=str(tmp_path / "logs"), **kwargs)
+    model.learn(40, callback=callback).save(tmp_path / "run" / "final.zip")
+    path = tmp_path / "run" / "final.zip" if is_finished else next((tmp_path / "run").glob("step-20-*.zip"))
+    manager = SimpleNamespace(continue_training=True, _asks_for_n_timesteps=True, n_timesteps=5)
+    for _ in range(2):
+        loaded = SoftSAC.load(path, make_vec_env("Pendulum-v1"))
+        _rl_zoo3._learn(lambda _, each: each.learn(5, reset_num_timesteps=False), manager, loaded)
+    folders = sorted(each.name for each in (tmp_path / "logs").iterdir())
+    assert folders == [f"SoftSAC_{i}" for i in range(1, 4 if is_finished else 2)]
