@@ -10,7 +10,6 @@ of the last five evaluations) it says how much arithmetic is in the matrix produ
 little may still be cheap, and one that brings much dear.
 """
 
-import json
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,12 +23,12 @@ from record import RESULTS, ROOT, fill_documents, markdown_table, relative
 FOLDER, WHOLE_FOLDER = RESULTS / "ablation", RESULTS / "learning_compact"
 CONFIG = ROOT / "hyperparams" / "compact.yml"
 WHOLE = "SoftSAC compact"
-# What is done to `compact`, by what `arm_name` makes of the options
+# What is done to `compact`, by what `learning_report.differences` says
 VARIANTS = {
     "policy_kwargs.normalization=null": "no batch norm in hidden layers",
     "policy_kwargs.normalize_input=false": "no batch norm of inputs",
     "policy_kwargs.unit_norm=null": "weights of any norm",
-    "policy_kwargs.n_atoms=null normalize_rewards=std": "critics of values, no distributions",
+    "normalize_rewards=std policy_kwargs.n_atoms=null": "critics of values, no distributions",
     "normalize_rewards=null": "rewards as they are",
     "max_noise_repeat=1": "fresh noise in each step",
     "joint_batch=null": "next states in a batch of their own",
@@ -61,7 +60,8 @@ def options_of(run: Run) -> dict[str, Any]:
     :return: arguments of ``SoftSAC``
     """
     arguments = read_hyperparameters(CONFIG, run.env_id, "softsac")
-    for name, value in json.loads((run.folder / "run.json").read_text())["run"]["option"]:
+    for option in run.arm.removeprefix(WHOLE).split():
+        name, _, value = option.partition("=")
         set_option(arguments, name, yaml.safe_load(value))
     return arguments
 

@@ -3,6 +3,7 @@ Tables and pictures of learning runs, from what ``learning.py`` has recorded of 
 ``learning.py report``.
 """
 
+import ast
 import json
 import warnings
 from collections.abc import Callable
@@ -11,7 +12,8 @@ from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
-from record import RESULTS, fill_documents, markdown_table, relative
+from learning import read_hyperparameters
+from record import RESULTS, ROOT, fill_documents, markdown_table, relative
 from rliable import library as rly
 from rliable import metrics
 
@@ -59,14 +61,54 @@ class Run(NamedTuple):
 Arms = dict[str, list[Run]]
 
 
-def arm_name(header: dict[str, Any]) -> str:
+def arm_name(record: dict[str, Any]) -> str:
     """
-    :param header: what ``run.json`` says of the run
-    :return: name of the algorithm, with that of its hyperparameters unless they are the default ones, and options
+    :param record: what is in ``run.json``
+    :return: name of the algorithm; with that of its hyperparameters, unless they are the default ones; and with what is
+        different in the run
     """
+    header = record["run"]
     config = Path(header["config"]).stem
-    words = [NAMES[header["algo"]], *([] if config == "softsac" else [config])]
-    return " ".join([*words, *(f"{option}={value}" for option, value in header.get("option", []))])
+    if config == "softsac":
+        return " ".join([NAMES[header["algo"]], *(f"{name}={value}" for name, value in header.get("option", []))])
+    return " ".join([NAMES[header["algo"]], config, *differences(record)])
+
+
+def differences(record: dict[str, Any]) -> list[str]:
+    """
+    :param record: what is in ``run.json``
+    :return: hyperparameters of the run that are not what its file says today, as ``--option`` takes them, sorted: the
+        file may have been changed since then
+    """
+    header = record["run"]
+    today = flat(read_hyperparameters(ROOT / header["config"], header["env"], header["algo"]))
+    then = flat({name: _value(text) for name, text in record["hyperparameters"].items()})
+    then.pop("policy_kwargs.use_sde", None)  # which SB3 adds
+    names = sorted(name for name in today | then if today.get(name) != then.get(name))
+    return [f"{name}={_text(then.get(name))}" for name in names]
+
+
+def flat(arguments: dict[str, Any]) -> dict[str, Any]:
+    """
+    :param arguments: of the constructor
+    :return: the same with their parts by name: ``policy_kwargs.unit_norm``
+    """
+    parts = {}
+    for name, value in arguments.items():
+        inner = flat(value) if isinstance(value, dict) else None
+        parts.update({name: value} if inner is None else {f"{name}.{key}": each for key, each in inner.items()})
+    return parts
+
+
+def _value(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def read_run(folder: Path) -> Run:
@@ -83,7 +125,7 @@ def read_run(folder: Path) -> Run:
     return Run(
         folder,
         header["env"],
-        arm_name(header),
+        arm_name(record),
         header["seed"],
         header["steps"],
         {name: data[name] for name in data.dtype.names or ()},

@@ -148,6 +148,19 @@ def test_documents_show_the_recorded_results(folder: str, n_tables: int) -> None
     assert shown >= n_tables
 
 
+def test_runs_are_named_after_what_they_were_made_with(tmp_path: Path) -> None:
+    """Also if their file was changed since then."""
+    config = tmp_path / "mine.yml"
+    config.write_text("default: {policy: MlpPolicy, n_timesteps: 10, batch_size: 64, policy_kwargs: {unit_norm: all}}")
+    run = {"algo": "softsac", "env": "Pendulum-v1", "config": str(config), "option": [["batch_size", "32"]]}
+    made_with = {"policy": "MlpPolicy", "batch_size": "32", "policy_kwargs": "{'n_atoms': 101, 'use_sde': False}"}
+    record = {"run": run, "hyperparameters": made_with}
+    name = "SoftSAC mine batch_size=32 policy_kwargs.n_atoms=101 policy_kwargs.unit_norm=null"
+    assert learning_report.arm_name(record) == name
+    config.write_text("default: {policy: MlpPolicy, batch_size: 32, policy_kwargs: {n_atoms: 101}}")
+    assert learning_report.arm_name(record) == "SoftSAC mine"
+
+
 def test_ablation_is_that_of_the_recorded_runs() -> None:
     tasks = ablation.read_tasks()
     variants = ablation.read(tasks)
