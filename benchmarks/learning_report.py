@@ -224,13 +224,15 @@ def task_table(tasks: dict[str, Arms]) -> str:
 def comparison_table(tasks: dict[str, Arms]) -> str:
     """
     :param tasks: see :func:`read_runs`
-    :return: Markdown table: each arm beside the reference, in each task that both have been run on
+    :return: Markdown table: each arm beside the reference, in each task that both have been run on for as many steps
     """
     rows = []
     arms = sorted({arm for task in tasks.values() if REFERENCE in task for arm in task} - {REFERENCE})
     for arm in arms:
         shared = {env_id: (task[arm], task[REFERENCE]) for env_id, task in tasks.items() if {arm, REFERENCE} <= {*task}}
         for env_id, (runs, others) in shared.items():
+            if len({run.steps for run in runs + others}) > 1:
+                continue
             pair = [scores_of(runs), scores_of(others)]
             rows.append([env_id, arm, *_compared(pair)])
     return markdown_table(["task", "arm", f"difference from {REFERENCE}", "probability of improvement"], rows)

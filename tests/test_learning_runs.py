@@ -148,6 +148,14 @@ def test_documents_show_the_recorded_results(folder: str, n_tables: int) -> None
     assert shown >= n_tables
 
 
+def test_only_runs_of_one_length_are_compared() -> None:
+    tasks = learning_report.read_runs(RESULTS / "learning_compiled")
+    assert "HalfCheetah-v5" in learning_report.comparison_table(tasks)
+    (arms,) = tasks.values()
+    arms[learning_report.REFERENCE] = [run._replace(steps=run.steps + 1) for run in arms[learning_report.REFERENCE]]
+    assert "HalfCheetah-v5" not in learning_report.comparison_table(tasks)
+
+
 def test_runs_are_named_after_what_they_were_made_with(tmp_path: Path) -> None:
     """Also if their file was changed since then."""
     config = tmp_path / "mine.yml"
