@@ -45,6 +45,12 @@ def start(*args: str) -> "subprocess.Popen[str]":
     )
 
 
+def command(monkeypatch: pytest.MonkeyPatch, *args: str) -> None:
+    """The script, in this process."""
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *args])
+    learning.main()
+
+
 def finished(process: "subprocess.Popen[str]") -> str:
     output, _ = process.communicate(timeout=200)
     assert process.returncode == 0, output
@@ -57,7 +63,9 @@ def evaluations(folder: Path) -> list[list[str]]:
     return [line[:4] + line[6:] for line in lines]
 
 
-def test_run_that_is_killed_and_resumed_goes_on_as_if_nothing_had_happened(tmp_path: Path) -> None:
+def test_run_that_is_killed_and_resumed_goes_on_as_if_nothing_had_happened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     others = start(*RUN, "--out", str(whole))
     process = start(*RUN, "--out", str(killed))
@@ -79,7 +87,8 @@ def test_run_that_is_killed_and_resumed_goes_on_as_if_nothing_had_happened(tmp_p
     (resumed,) = json.loads((killed / "run.json").read_text())["resumed"]
     assert resumed["at_step"] == 200 and [row.split(",")[0] for row in resumed["made_again"]] == ["300"]
 
-    text = finished(start("report", str(tmp_path)))
+    command(monkeypatch, "report", str(tmp_path))
+    text = capsys.readouterr().out
     assert "1 of 1" in text, "the evaluation that was made again is the same"
     assert (tmp_path / "report.md").read_text() in text
     assert (tmp_path / "curves.png").stat().st_size > 10_000
@@ -118,20 +127,18 @@ def test_sac_gets_what_it_has(env_id: str) -> None:
     assert model.learning_starts == arguments["learning_starts"]
 
 
-def test_a_finished_or_begun_run_is_not_written_over(tmp_path: Path) -> None:
+def test_a_finished_or_begun_run_is_not_written_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "run.json").write_text("{}")
-    process = start(*RUN, "--out", str(tmp_path))
-    output, _ = process.communicate(timeout=100)
-    assert process.returncode == 1 and "already holds a run" in output
+    with pytest.raises(SystemExit, match="already holds a run"):
+        command(monkeypatch, *RUN, "--out", str(tmp_path))
     assert (tmp_path / "run.json").read_text() == "{}"
 
 
 @pytest.mark.parametrize(("algo", "message"), [("sac", "cannot be resumed"), ("softsac", "has no checkpoint")])
-def test_what_cannot_be_resumed(tmp_path: Path, algo: str, message: str) -> None:
+def test_what_cannot_be_resumed(tmp_path: Path, algo: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "run.json").write_text(json.dumps({"run": {"algo": algo}}))
-    process = start("resume", str(tmp_path))
-    output, _ = process.communicate(timeout=100)
-    assert process.returncode == 1 and message in output
+    with pytest.raises(SystemExit, match=message):
+        command(monkeypatch, "resume", str(tmp_path))
 
 
 @pytest.mark.parametrize(
