@@ -146,6 +146,7 @@ def test_variants_train(path: Path, env_id: str, tmp_path: Path):
 
     before = [parameter.clone() for parameter in model.actor.parameters()]
     manager.learn(model)
+    model.env.close()  # as save_trained_model() does
     assert model.num_timesteps == 150
     assert model._n_updates == 70
     assert all(th.isfinite(parameter).all() for parameter in model.policy.parameters())

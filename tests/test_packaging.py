@@ -91,9 +91,10 @@ class Environment:
         using = """
             import rl_zoo3.utils
             assert "softsac" in rl_zoo3.utils.ALGOS
-            import sb3_softsac, sb3_softsac._rl_zoo3 as ours
+            import sb3_softsac
+            from sb3_softsac._rl_zoo3 import methods
             print(sb3_softsac.__file__)
-            print(ours.hyperparams_folder() / "softsac.yml")
+            print(methods.own_config(None))
         """
         code = "\n".join(line.strip() for line in using.splitlines())
         package, yml = map(Path, run(self.python, "-c", code, cwd=self.outside).splitlines())

@@ -31,7 +31,8 @@ from resume_script import new_process
 from stable_baselines3.common.env_util import make_vec_env
 
 import sb3_softsac
-from sb3_softsac import CheckpointCallback, SoftSAC, _rl_zoo3
+from sb3_softsac import CheckpointCallback, SoftSAC
+from sb3_softsac._rl_zoo3 import methods
 from sb3_softsac.persistence import model_file
 
 pytestmark = pytest.mark.processes
@@ -362,14 +363,14 @@ def look_inside(folder: Path) -> None:
     from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER
 
     from sb3_softsac import SoftSAC, presets
-    from sb3_softsac._rl_zoo3 import EXCLUDED, excluded_options, hyperparams_folder
+    from sb3_softsac._rl_zoo3.search import EXCLUDED, excluded_options
     from sb3_softsac.execution import threads
 
     # Hyperparameters: ours, the user's, and the zoo's for other algorithms
     def config(algo: str, **kwargs: Any) -> Path:
         return Path(ExperimentManager(argparse.Namespace(), algo, "Pendulum-v1", "logs", **kwargs).config)
 
-    ours = hyperparams_folder() / "softsac.yml"
+    ours = presets.hyperparams_folder() / "softsac.yml"
     assert config("softsac") == ours and ours.is_file()
     assert config("softsac", config="missing.yml") == Path("missing.yml")
     assert config("softsac", config="softsac.yml") == ours
@@ -443,7 +444,7 @@ def look_inside(folder: Path) -> None:
         return 0.0
 
     with pytest.raises(optuna.TrialPruned):
-        _rl_zoo3._pruned_if_invalid(refused)(None, study.ask())
+        methods._pruned_if_invalid(refused)(None, study.ask())
 
     # Options without a meaning beside the others are not sampled
     trial = study.ask()
@@ -568,7 +569,7 @@ def test_frames_stacked_below_vec_normalize(tmp_path: Path) -> None:
 )
 def test_callbacks_of_one_run_are_left_out_of_trials(callback: Any, is_left_out: bool) -> None:
     """All trials would write to one folder."""
-    assert _rl_zoo3._is_of_one_run(str(callback)) == is_left_out
+    assert methods._is_of_one_run(str(callback)) == is_left_out
 
 
 def test_continued_file_that_was_saved_after_watching(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -582,7 +583,7 @@ def test_continued_file_that_was_saved_after_watching(tmp_path: Path, capsys: py
     env = make_vec_env("Pendulum-v1")
 
     def load(**hyperparams: Any) -> Any:
-        return _rl_zoo3._load_pretrained_agent(lambda *_: None, manager, hyperparams, env)
+        return methods._load_pretrained_agent(lambda *_: None, manager, hyperparams, env)
 
     assert load().replay_buffer.buffer_size == 1_000_000
     assert "buffer_size=1,000,000 instead of the file's, 1" in capsys.readouterr().out
@@ -600,6 +601,6 @@ def test_runs_from_the_end_of_one_log_to_folders_of_their_own(is_finished: bool,
     manager = SimpleNamespace(continue_training=True, _asks_for_n_timesteps=True, n_timesteps=5)
     for _ in range(2):
         loaded = SoftSAC.load(path, make_vec_env("Pendulum-v1"))
-        _rl_zoo3._learn(lambda _, each: each.learn(5, reset_num_timesteps=False), manager, loaded)
+        methods._learn(lambda _, each: each.learn(5, reset_num_timesteps=False), manager, loaded)
     folders = sorted(each.name for each in (tmp_path / "logs").iterdir())
     assert folders == [f"SoftSAC_{i}" for i in range(1, 4 if is_finished else 2)]

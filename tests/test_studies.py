@@ -29,7 +29,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.processes]
 
 N_TRIALS, N_STEPS = 3, 300
 WORKER = """
-from sb3_softsac import studies
+from sb3_softsac._rl_zoo3 import studies
 studies.HEARTBEAT_SECONDS, studies.GRACE_SECONDS = 1, 8
 from rl_zoo3.train import train
 train()
@@ -179,14 +179,15 @@ def test_workers_begin_at_once(postgresql: str, tmp_path: Path) -> None:
 
     with psycopg.connect(postgresql.replace("+psycopg", ""), autocommit=True) as connection:
         connection.execute("CREATE DATABASE new")
-    code = f"from sb3_softsac import studies; studies._storage({postgresql.replace('/postgres?', '/new?')!r}, print)"
+    url = postgresql.replace("/postgres?", "/new?")
+    code = f"from sb3_softsac._rl_zoo3 import studies; studies._storage({url!r}, print)"
     workers = [subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path) for _ in range(4)]
     assert [worker.wait(timeout=300) for worker in workers] == [0] * 4
 
 
 def lose_again_and_again(folder: Path) -> list[str]:
     """:return: states of the trials of a study after each loss of a worker"""
-    from sb3_softsac import studies  # only in a process of its own: the zoo changes Gymnasium
+    from sb3_softsac._rl_zoo3 import studies  # only in a process of its own: the zoo changes Gymnasium
 
     warnings.simplefilter("ignore", ExperimentalWarning)
     study = optuna.create_study()
@@ -209,7 +210,7 @@ def test_trial_that_ends_its_workers(tmp_path: Path) -> None:
 
 def stale_trials(path: str, enqueued: bool) -> list[list[int]]:
     """Stale ones as soon as there is a trial, and when its worker has been silent for long."""
-    from sb3_softsac import studies
+    from sb3_softsac._rl_zoo3 import studies
 
     storage = studies.JournalStorage(path, lambda study, trial: None)
     study = optuna.create_study(storage=storage)

@@ -39,7 +39,8 @@ from torch.torch_version import TorchVersion
 from twins import SMALL, assert_same, make, state, train, twins
 
 import sb3_softsac
-from sb3_softsac import _rl_zoo3, gradient_step, optimizers, upstream
+from sb3_softsac import gradient_step, optimizers, upstream
+from sb3_softsac._rl_zoo3 import methods
 from sb3_softsac.execution import inductor
 from sb3_softsac.execution.cpp import build, support
 from sb3_softsac.execution.cpp import update as cpp_update
@@ -96,7 +97,7 @@ def test_names(name: str) -> None:
 
 
 MODEL = {
-    "_total_timesteps": "resumable ends rollouts by it, _rl_zoo3 says how many steps are left",
+    "_total_timesteps": "resumable ends rollouts by it, _rl_zoo3.methods says how many steps are left",
     "_num_timesteps_at_start": "rollouts._lack_of: whether a run goes on",
     "_episode_num": "rollouts._collect_rollout counts it, callbacks.SaveBestTrainingReturnCallback reads it",
     "_n_updates": "softsac counts delays and target updates by it",
@@ -548,10 +549,10 @@ def test_methods_of_the_zoo(name: str) -> None:
 
 
 def test_manager_of_the_zoo() -> None:
-    assert _rl_zoo3.METHODS.keys() == METHODS.keys() | {"__init__"}
+    assert methods.OF_MANAGER.keys() == METHODS.keys() | {"__init__"}
     names = {arg.arg for arg in zoo_method("__init__").args.args}
     assert {"config", "hyperparams", "n_timesteps", "log_folder", "vec_env_type"} <= names, (
-        "_rl_zoo3._init looks for these arguments by name."
+        "_rl_zoo3.methods looks for these arguments by name."
     )
     used = {
         *("algo", "config", "save_freq", "callbacks", "save_path", "optimize_hyperparameters", "specified_callbacks"),

@@ -1,28 +1,16 @@
-"""
-Everything the RL Zoo needs to know of SoftSAC. Never imported unless ``rl_zoo3`` is: see ``_sb3_softsac_startup``.
-
-:func:`patch` changes what a module of the zoo has defined, :func:`edited_code` what it is about to run. Other
-algorithms are left alone, except where the zoo is broken for all of them.
-"""
+"""The zoo's methods, as they are for SoftSAC. Each takes the one that it replaces as its first argument."""
 
 import ast
-import importlib.util
+import importlib
 import inspect
-import io
-import json
 import sys
-import zipfile
 from collections.abc import Callable
 from functools import wraps
-from importlib.abc import ExecutionLoader
-from importlib.metadata import version
 from pathlib import Path
-from types import CodeType, ModuleType
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
-import numpy as np
-
+from sb3_softsac._rl_zoo3.search import EXCLUDED, excluded_options
 from sb3_softsac.callbacks import CheckpointCallback, SaveBestTrainingReturnCallback
 from sb3_softsac.execution import threads
 from sb3_softsac.persistence import model_file
@@ -36,123 +24,13 @@ if TYPE_CHECKING:
 
 ALGO = "softsac"
 RAY = "ray"  # of --vec-env
-EXCLUDED = "excluded_options"
 FRAME_STACK = "stable_baselines3.common.vec_env.VecFrameStack"
 CHECKPOINTS = "checkpoints"  # folder within that of a run
-
-
-def own_config(config: str | None) -> str:
-    """
-    :param config: what ``--conf-file`` says, or None
-    :return: None: our ``softsac.yml``; a file that exists, or none of ours: as it is; else the file of ours that is
-        called so, for instance ``variants/halfcheetah_lab.yml``
-    """
-    folder = hyperparams_folder()
-    if config is None:
-        return str(folder / f"{ALGO}.yml")
-    ours = [path for path in (folder / config, folder.parent / config) if path.is_file()]
-    return str(ours[0]) if ours and not Path(config).is_file() else config
-
-
-# Search space of the options that SAC does not have
-OWN_OPTIONS: "dict[str, Callable[[Trial, str], Any]]" = {
-    "qf_learning_rate": lambda trial, name: trial.suggest_float(name, 1e-5, 0.002, log=True),
-    "ent_coef_learning_rate": lambda trial, name: trial.suggest_float(name, 1e-5, 0.002, log=True),
-    "policy_delay": lambda trial, name: trial.suggest_int(name, 1, 4),
-    "policy_delay_compensation": lambda trial, name: trial.suggest_categorical(name, [False, True]),
-    "use_actor_target": lambda trial, name: trial.suggest_categorical(name, [False, True]),
-    "ent_coef_loss": lambda trial, name: trial.suggest_categorical(name, ["log", "exp"]),
-    "entropy_space": lambda trial, name: trial.suggest_categorical(name, ["normalized", "env"]),
-    "max_grad_norm": lambda trial, name: trial.suggest_categorical(name, [None, 1.0, 10.0]),
-    # None: as many as learning_starts
-    "random_steps": lambda trial, name: trial.suggest_categorical(name, [None, 0]),
-    "log_std_bounding": lambda trial, name: trial.suggest_categorical(name, ["clamp", "tanh"]),
-    "separate_log_std_net": lambda trial, name: trial.suggest_categorical(name, [False, True]),
-    "weight_init": lambda trial, name: trial.suggest_categorical(name, [None, "xavier", "orthogonal"]),
-    "normalization": lambda trial, name: trial.suggest_categorical(name, [None, "batch", "layer"]),
-    "normalize_input": lambda trial, name: trial.suggest_categorical(name, [False, True]),
-    "joint_batch": lambda trial, name: trial.suggest_categorical(name, [None, "critic", "all"]),
-    "unit_norm": lambda trial, name: trial.suggest_categorical(name, [None, "weights"]),
-    "n_atoms": lambda trial, name: trial.suggest_categorical(name, [None, 101]),
-    # Categorical critics need "bounded", whatever is drawn here
-    "normalize_rewards": lambda trial, name: trial.suggest_categorical(name, [None, "std"]),
-    "dropout_rate": lambda trial, name: trial.suggest_categorical(name, [0.0, 0.01]),
-    "max_noise_repeat": lambda trial, name: trial.suggest_categorical(name, [1, 16]),
-}
 OWN_RATES = ("qf_learning_rate", "ent_coef_learning_rate")
 RATES = ("learning_rate", *OWN_RATES)
-POLICY_OPTIONS = (
-    *("log_std_bounding", "separate_log_std_net", "weight_init"),
-    *("normalization", "normalize_input", "unit_norm", "n_atoms", "dropout_rate"),
-)
-NOT_WITH_SDE = ("log_std_bounding", "separate_log_std_net", "max_noise_repeat")
-NOT_WITH_FIXED_ENT_COEF = ("ent_coef_learning_rate", "ent_coef_loss", "entropy_space")
-HER_OPTIONS = ("n_sampled_goal", "goal_selection_strategy")
 
 
-def excluded_options(hyperparams: dict[str, Any]) -> list[str]:
-    """Names of ``OWN_OPTIONS`` that have no meaning beside what a trial does not sample."""
-    excluded = list(NOT_WITH_SDE) if hyperparams.get("use_sde") else []
-    if not str(hyperparams.get("ent_coef", "auto")).startswith("auto"):
-        excluded += NOT_WITH_FIXED_ENT_COEF
-    if hyperparams.get("normalize"):
-        excluded += ["n_atoms", "normalize_rewards"]  # VecNormalize scales rewards already
-    return excluded
-
-
-def sample_softsac_params(
-    trial: "Trial", n_actions: int, n_envs: int, additional_args: dict[str, Any]
-) -> dict[str, Any]:
-    """Sampler for ``-optimize``, called by the zoo: what it samples for SAC, and ``OWN_OPTIONS``."""
-    hyperparams_opt = importlib.import_module("rl_zoo3.hyperparams_opt")
-    hyperparams = hyperparams_opt.sample_sac_params(trial, n_actions, n_envs, additional_args)
-    excluded = trial.user_attrs.get(EXCLUDED, ())
-    own = {name: suggest(trial, name) for name, suggest in OWN_OPTIONS.items() if name not in excluded}
-    return _with_own_options(hyperparams, own)
-
-
-def convert_softsac_params(sampled_params: dict[str, Any]) -> dict[str, Any]:
-    """Converter for ``--trial-id``: arguments as :func:`sample_softsac_params` returned them."""
-    hyperparams_opt = importlib.import_module("rl_zoo3.hyperparams_opt")
-    own = {name: value for name, value in sampled_params.items() if name in OWN_OPTIONS}
-    # The zoo's converter hands these to the algorithm instead of its buffer
-    her = {name: value for name, value in sampled_params.items() if name in HER_OPTIONS}
-    hyperparams = hyperparams_opt.convert_offpolicy_params(
-        {name: value for name, value in sampled_params.items() if name not in {**own, **her}}
-    )
-    if her:
-        hyperparams["replay_buffer_kwargs"] = her
-    return _with_own_options(hyperparams, own)
-
-
-def _with_own_options(hyperparams: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-    policy_kwargs = {name: own.pop(name) for name in POLICY_OPTIONS if name in own}
-    if policy_kwargs.get("log_std_bounding") == "tanh":
-        policy_kwargs["log_std_bounds"] = (-5, 2)  # a policy starts in the middle of the bounds: -9 is next to no noise
-    if policy_kwargs.get("normalization") != "batch" and not policy_kwargs.get("normalize_input"):
-        own["joint_batch"] = None  # not left out: the configuration may have another value
-    if policy_kwargs.get("n_atoms"):
-        own["normalize_rewards"] = "bounded"
-    return {**hyperparams, **own, "policy_kwargs": {**hyperparams["policy_kwargs"], **policy_kwargs}}
-
-
-def patch(module: ModuleType) -> None:
-    """
-    Add SoftSAC to a module of the zoo, in place: the modules hold references to each other's objects. A second
-    call changes nothing.
-    """
-    if module.__name__ == "rl_zoo3.utils":
-        module.ALGOS[ALGO] = SoftSAC
-        _replace_method(module.StoreDict, "__call__", _store_dict)
-    elif module.__name__ == "rl_zoo3.hyperparams_opt":
-        module.HYPERPARAMS_SAMPLER[ALGO] = sample_softsac_params
-        module.HYPERPARAMS_CONVERTER[ALGO] = convert_softsac_params
-    elif module.__name__ == "rl_zoo3.exp_manager":
-        for name, method in METHODS.items():
-            _replace_method(module.ExperimentManager, name, method)
-
-
-def _store_dict(
+def store_dict(
     original: Callable[..., None], self: Any, parser: Any, namespace: Any, values: list[str], *args: Any
 ) -> None:
     """
@@ -174,18 +52,17 @@ def _quoted(argument: str) -> str:
         return f"{name}:{value!r}" if is_text else argument
 
 
-def _replace_method(cls: Any, name: str, method: Callable[..., Any]) -> None:
-    """:param method: takes what it replaces, then the object and the arguments"""
-    original = getattr(cls, name)
-    if hasattr(original, "_knows_softsac"):
-        return
-
-    @wraps(original)
-    def replacement(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return method(original, self, *args, **kwargs)
-
-    vars(replacement)["_knows_softsac"] = True
-    setattr(cls, name, replacement)
+def own_config(config: str | None) -> str:
+    """
+    :param config: what ``--conf-file`` says, or None
+    :return: None: our ``softsac.yml``; a file that exists, or none of ours: as it is; else the file of ours that is
+        called so, for instance ``variants/halfcheetah_lab.yml``
+    """
+    folder = hyperparams_folder()
+    if config is None:
+        return str(folder / f"{ALGO}.yml")
+    ours = [path for path in (folder / config, folder.parent / config) if path.is_file()]
+    return str(ours[0]) if ours and not Path(config).is_file() else config
 
 
 def _init(original: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
@@ -393,7 +270,7 @@ def _objective(original: Callable[..., float], self: Any, trial: "Trial") -> flo
     if self.algo == ALGO:
         trial.set_user_attr(EXCLUDED, excluded_options({**self._hyperparams, "normalize": self.normalize}))
         if self.storage is not None:
-            from sb3_softsac import studies  # only here: it imports the zoo
+            from sb3_softsac._rl_zoo3 import studies  # only here: it imports the zoo
 
             return studies.objective(_pruned_if_invalid(original), self, trial)
         return _pruned_if_invalid(original)(self, trial)
@@ -420,14 +297,14 @@ def _hyperparameters_optimization(original: Callable[..., None], self: Any) -> N
     if self.algo == ALGO and self._hyperparams.get("policy_kwargs"):
         print("Trials sample policy_kwargs of their own, in place of the configuration's")
     if self.algo == ALGO and self.storage is not None:
-        from sb3_softsac import studies
+        from sb3_softsac._rl_zoo3 import studies
 
         studies.optimize(original, self)
     else:
         original(self)
 
 
-METHODS: dict[str, Callable[..., Any]] = {
+OF_MANAGER: dict[str, Callable[..., Any]] = {
     "__init__": _init,
     "read_hyperparameters": _read_hyperparameters,
     "_preprocess_schedules": _preprocess_schedules,
@@ -441,120 +318,3 @@ METHODS: dict[str, Callable[..., Any]] = {
     "objective": _objective,
     "hyperparameters_optimization": _hyperparameters_optimization,
 }
-
-
-def edited_code(loader: ExecutionLoader, name: str) -> CodeType | None:
-    """
-    :param loader: loader of a module of the zoo
-    :param name: name of the module
-    :return: the module's code with SoftSAC in it; as it is, if the source is not there
-    """
-    source = loader.get_source(name)
-    if source is None:
-        return loader.get_code(name)
-    tree = _Editor().visit(ast.parse(source))
-    return compile(ast.fix_missing_locations(tree), loader.get_filename(name), "exec", dont_inherit=True)
-
-
-class _Editor(ast.NodeTransformer):
-    """
-    Adds SoftSAC to the lists that SAC is in, and replaces two imports.
-
-    - ``off_policy_algos`` in enjoy, record_video, push_to_hub (and a nameless one in benchmark): for an algorithm that
-      is not in it, the whole replay buffer is allocated when a model is only watched.
-    - the classes that ``callbacks.ParallelTrainCallback`` supports.
-
-    ``train`` gets another choice for ``--vec-env``, of which :func:`_init` makes a ``RayVecEnv``.
-    """
-
-    IMPORTS = {  # noqa: RUF012
-        # huggingface_hub no longer uses requests: for a model without VecNormalize, load_from_hub waits for the error
-        # of a missing file, which never comes
-        ("requests.exceptions", "HTTPError"): ("huggingface_hub.errors", "EntryNotFoundError"),
-        # sb3-team-hf-integration 3.2 no longer has it: push_to_hub fails for every algorithm
-        ("huggingface_sb3.push_to_hub", "generate_metadata"): (__name__, "generate_metadata"),
-        # push_to_hub: the last that is done to a model card
-        ("huggingface_hub.repocard", "metadata_save"): (__name__, "metadata_save"),
-    }
-
-    def visit_List(self, node: ast.List | ast.Tuple) -> ast.List | ast.Tuple:
-        self.generic_visit(node)
-        if not isinstance(node.ctx, ast.Load):
-            return node
-        elements = node.elts
-        names = [ast.unparse(element) for element in elements]
-        if names == ["'dummy'", "'subproc'"]:
-            elements.append(ast.Constant(RAY))
-        elif "'sac'" in names:
-            elements.append(ast.Constant(ALGO))
-        elif "SAC" in names:
-            elements.append(ast.parse(f"__import__({__name__!r}, fromlist=['SoftSAC']).SoftSAC", mode="eval").body)
-        return node
-
-    visit_Tuple = visit_List
-
-    def visit_ImportFrom(self, node: ast.ImportFrom) -> list[ast.ImportFrom]:
-        statements = []
-        for alias in node.names:
-            module, name = self.IMPORTS.get((node.module or "", alias.name), (node.module, alias.name))
-            asname = alias.asname or (alias.name if name != alias.name else None)
-            statements.append(ast.ImportFrom(module, [ast.alias(name, asname)], node.level))
-            ast.copy_location(statements[-1], node)
-        return statements
-
-
-def generate_metadata(model_name: str, env_id: str, mean_reward: float, std_reward: float) -> dict[str, Any]:
-    """The head of a model card, as the function of this name returned it before sb3-team-hf-integration 3.2."""
-    hub = importlib.import_module("huggingface_sb3.push_to_hub")
-    if hasattr(hub, "generate_metadata"):
-        metadata: dict[str, Any] = hub.generate_metadata(model_name, env_id, mean_reward, std_reward)
-        return metadata
-    card: dict[str, Any] = hub._generate_metadata(model_name, env_id, mean_reward, std_reward).to_dict()
-    return card
-
-
-def metadata_save(path: Path, metadata: dict[str, Any]) -> None:
-    """
-    Writes the head of a model card. That of a SoftSAC model also gets its evaluation and its learning curve, and usage
-    lines that work.
-
-    :param path: the card, in the folder of what is uploaded
-    :param metadata: the head
-    """
-    card = path.read_text(encoding="utf-8")
-    if card.lstrip().startswith(f"# **{SoftSAC.__name__}**"):
-        path.write_text(_completed_card(card, path.parent), encoding="utf-8")
-    importlib.import_module("huggingface_hub.repocard").metadata_save(path, metadata)
-
-
-def _completed_card(card: str, folder: Path) -> str:
-    # Without the variable, load_from_hub refuses
-    card = card.replace("python -m rl_zoo3.load_from_hub", "TRUST_REMOTE_CODE=True python -m rl_zoo3.load_from_hub")
-    usage = "\n## Usage"
-    result = json.loads((folder / "results.json").read_text())
-    actions = "deterministic" if result["is_deterministic"] else "sampled"
-    evaluation = (
-        f"\n## Evaluation\nReturn of {result['n_eval_episodes']} episodes with {actions} actions: "
-        f"{result['mean_reward']:.2f} +/- {result['std_reward']:.2f}\n"
-    )
-    if _draw_learning_curve(folder / "train_eval_metrics.zip", folder / "learning_curve.png"):
-        evaluation += "\n![Return of the evaluations during training](learning_curve.png)\n"
-    needed = f"\n`--algo {ALGO}` comes with the package sb3-softsac (here {version('sb3-softsac')}): install it, too.\n"
-    return card.replace(usage, evaluation + usage, 1).replace(
-        "\nInstall the RL Zoo", f"{needed}\nInstall the RL Zoo", 1
-    )
-
-
-def _draw_learning_curve(metrics: Path, picture: Path) -> bool:
-    """:return: whether there are evaluations, and matplotlib"""
-    with zipfile.ZipFile(metrics) as archive:
-        if "evaluations.npz" not in archive.namelist() or importlib.util.find_spec("matplotlib") is None:
-            return False
-        evaluations = np.load(io.BytesIO(archive.read("evaluations.npz")))
-    figure = importlib.import_module("matplotlib.figure").Figure(figsize=(6, 3.5), layout="constrained")
-    axes = figure.add_subplot(xlabel="steps", ylabel="return")
-    mean, std = (getattr(evaluations["results"], name)(axis=1) for name in ("mean", "std"))
-    axes.plot(evaluations["timesteps"], mean)
-    axes.fill_between(evaluations["timesteps"], mean - std, mean + std, alpha=0.3)
-    figure.savefig(picture)
-    return True
