@@ -55,7 +55,7 @@ class Run(NamedTuple):
 
     @property
     def is_finished(self) -> bool:
-        return bool(self.evaluations["steps"][-1] >= self.steps)
+        return self.final is not None or bool(self.evaluations["steps"][-1] >= self.steps)
 
 
 Arms = dict[str, list[Run]]
