@@ -95,8 +95,10 @@ def flat(arguments: dict[str, Any]) -> dict[str, Any]:
     """
     parts = {}
     for name, value in arguments.items():
-        inner = flat(value) if isinstance(value, dict) else None
-        parts.update({name: value} if inner is None else {f"{name}.{key}": each for key, each in inner.items()})
+        if isinstance(value, dict):
+            parts.update({f"{name}.{key}": each for key, each in flat(value).items()})
+        else:
+            parts[name] = value
     return parts
 
 

@@ -139,7 +139,8 @@ def test_continue(trained: Path, tmp_path: Path, with_buffer: bool) -> None:
     )
     run = tmp_path / "logs/softsac/Pendulum-v1_1"
     after = saved_data(run / "Pendulum-v1.zip")
-    assert "gamma=0.9 instead of the file's, 0.99" in output and "batch_size=" not in output
+    assert "gamma=0.9 instead of the file's, 0.99" in output
+    assert "batch_size=" not in output and "train_freq=" not in output  # they are the file's, too
     assert "policy_kwargs={} is the file's, not {'net_arch': [7]}" in output
     assert "- - policy_kwargs\n    - {}\n" in (run / "Pendulum-v1/config.yml").read_text()
     assert f"- - seed\n    - {after['seed']}\n" in (run / "Pendulum-v1/args.yml").read_text()

@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
+from stable_baselines3.common.type_aliases import TrainFreq
+from stable_baselines3.common.utils import ConstantSchedule
+
 from sb3_softsac._rl_zoo3.search import EXCLUDED, excluded_options
 from sb3_softsac.callbacks import CheckpointCallback, SaveBestTrainingReturnCallback
 from sb3_softsac.execution import threads
@@ -86,10 +89,6 @@ def _init(original: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -
 
 
 def _read_hyperparameters(original: Callable[..., Any], self: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """
-    The zoo stacks frames on top of VecNormalize, and no replay buffer can normalise what was stacked after that (SB3
-    issue 693, zoo issue 480). As a ``vec_env_wrapper`` they are stacked below; it is saved so, for enjoy and others.
-    """
     hyperparams, saved = original(self)
     if self.algo != ALGO:
         return hyperparams, saved
@@ -99,6 +98,8 @@ def _read_hyperparameters(original: Callable[..., Any], self: Any) -> tuple[dict
     if self.continue_training and statistics.exists() and not hyperparams.get("normalize"):
         print("normalize=True: the continued run has VecNormalize")
         hyperparams["normalize"] = saved["normalize"] = True
+    # The zoo stacks frames on top of VecNormalize, and no replay buffer can normalise what was stacked after that (SB3
+    # issue 693, zoo issue 480). As a vec_env_wrapper they are stacked below; it is saved so, for enjoy and others.
     if hyperparams.get("normalize") and hyperparams.get("frame_stack"):
         for each in (hyperparams, saved):
             wrappers = each.get("vec_env_wrapper") or []
@@ -184,11 +185,12 @@ def _load_pretrained_agent(original: Callable[..., Any], self: Any, hyperparams:
         verbose=self.verbose,
         **changes,
     )
-    for name, value in changes.items():
-        if name in saved and _plain(saved[name]) != _plain(value):
-            print(f"{name}={_plain(value)} instead of the file's, {_plain(saved[name])}")
+    for name in sorted(changes.keys() & saved.keys()):
+        now, then = _as_given(getattr(model, name)), _as_given(saved[name])
+        if now != then:
+            print(f"{name}={now} instead of the file's, {then}")
     own = {name: value for name, value in model.policy_kwargs.items() if name != "use_sde"}  # which SB3 has added
-    if "policy_kwargs" in hyperparams and _plain(hyperparams["policy_kwargs"]) != _plain(own):
+    if hyperparams.get("policy_kwargs", own) != own:
         print(f"policy_kwargs={own} is the file's, not {hyperparams['policy_kwargs']}")
         self._policy_kwargs_of_file = own
     if "buffer_size" not in changes and model.replay_buffer is not None and model.buffer_size < model.batch_size:
@@ -212,14 +214,11 @@ def _load_pretrained_agent(original: Callable[..., Any], self: Any, hyperparams:
     return model
 
 
-def _plain(value: Any) -> str:
-    """:return: text that is equal for equal arguments; the zoo makes schedules of constant rates"""
-    value = getattr(value, "val", value) if type(value).__name__ == "ConstantSchedule" else value
-    if isinstance(value, dict):
-        return str({name: _plain(each) for name, each in sorted(value.items())})
-    if isinstance(value, (list, tuple)):
-        return str([_plain(each) for each in value])
-    return repr(float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else value)
+def _as_given(value: Any) -> Any:
+    """:return: what the zoo or SB3 have made the value from"""
+    if isinstance(value, ConstantSchedule):
+        return value.val
+    return (value.frequency, value.unit.value) if isinstance(value, TrainFreq) else value
 
 
 def _save_config(original: Callable[..., None], self: Any, saved_hyperparams: dict[str, Any]) -> None:
