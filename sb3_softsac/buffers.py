@@ -21,6 +21,8 @@ from stable_baselines3.common.buffers import ReplayBuffer as SB3ReplayBuffer
 from stable_baselines3.common.type_aliases import DictReplayBufferSamples, ReplayBufferSamples
 from stable_baselines3.common.vec_env import VecNormalize
 
+from sb3_softsac.type_aliases import ReplayBatch
+
 try:  # optional, as in SB3: only checks the free memory
     import psutil
 except ImportError:
@@ -53,8 +55,7 @@ def rows_of(batch: Any, rows: slice) -> Any:
 
 def rows_by_age(buffer: SB3ReplayBuffer) -> np.ndarray:
     """Used rows of a buffer, oldest first."""
-    rows: np.ndarray = (np.arange(buffer.size()) + (buffer.pos if buffer.full else 0)) % buffer.buffer_size
-    return rows
+    return (np.arange(buffer.size()) + (buffer.pos if buffer.full else 0)) % buffer.buffer_size
 
 
 def rescaled_actions(actions: np.ndarray, there: spaces.Space[Any], here: spaces.Space[Any]) -> np.ndarray:
@@ -456,9 +457,7 @@ class ReplayBuffer(SB3ReplayBuffer):
         self.pos = (self.pos + n_rows) % self.buffer_size
         return n_rows * n_envs
 
-    def sample(  # type: ignore[override]
-        self, batch_size: int, env: VecNormalize | None = None
-    ) -> ReplayBufferSamples | DictReplayBufferSamples:
+    def sample(self, batch_size: int, env: VecNormalize | None = None) -> ReplayBatch:  # type: ignore[override]
         """
         Sample transitions uniformly, with replacement, with the buffer's own random state.
 
@@ -516,7 +515,7 @@ class ReplayBuffer(SB3ReplayBuffer):
 
     def _get_samples(  # type: ignore[override]
         self, batch_inds: np.ndarray, env: VecNormalize | None = None
-    ) -> ReplayBufferSamples | DictReplayBufferSamples:
+    ) -> ReplayBatch:
         places, last_places, rewards, dones, discounts = self._draw(batch_inds, env)
         obs = map_obs(lambda storage: self._at(storage, places), self.observations)
         next_obs = self.get_next_obs(last_places)
@@ -629,8 +628,7 @@ class ReplayBuffer(SB3ReplayBuffer):
 
         if isinstance(self.observations, dict):
             obs = {key: obs[key] for key in self.observations}
-        rows: Obs = map_obs(cast, obs, self.observations)
-        return rows
+        return map_obs(cast, obs, self.observations)
 
     def _zeros_obs(self, leading: tuple[int, ...]) -> Obs:
         if isinstance(self.observation_space, spaces.Dict):

@@ -193,8 +193,8 @@ def export_dataset(
         if state is not None:
             with naming(f"the environment in {path}"):
                 _warn_of_layers(state, env, env_id)
-        statistics = None if model._unread is None else model._unread.statistics
-        normalize = None if statistics is None else env_state.vec_normalize(statistics, spaces[0])
+        assert model._unread is not None, "it was loaded without an environment"
+        normalize = model._unread.vec_normalize(spaces[0])
         episodes = datasets.play(model, env, n_episodes, normalize, deterministic)
     known = env_id if env_id in gym.registry else None
     dataset = datasets.write(dataset_id, episodes, *spaces, env_id=known, env_kwargs=kwargs)

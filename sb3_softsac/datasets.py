@@ -100,8 +100,7 @@ def _check_id(dataset_id: str) -> str | None:
     from minari.dataset.minari_dataset import parse_dataset_id
 
     try:
-        namespace: str | None = parse_dataset_id(dataset_id)[0]
-        return namespace
+        return parse_dataset_id(dataset_id)[0]
     except (TypeError, ValueError):
         raise ValueError(f"{dataset_id!r} is not a Minari id, such as 'pendulum/softsac-v0'.") from None
 

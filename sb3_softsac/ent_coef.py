@@ -2,8 +2,6 @@
 
 import torch as th
 
-from sb3_softsac import losses
-
 
 class EntCoef:
     """
@@ -43,17 +41,6 @@ class EntCoef:
     def optimizers(self) -> list[th.optim.Optimizer]:
         """The optimiser of its logarithm, if it is learned."""
         return [] if self.optimizer is None else [self.optimizer]
-
-    def losses(self, log_prob: th.Tensor, target_entropy: float, kind: str) -> dict[str, th.Tensor]:
-        """
-        :param log_prob: see :func:`losses.ent_coef_loss`
-        :param target_entropy: see :func:`losses.ent_coef_loss`
-        :param kind: see :func:`losses.ent_coef_loss`
-        :return: loss by log key; none if the coefficient is not learned
-        """
-        if self.log_ent_coef is None:
-            return {}
-        return {"ent_coef_loss": losses.ent_coef_loss(self.log_ent_coef, log_prob, target_entropy, kind)}
 
 
 def make_ent_coef(ent_coef: str | float, learning_rate: float, device: th.device) -> EntCoef:

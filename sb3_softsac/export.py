@@ -36,7 +36,6 @@ from sb3_softsac.buffers import Obs, map_obs
 from sb3_softsac.execution.runner import matmul_precision
 from sb3_softsac.persistence import atomic_files
 from sb3_softsac.persistence.archive import CheckpointError
-from sb3_softsac.persistence.envs import env_state
 from sb3_softsac.persistence.envs.object_state import chain_of
 from sb3_softsac.persistence.model_file import new_file
 from sb3_softsac.persistence.run_folder import RunFolder
@@ -303,8 +302,7 @@ def _sample(
 def _vec_normalize(model: SoftSAC) -> VecNormalize | None:
     if model.env is not None:
         return model.get_vec_normalize_env()
-    statistics = None if model._unread is None else model._unread.statistics
-    return None if statistics is None else env_state.vec_normalize(statistics, model.observation_space)
+    return None if model._unread is None else model._unread.vec_normalize(model.observation_space)
 
 
 def _parts(space: spaces.Space[Any]) -> dict[str, spaces.Space[Any]]:
@@ -494,13 +492,11 @@ def _largest_difference(run: Run, expected: Run, observations: Obs, action_space
 
 
 def _first(obs: Obs, n: int) -> Obs:
-    first: Obs = map_obs(lambda part: part[:n], obs)
-    return first
+    return map_obs(lambda part: part[:n], obs)
 
 
 def _tensors(obs: Obs, device: th.device) -> TorchObs:
-    tensors: TorchObs = map_obs(lambda part: th.as_tensor(part, device=device), obs)
-    return tensors
+    return map_obs(lambda part: th.as_tensor(part, device=device), obs)
 
 
 # --- the command line -------------------------------------------------------------------------------------------------

@@ -245,15 +245,13 @@ def _critic_outputs(
 
 def _outputs(critic: Critic, observations: TorchObs, actions: th.Tensor) -> Outputs:
     if isinstance(head_of(critic), ScalarHead):  # a user may have hooks on the critic, or a forward() of their own
-        values: Outputs = critic(observations, actions)
-        return values
+        return critic(observations, actions)
     return critic.outputs(observations, actions)
 
 
 def _joined(batch: ReplayBatch) -> TorchObs:
     """Observations, and behind them next observations: (2 B, ...), or a dict of them."""
-    joined: TorchObs = map_obs(lambda *parts: th.cat(parts), batch.observations, batch.next_observations)
-    return joined
+    return map_obs(lambda *parts: th.cat(parts), batch.observations, batch.next_observations)
 
 
 def actor_gradients(
@@ -269,9 +267,10 @@ def actor_gradients(
     pi = _sample(policy, batch, noise, options)
     metrics: Metrics = {}
     ent_coef_gradients: Gradients = ()
-    for name, loss in ent_coef.losses(pi.log_prob, options.target_entropy, options.ent_coef_loss).items():
+    if ent_coef.log_ent_coef is not None:
+        loss = losses.ent_coef_loss(ent_coef.log_ent_coef, pi.log_prob, options.target_entropy, options.ent_coef_loss)
         ent_coef_gradients, _ = _gradients(loss, optimizers.ent_coef, None)
-        metrics[name] = loss.detach()
+        metrics["ent_coef_loss"] = loss.detach()
     loss = losses.actor_loss(policy.critic(batch.observations, pi.actions), pi.log_prob, coefficient)
     gradients, norm = _gradients(loss, optimizers.actor, options.max_grad_norm)
     metrics["actor_loss"] = loss.detach()
@@ -330,10 +329,11 @@ PURE = Parts(critic_gradients, actor_gradients, pure_update_targets, pure_step)
 
 def _sample(policy: SoftSACPolicy, batch: ReplayBatch, noise: th.Tensor, options: UpdateOptions) -> PolicySample:
     """The policy's own actions, with densities in the units of the entropy."""
-    actor, is_joint = policy.actor, options.joint_batch == "all"
-    obs, n_rows = (_joined(batch), len(batch.actions)) if is_joint else (batch.observations, None)
-    with networks.batch_statistics(actor):
-        pi = actor.sample(obs, noise) if n_rows is None else actor.sample(obs, noise, n_rows)
+    with networks.batch_statistics(policy.actor):
+        if options.joint_batch == "all":
+            pi = policy.actor.sample(_joined(batch), noise, len(batch.actions))
+        else:
+            pi = policy.actor.sample(batch.observations, noise)
     return pi._replace(log_prob=pi.log_prob - options.log_action_scale)
 
 

@@ -148,8 +148,7 @@ def head_of(critic: nn.Module) -> Head:
     :param critic: any critic; a user's own class may have no head
     :return: what its outputs mean
     """
-    head: Head = getattr(critic, "head", SCALAR)
-    return head
+    return getattr(critic, "head", SCALAR)
 
 
 def project(probabilities: th.Tensor, values: th.Tensor, v_min: float, v_max: float) -> th.Tensor:

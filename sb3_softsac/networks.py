@@ -100,8 +100,7 @@ class ResidualBlock(nn.Module):
         :param x: (B, width)
         :return: same shape
         """
-        residual: th.Tensor = self.layers(x)
-        return x + residual
+        return x + self.layers(x)
 
 
 def make_layers(

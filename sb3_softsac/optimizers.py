@@ -67,6 +67,15 @@ def trainable(optimizer: Optimizer) -> list[th.Tensor]:
     return [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
 
 
+def use_of(optimizer: Optimizer) -> Any:
+    """
+    :param optimizer: any optimiser
+    :return: what it trains, and how, to be compared; learning rates are an update's inputs
+    """
+    options = [list(map(group.get, ADAM_OPTIONS)) for group in optimizer.param_groups]
+    return is_plain_adam(optimizer), list(map(id, trainable(optimizer))), options
+
+
 def trained(optimizer: Optimizer) -> Trained:
     """
     :param optimizer: any optimiser

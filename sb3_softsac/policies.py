@@ -12,7 +12,7 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.distributions import StateDependentNoiseDistribution
 from stable_baselines3.common.policies import BaseModel, BasePolicy, ContinuousCritic
-from stable_baselines3.common.preprocessing import is_image_space, preprocess_obs
+from stable_baselines3.common.preprocessing import get_action_dim, is_image_space, preprocess_obs
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, CombinedExtractor, FlattenExtractor, NatureCNN
 from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.sac import policies as sb3_policies
@@ -284,7 +284,7 @@ class Critic(ContinuousCritic):
         self.preprocessing = Preprocessing(self.observation_space, self.normalize_images)
         self.head = make_head(n_atoms, v_min, v_max)
         if architecture != PLAIN or n_atoms is not None:
-            n_inputs = features_dim + int(np.prod(action_space.shape))
+            n_inputs = features_dim + get_action_dim(action_space)
             for idx in range(n_critics):
                 layers = networks.make_layers(n_inputs, self.head.n_outputs, net_arch, activation_fn, architecture)
                 self.add_module(f"qf{idx}", layers)
@@ -452,8 +452,7 @@ class SoftSACPolicy(sb3_policies.SACPolicy):
 
     def unscale_action(self, scaled_action: np.ndarray) -> np.ndarray:
         """As in SB3, but rounding takes no action beyond its upper bound (the lower one is exact)."""
-        actions: np.ndarray = np.minimum(super().unscale_action(scaled_action), self.action_space.high)
-        return actions
+        return np.minimum(super().unscale_action(scaled_action), self.action_space.high)
 
     def project_to_unit_norm(self, network: Actor | Critic, finite: th.Tensor | None = None) -> None:
         """

@@ -10,7 +10,6 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import chain
 from operator import attrgetter, methodcaller
 from typing import Any
@@ -336,8 +335,11 @@ class _Group:
         assert self.begun is not None
         obs, packed = self.begun
         self.begun = None
-        last = [_join(partial(_copy_of_row, k), [self.last_obs], space) for k in range(self.n)]
-        infos = [{"TimeLimit.truncated": True, "terminal_observation": each} for each in last]
+
+        def row(k: int) -> Any:
+            return _join(lambda arrays: arrays[0][k].copy(), [self.last_obs], space)
+
+        infos = [{"TimeLimit.truncated": True, "terminal_observation": row(k)} for k in range(self.n)]
         return obs, np.zeros(self.n), np.ones(self.n, dtype=bool), cloudpickle.dumps((infos, pickle.loads(packed)))
 
 
@@ -410,10 +412,6 @@ def _join(join: Callable[[list[Any]], Any], obs: Sequence[Any], space: spaces.Sp
     if isinstance(space, spaces.Tuple):
         return tuple(join([each[i] for each in obs]) for i in range(len(space.spaces)))
     return join(list(obs))
-
-
-def _copy_of_row(k: int, arrays: list[Any]) -> Any:
-    return arrays[0][k].copy()
 
 
 def _results_of(references: list[Any]) -> list[Any]:

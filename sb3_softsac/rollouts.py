@@ -223,7 +223,7 @@ class RolloutAlgorithm(OffPolicyAlgorithm):
             terminal_obs = infos[i].get("terminal_observation")
             if terminal_obs is not None:
                 terminal_obs = terminal_obs if normalize is None else normalize.unnormalize_obs(terminal_obs)
-                map_obs(lambda rows, obs, i=i: rows.__setitem__(i, _as(rows.dtype, obs)), next_obs, terminal_obs)
+                map_obs(lambda rows, obs, i=i: rows.__setitem__(i, _rounded_like(rows, obs)), next_obs, terminal_obs)
         replay_buffer.add(last_obs, next_obs, buffer_action, reward, dones, infos)  # type: ignore[arg-type]
         self._last_obs, self._last_original_obs = new_obs, new_original_obs
 
@@ -241,9 +241,9 @@ class RolloutAlgorithm(OffPolicyAlgorithm):
             self.after_step.popleft()()
 
 
-def _as(dtype: np.dtype, obs: np.ndarray) -> np.ndarray:
+def _rounded_like(rows: np.ndarray, obs: np.ndarray) -> np.ndarray:
     """VecNormalize has made floats of integers, and gives back some that are a bit smaller."""
-    return np.rint(obs) if dtype.kind in "iu" else obs
+    return np.rint(obs) if rows.dtype.kind in "iu" else obs
 
 
 def with_usual_strides(obs: np.ndarray) -> np.ndarray:

@@ -13,6 +13,7 @@ from stable_baselines3.common.buffers import ReplayBuffer as SB3ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.preprocessing import get_action_dim
 from stable_baselines3.common.type_aliases import GymEnv, Schedule, TrainFreq, TrainFrequencyUnit
 from stable_baselines3.common.utils import FloatSchedule, update_learning_rate
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
@@ -291,22 +292,21 @@ class SoftSAC(ResumableAlgorithm):
 
     def _note_arguments(self) -> None:
         """After making what is made from them."""
-        self.target_entropy = parse_target_entropy(self.target_entropy, int(np.prod(self.action_space.shape)))
+        self.target_entropy = parse_target_entropy(self.target_entropy, get_action_dim(self.action_space))
         names = ("n_steps", "gamma", "learning_rate", "lr_schedule", "ent_coef")
         self._made_from = {name: getattr(self, name) for name in names}
 
     def _take_changes(self) -> None:
         """Make anew what was made from arguments that the user has changed since."""
-        made_from = self._made_from or {}
-        changed = {name for name, value in made_from.items() if getattr(self, name) != value}
+        changed = {name for name, value in self._made_from.items() if getattr(self, name) != value}
         self._convert_train_freq()
         buffer, kwargs = self.replay_buffer, self.replay_buffer_kwargs
         for name in changed & ({"n_steps", "gamma"} if getattr(buffer, "n_steps", 1) > 1 else {"n_steps"}):
             if buffer is not None and (not isinstance(buffer, ReplayBuffer) or name in kwargs):
                 raise ValueError(
                     f"{name}={getattr(self, name)} has no effect on this replay buffer (replay_buffer_class="
-                    f"{type(buffer).__name__}, replay_buffer_kwargs={kwargs}): set it back to {made_from[name]}, or "
-                    "make a new model without these."
+                    f"{type(buffer).__name__}, replay_buffer_kwargs={kwargs}): set it back to "
+                    f"{self._made_from[name]}, or make a new model without these."
                 )
         returns = kwargs.get("n_steps", self.n_steps), kwargs.get("gamma", self.gamma)
         # They may also be those of another model, whose buffer this one has got
@@ -359,8 +359,8 @@ class SoftSAC(ResumableAlgorithm):
     def _setup_replay_buffer(self) -> None:
         """Make the replay buffer, unless there is one or the model was loaded without an environment, to predict."""
         self.replay_buffer_kwargs = self.replay_buffer_kwargs or {}
-        if self.replay_buffer_class is None or issubclass(self.replay_buffer_class, ReplayBuffer):
-            self.replay_buffer_class = self.replay_buffer_class or ReplayBuffer
+        self.replay_buffer_class = self.replay_buffer_class or ReplayBuffer
+        if issubclass(self.replay_buffer_class, ReplayBuffer):
             self.optimize_memory_usage = False  # nothing left to do, and SB3 would cut the last episode for its sake
             own: dict[str, Any] = {"n_steps": self.n_steps, "gamma": self.gamma}
             if self.n_steps == 1 and "n_steps" not in self.replay_buffer_kwargs:
@@ -561,8 +561,7 @@ class SoftSAC(ResumableAlgorithm):
     def _explore_with_held_noise(self, obs: TorchObs) -> th.Tensor:
         if self._held_noise is None or self._held_noise.max_steps != self.max_noise_repeat:
             self._held_noise = HeldNoise(self.max_noise_repeat)
-        n_actions = int(np.prod(self.action_space.shape))
-        noise = self._held_noise.next(self.n_envs, n_actions).to(self.device)
+        noise = self._held_noise.next(self.n_envs, get_action_dim(self.action_space)).to(self.device)
         self.policy.set_training_mode(False)
         with th.no_grad():
             return self.actor.sample(obs, noise).actions

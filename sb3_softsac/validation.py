@@ -329,7 +329,7 @@ def check_networks(model: Any) -> None:
     :param model: ``SoftSAC`` with its networks
     :raises ValueError: for options that make no sense with these networks or this environment
     """
-    from sb3_softsac.policies import Actor, Critic  # which imports this module
+    from sb3_softsac.policies import Critic  # which imports this module
 
     if model.use_sde != model.actor.use_sde:
         raise ValueError(
@@ -360,6 +360,17 @@ def check_networks(model: Any) -> None:
             f"{type(model.critic).__name__}.forward() would be left out of the loss of critics with n_atoms: override "
             "outputs() instead, which returns their logits."
         )
+    _check_actor(model)
+    if model.normalize_rewards is not None and getattr(model._vec_normalize_env, "norm_reward", False):
+        raise ValueError(
+            f"normalize_rewards={model.normalize_rewards!r} and VecNormalize(norm_reward=True) would both scale the "
+            "rewards: leave one of them out."
+        )
+
+
+def _check_actor(model: Any) -> None:
+    from sb3_softsac.policies import Actor  # which imports this module
+
     actor = type(model.actor)
     if not issubclass(actor, Actor):
         raise ValueError(
@@ -378,14 +389,9 @@ def check_networks(model: Any) -> None:
             f"{actor.__name__}.action_log_prob() would be left out of updates: override sample() instead, which also "
             "returns the metrics of the policy."
         )
-    overrides = model._predict_is_overridden() or type(model.actor).forward is not Actor.forward
+    overrides = model._predict_is_overridden() or actor.forward is not Actor.forward
     if model.max_noise_repeat > 1 and overrides:
         raise ValueError(
             f"max_noise_repeat={model.max_noise_repeat} has no effect on a policy that draws actions by its own "
             "predict() or forward(): leave it out."
-        )
-    if model.normalize_rewards is not None and getattr(model._vec_normalize_env, "norm_reward", False):
-        raise ValueError(
-            f"normalize_rewards={model.normalize_rewards!r} and VecNormalize(norm_reward=True) would both scale the "
-            "rewards: leave one of them out."
         )

@@ -41,8 +41,8 @@ from twins import SMALL, assert_same, make, state, train, twins
 import sb3_softsac
 from sb3_softsac import gradient_step, optimizers, upstream
 from sb3_softsac._rl_zoo3 import methods
-from sb3_softsac.execution import inductor
-from sb3_softsac.execution.cpp import build, support
+from sb3_softsac.execution import inductor, watch
+from sb3_softsac.execution.cpp import build
 from sb3_softsac.execution.cpp import update as cpp_update
 from sb3_softsac.persistence import buffer_state, callback_state, resumable
 from sb3_softsac.persistence.envs import env_state, known_classes, object_state
@@ -122,8 +122,8 @@ def test_attributes_of_models(sb3_model: SAC, name: str) -> None:
 
 
 def test_private_names_of_modules_and_optimizers() -> None:
-    moved = support.moved_names()
-    assert not moved, f"{moved}: without them support.Watch sees no changes, and nothing is done in C++."
+    moved = watch.moved_names()
+    assert not moved, f"{moved}: without them watch.Watch sees no changes, and nothing is done in C++."
     assert {"_modules", "training"} <= vars(nn.Module()).keys(), "policies._set_training_mode writes them itself."
     for optimizer_class in (th.optim.Adam, th.optim.AdamW):
         moved = optimizers.moved_names(optimizer_class(nn.Linear(1, 1).parameters()))
@@ -691,7 +691,7 @@ def test_without_foreach_lerp(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_without_hooks_of_modules(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(support, "HOOKS", (*support.HOOKS, "_moved"))
+    monkeypatch.setattr(watch, "HOOKS", (*watch.HOOKS, "_moved"))
     monkeypatch.setattr(build, "suits_processor", lambda: True)
     with pytest.warns(UserWarning, match="_moved, a private name .*C\\+\\+"):
         model = make("defaults", compile=True, random_steps=0).learn(5)

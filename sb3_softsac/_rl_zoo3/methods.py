@@ -1,7 +1,6 @@
 """The zoo's methods, as they are for SoftSAC. Each takes the one that it replaces as its first argument."""
 
 import ast
-import importlib
 import inspect
 import sys
 from collections.abc import Callable
@@ -13,7 +12,7 @@ from unittest import mock
 from stable_baselines3.common.type_aliases import TrainFreq
 from stable_baselines3.common.utils import ConstantSchedule
 
-from sb3_softsac._rl_zoo3.search import EXCLUDED, excluded_options
+from sb3_softsac._rl_zoo3.search import EXCLUDED, OWN_RATES, excluded_options
 from sb3_softsac.callbacks import CheckpointCallback, SaveBestTrainingReturnCallback
 from sb3_softsac.execution import threads
 from sb3_softsac.persistence import model_file
@@ -29,7 +28,6 @@ ALGO = "softsac"
 RAY = "ray"  # of --vec-env
 FRAME_STACK = "stable_baselines3.common.vec_env.VecFrameStack"
 CHECKPOINTS = "checkpoints"  # folder within that of a run
-OWN_RATES = ("qf_learning_rate", "ent_coef_learning_rate")
 RATES = ("learning_rate", *OWN_RATES)
 
 
@@ -125,8 +123,9 @@ def _create_log_folder(original: Callable[..., None], self: Any) -> None:
             Path(self.save_path).mkdir(parents=True)
             break
         except FileExistsError:
-            utils = importlib.import_module("rl_zoo3.utils")
-            number = utils.get_latest_run_id(self.log_path, self.env_name) + 1
+            from rl_zoo3.utils import get_latest_run_id  # which imports what only training needs
+
+            number = get_latest_run_id(self.log_path, self.env_name) + 1
             self.save_path = str(Path(self.log_path, f"{self.env_name}_{number}"))
             self.params_path = f"{self.save_path}/{self.env_name}"
     original(self)
@@ -286,8 +285,10 @@ def _pruned_if_invalid(objective: Callable[..., float]) -> Callable[..., float]:
         except CheckpointError:
             raise
         except ValueError as error:
+            from optuna import TrialPruned
+
             print(f"Trial {trial.number} is pruned: {error}")
-            raise importlib.import_module("optuna").TrialPruned from error
+            raise TrialPruned from error
 
     return pruning
 

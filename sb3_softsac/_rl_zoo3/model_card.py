@@ -19,10 +19,8 @@ def generate_metadata(model_name: str, env_id: str, mean_reward: float, std_rewa
     """The head of a model card, as the function of this name returned it before sb3-team-hf-integration 3.2."""
     hub = importlib.import_module("huggingface_sb3.push_to_hub")
     if hasattr(hub, "generate_metadata"):
-        metadata: dict[str, Any] = hub.generate_metadata(model_name, env_id, mean_reward, std_reward)
-        return metadata
-    card: dict[str, Any] = hub._generate_metadata(model_name, env_id, mean_reward, std_reward).to_dict()
-    return card
+        return hub.generate_metadata(model_name, env_id, mean_reward, std_reward)
+    return hub._generate_metadata(model_name, env_id, mean_reward, std_reward).to_dict()
 
 
 def metadata_save(path: Path, metadata: dict[str, Any]) -> None:

@@ -1,38 +1,33 @@
 """The search space of ``-optimize``."""
 
-import importlib
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from optuna import Trial
 
 EXCLUDED = "excluded_options"
-# Search space of the options that SAC does not have
-OWN_OPTIONS: "dict[str, Callable[[Trial, str], Any]]" = {
-    "qf_learning_rate": lambda trial, name: trial.suggest_float(name, 1e-5, 0.002, log=True),
-    "ent_coef_learning_rate": lambda trial, name: trial.suggest_float(name, 1e-5, 0.002, log=True),
-    "policy_delay": lambda trial, name: trial.suggest_int(name, 1, 4),
-    "policy_delay_compensation": lambda trial, name: trial.suggest_categorical(name, [False, True]),
-    "use_actor_target": lambda trial, name: trial.suggest_categorical(name, [False, True]),
-    "ent_coef_loss": lambda trial, name: trial.suggest_categorical(name, ["log", "exp"]),
-    "entropy_space": lambda trial, name: trial.suggest_categorical(name, ["normalized", "env"]),
-    "max_grad_norm": lambda trial, name: trial.suggest_categorical(name, [None, 1.0, 10.0]),
-    # None: as many as learning_starts
-    "random_steps": lambda trial, name: trial.suggest_categorical(name, [None, 0]),
-    "log_std_bounding": lambda trial, name: trial.suggest_categorical(name, ["clamp", "tanh"]),
-    "separate_log_std_net": lambda trial, name: trial.suggest_categorical(name, [False, True]),
-    "weight_init": lambda trial, name: trial.suggest_categorical(name, [None, "xavier", "orthogonal"]),
-    "normalization": lambda trial, name: trial.suggest_categorical(name, [None, "batch", "layer"]),
-    "normalize_input": lambda trial, name: trial.suggest_categorical(name, [False, True]),
-    "joint_batch": lambda trial, name: trial.suggest_categorical(name, [None, "critic", "all"]),
-    "unit_norm": lambda trial, name: trial.suggest_categorical(name, [None, "weights"]),
-    "n_atoms": lambda trial, name: trial.suggest_categorical(name, [None, 101]),
-    # Categorical critics need "bounded", whatever is drawn here
-    "normalize_rewards": lambda trial, name: trial.suggest_categorical(name, [None, "std"]),
-    "dropout_rate": lambda trial, name: trial.suggest_categorical(name, [0.0, 0.01]),
-    "max_noise_repeat": lambda trial, name: trial.suggest_categorical(name, [1, 16]),
+OWN_RATES = ("qf_learning_rate", "ent_coef_learning_rate")
+# Values of the options that SAC does not have
+CHOICES: dict[str, list[Any]] = {
+    "policy_delay_compensation": [False, True],
+    "use_actor_target": [False, True],
+    "ent_coef_loss": ["log", "exp"],
+    "entropy_space": ["normalized", "env"],
+    "max_grad_norm": [None, 1.0, 10.0],
+    "random_steps": [None, 0],  # None: as many as learning_starts
+    "log_std_bounding": ["clamp", "tanh"],
+    "separate_log_std_net": [False, True],
+    "weight_init": [None, "xavier", "orthogonal"],
+    "normalization": [None, "batch", "layer"],
+    "normalize_input": [False, True],
+    "joint_batch": [None, "critic", "all"],
+    "unit_norm": [None, "weights"],
+    "n_atoms": [None, 101],
+    "normalize_rewards": [None, "std"],  # categorical critics need "bounded", whatever is drawn here
+    "dropout_rate": [0.0, 0.01],
+    "max_noise_repeat": [1, 16],
 }
+OWN_OPTIONS = (*OWN_RATES, "policy_delay", *CHOICES)
 POLICY_OPTIONS = (
     *("log_std_bounding", "separate_log_std_net", "weight_init"),
     *("normalization", "normalize_input", "unit_norm", "n_atoms", "dropout_rate"),
@@ -56,16 +51,26 @@ def sample_softsac_params(
     trial: "Trial", n_actions: int, n_envs: int, additional_args: dict[str, Any]
 ) -> dict[str, Any]:
     """Sampler for ``-optimize``, called by the zoo: what it samples for SAC, and ``OWN_OPTIONS``."""
-    hyperparams_opt = importlib.import_module("rl_zoo3.hyperparams_opt")
+    from rl_zoo3 import hyperparams_opt  # which imports Optuna
+
     hyperparams = hyperparams_opt.sample_sac_params(trial, n_actions, n_envs, additional_args)
     excluded = trial.user_attrs.get(EXCLUDED, ())
-    own = {name: suggest(trial, name) for name, suggest in OWN_OPTIONS.items() if name not in excluded}
+    own = {name: _suggest(trial, name) for name in OWN_OPTIONS if name not in excluded}
     return _with_own_options(hyperparams, own)
+
+
+def _suggest(trial: "Trial", name: str) -> Any:
+    if name in OWN_RATES:
+        return trial.suggest_float(name, 1e-5, 0.002, log=True)
+    if name == "policy_delay":
+        return trial.suggest_int(name, 1, 4)
+    return trial.suggest_categorical(name, CHOICES[name])
 
 
 def convert_softsac_params(sampled_params: dict[str, Any]) -> dict[str, Any]:
     """Converter for ``--trial-id``: arguments as :func:`sample_softsac_params` returned them."""
-    hyperparams_opt = importlib.import_module("rl_zoo3.hyperparams_opt")
+    from rl_zoo3 import hyperparams_opt  # which imports Optuna
+
     own = {name: value for name, value in sampled_params.items() if name in OWN_OPTIONS}
     # The zoo's converter hands these to the algorithm instead of its buffer
     her = {name: value for name, value in sampled_params.items() if name in HER_OPTIONS}

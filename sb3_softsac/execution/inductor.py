@@ -7,29 +7,36 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch as th
 
 from sb3_softsac import upstream
-from sb3_softsac.execution.cpp.support import Attributes, Watch, hooks_of_gradient
 from sb3_softsac.execution.eager import Held, Inputs, Run, make_update, prepare, with_gathering
 from sb3_softsac.execution.learner import Learner
 from sb3_softsac.execution.report import Report, reason_of
+from sb3_softsac.execution.watch import Attributes, Watch, hooks_of_gradient
 from sb3_softsac.execution.way import Declined, Done, Updates
 from sb3_softsac.gradient_step import EAGER, PURE, Due, UpdateOptions, actor_gradients, critic_gradients
 from sb3_softsac.heads import head_of
-from sb3_softsac.optimizers import ADAM_OPTIONS, has_pure_step, is_plain_adam, moved_names, trainable
+from sb3_softsac.optimizers import has_pure_step, moved_names, use_of
 
 BACKEND = "inductor"
 MAX_VARIANTS = 16  # compiled forms of one update: each has its own options and parts that are due
 MAX_COMPILATIONS = 3  # of each form
 NUMBERS = ("eps", "momentum", "p")  # of norms and dropout
 
-Variant = tuple[Due, UpdateOptions, int, int, bool]
-"""What is due, how, with how large a minibatch, with how many threads (compiled code divides its work among them), and
-whether the optimisers' steps are compiled, too."""
 Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+class Variant(NamedTuple):
+    """A form of an update that is compiled by itself."""
+
+    what: Due
+    options: UpdateOptions
+    batch_size: int
+    n_threads: int  # compiled code divides its work among them
+    with_steps: bool  # the optimisers' steps are compiled, too
 
 
 class Structure:
@@ -60,14 +67,8 @@ class Structure:
             *(policy.unit_norm, actor.get("log_std_bounds"), actor.get("log_std_bounding")),
             *(head.get("v_min"), head.get("v_max")),
             list(map(list, self._numbers)),
-            *map(_use_of, self._learner.involved()),
+            *map(use_of, self._learner.involved()),
         ]
-
-
-def _use_of(optimizer: th.optim.Optimizer) -> Any:
-    """What an optimiser trains, and how; learning rates are an update's inputs."""
-    options = [[group.get(name) for name in ADAM_OPTIONS] for group in optimizer.param_groups]
-    return is_plain_adam(optimizer), list(map(id, trainable(optimizer))), options
 
 
 class Inductor:
@@ -130,8 +131,7 @@ class Inductor:
                     "something in the networks changes with the updates, and each change would compile anew"
                 )
             with self._report.compilation("the update", "half a minute or so, a few seconds"):
-                what, options, *_, with_steps = variant
-                run = self._compile(what, options, with_steps)
+                run = self._compile(variant)
                 held = held._replace(optimizers=self.learner.optimizers())  # their steps may have moved
                 with tracing(), warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # torch's, about its own insides
@@ -153,12 +153,12 @@ class Inductor:
     def _variant(self, updates: Updates) -> Variant:
         what = updates.dues[updates.first]
         with_steps = all(map(has_pure_step, self.learner.involved(what)))
-        return what, updates.options, updates.minibatches.size, th.get_num_threads(), with_steps
+        return Variant(what, updates.options, updates.minibatches.size, th.get_num_threads(), with_steps)
 
-    def _compile(self, what: Due, options: UpdateOptions, with_steps: bool) -> Run:
+    def _compile(self, variant: Variant) -> Run:
         check_torch()
-        device = self.learner.device
-        if with_steps:
+        what, options, device = variant.what, variant.options, self.learner.device
+        if variant.with_steps:
             return self._finish(with_gathering(compiled(make_update(self.learner, PURE, options, what), device)))
         # What the optimiser does is its own: only the gradients are compiled
         for name in itertools.chain.from_iterable(map(moved_names, self.learner.involved(what))):

@@ -7,7 +7,7 @@ from torch.optim import Optimizer
 
 from sb3_softsac.ent_coef import EntCoef
 from sb3_softsac.gradient_step import Due, LearningRates
-from sb3_softsac.optimizers import ADAM_OPTIONS, NOTHING, Optimizers, is_plain_adam, trainable, trained
+from sb3_softsac.optimizers import NOTHING, Optimizers, is_plain_adam, trainable, trained, use_of
 from sb3_softsac.policies import SoftSACPolicy
 
 ALL = Due(1, True)
@@ -23,9 +23,8 @@ class Learner:
         self.policy = policy
         self.ent_coef = ent_coef
         self.device = policy.device
-        rates = (critic := th.zeros((), device=self.device), th.zeros_like(critic), th.zeros_like(critic))
-        self.learning_rates = LearningRates(*rates)
-        self.rates = [0.0] * len(rates)  # the same as numbers
+        self.learning_rates = LearningRates(*(th.zeros((), device=self.device) for _ in LearningRates._fields))
+        self.rates = [0.0] * len(self.learning_rates)  # the same as numbers
         self.n_trainings = 0  # calls of train()
         self._is_in_training_mode = False
         self._trained: Optimizers | None = None
@@ -61,16 +60,7 @@ class Learner:
     def optimizers(self) -> Optimizers:
         """What the optimisers train, looked up anew if a state, option or hook is new, or a parameter was frozen."""
         optimizers = self.involved()
-        key = [
-            (
-                id(optimizer.state),
-                list(map(id, optimizer.state.values())),
-                list(map(id, trainable(optimizer))),
-                [list(map(group.get, ADAM_OPTIONS)) for group in optimizer.param_groups],
-                is_plain_adam(optimizer),
-            )
-            for optimizer in optimizers
-        ]
+        key = [(id(each.state), list(map(id, each.state.values())), use_of(each)) for each in optimizers]
         if self._trained is None or key != self._trained_key:
             critic, actor, *ent_coef = map(trained, optimizers)
             self._trained = Optimizers(critic, ent_coef[0] if ent_coef else NOTHING, actor)

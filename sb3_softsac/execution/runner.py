@@ -12,8 +12,7 @@ import torch as th
 
 from sb3_softsac import upstream
 from sb3_softsac.ent_coef import EntCoef
-from sb3_softsac.execution import inductor
-from sb3_softsac.execution.cpp import support
+from sb3_softsac.execution import inductor, watch
 from sb3_softsac.execution.cpp.update import Classes, CppActor, CppUpdate
 from sb3_softsac.execution.cuda_graph import CudaGraphs
 from sb3_softsac.execution.device_replay import Storage
@@ -45,7 +44,7 @@ class Runner:
         self._eager = Eager(self.learner)
         self.compiler = (CudaGraphs if policy.device.type == "cuda" else Inductor)(self.learner, self.report)
         has_cpp = compile and inductor.BACKEND == "inductor" and policy.device.type == "cpu"
-        for name in support.moved_names() if has_cpp else ():
+        for name in watch.moved_names() if has_cpp else ():
             has_cpp = False
             upstream.say_moved(name, "neither updates nor actions are computed in C++, which is faster.")
         self._classes = Classes(self.report)

@@ -182,18 +182,17 @@ def restore(
                 f"replay_buffer: {name} is {there['arrays'].get(name, 'missing')} (dtype, shape of a row) in {what}, "
                 f"but {here['arrays'].get(name, 'missing')} in {type(buffer).__name__}: {remedy}."
             )
-    layouts = [(layout["buffer_size"], layout["n_envs"]) for layout in (there, here)]
-    if layouts[0] == layouts[1]:
+    rows, n_envs = there["buffer_size"], there["n_envs"]
+    if (rows, n_envs) == (buffer.buffer_size, buffer.n_envs):
         _fill(buffer, replay, parts, what)
         return
     if type(buffer) is not ReplayBuffer:
         raise CheckpointError(
-            f"replay_buffer: {what} has {layouts[0][0]} rows of {layouts[0][1]} environment(s), but {layouts[1][0]} "
-            f"rows of {layouts[1][1]} are needed. Only SoftSAC's own ReplayBuffer can be rearranged, not "
+            f"replay_buffer: {what} has {rows} rows of {n_envs} environment(s), but {buffer.buffer_size} "
+            f"rows of {buffer.n_envs} are needed. Only SoftSAC's own ReplayBuffer can be rearranged, not "
             f"{type(buffer).__name__}: use the same number of environments and the same buffer_size, or leave the "
             "replay buffer out with custom_objects={'replay_buffer': None}."
         )
-    rows, n_envs = layouts[0]
     source = ReplayBuffer(rows * n_envs, buffer.observation_space, buffer.action_space, buffer.device, n_envs)
     _fill(source, replay, parts, what)
     total = source.size() * source.n_envs

@@ -334,7 +334,6 @@ class _Kind(NamedTuple):
 
 _KINDS = [
     _Kind("tuple", lambda v: type(v) is tuple, _encode_sequence, lambda t: tuple(_decode_sequence(t))),
-    _Kind("floats", lambda v: False, _encode_sequence, lambda t: _decode_array(t["array"]).tolist()),
     _Kind("dict", lambda v: type(v) is dict, _encode_items, lambda t: dict(_decode_items(t))),
     _Kind("ordered", lambda v: type(v) is OrderedDict, _encode_items, lambda t: OrderedDict(_decode_items(t))),
     _Kind(
@@ -357,7 +356,6 @@ _KINDS = [
     ),
     _Kind("objects", lambda v: type(v) is np.ndarray and v.dtype == object, _encode_objects, _decode_objects),
     _Kind("array", lambda v: type(v) is np.ndarray, _encode_array, _decode_array),
-    _Kind("bound", lambda v: False, _encode_array, _decode_bound),
     _Kind(
         "number",
         lambda v: isinstance(v, np.generic),
@@ -412,4 +410,9 @@ _KINDS = [
         _decode_object,
     ),
 ]
-_READERS = {kind.name: kind.from_tree for kind in _KINDS}
+_READERS = {
+    **{kind.name: kind.from_tree for kind in _KINDS},
+    # Parts of other kinds: of lists, and of the bounds of a Box
+    "floats": lambda tree: _decode_array(tree["array"]).tolist(),
+    "bound": _decode_bound,
+}

@@ -35,7 +35,7 @@ from sb3_softsac.buffers import ReplayBuffer
 from sb3_softsac.persistence import atomic_files, buffer_state
 from sb3_softsac.persistence.archive import DAMAGE, ArchiveReader, ArchiveWriter, CheckpointError, naming
 from sb3_softsac.persistence.codec import KIND, NotEncodable, decode, encode
-from sb3_softsac.persistence.run_folder import Manifest, RunFolder, checkpoint_of
+from sb3_softsac.persistence.run_folder import Checkpoint, RunFolder, checkpoint_of
 
 PICKLED = ":serialized:"  # SB3's key
 TRUSTS_PICKLES = "SB3_SOFTSAC_ALLOW_PICKLE"
@@ -169,8 +169,7 @@ def write_parameters(archive: ArchiveWriter, model: BaseAlgorithm) -> None:
 
 @cache
 def _system_info() -> str:
-    text: str = get_system_info(print_info=False)[1]
-    return text
+    return get_system_info(print_info=False)[1]
 
 
 def read_parameters(archive: ArchiveReader, model: BaseAlgorithm, left_out: set[str]) -> None:
@@ -245,10 +244,10 @@ class ModelFile:
     The source of ``load``: a model file, or a checkpoint of a run folder.
 
     :param archive: the model file
-    :param run: folder and manifest of the checkpoint that it is part of, if any
+    :param run: the checkpoint of a run folder that it is part of, if any
     """
 
-    def __init__(self, archive: ArchiveReader, run: tuple[RunFolder, Manifest] | None = None):
+    def __init__(self, archive: ArchiveReader, run: Checkpoint | None = None):
         self.archive = archive
         self.run = run
         self.index = archive.index or {}
@@ -256,7 +255,10 @@ class ModelFile:
 
     @property
     def replay(self) -> dict[str, Any] | None:
-        """Description of the replay buffer; None if its rows are not in the file."""
+        """
+        Entry of the replay buffer in the index: ``description``, ``state`` and ``segments``, see ``buffer_state``; None
+        if its rows are not in the file.
+        """
         replay = self.index.get("replay")
         return None if replay is None or (replay["segments"] is None and self.run is None) else replay
 
@@ -290,7 +292,7 @@ class ModelFile:
 
     def _parts(self, replay: dict[str, Any]) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
         if self.run is not None:
-            yield from self.run[0].read_segments(self.run[1], replay)
+            yield from self.run.folder.read_segments(self.run.manifest, replay)
             return
         for first, last in replay["segments"]:
             yield first, buffer_state.read_rows(self.archive, replay["description"], (first, last), f"replay/{first}/")
@@ -324,18 +326,18 @@ def open_model_file(path: str | Path | BinaryIO) -> Iterator[ModelFile]:
             raise CheckpointError(f"{name} cannot be loaded: {type(error).__name__}: {error}") from error
 
 
-def _open(path: Path) -> tuple[Path, tuple[RunFolder, Manifest] | None, BinaryIO]:
+def _open(path: Path) -> tuple[Path, Checkpoint | None, BinaryIO]:
     found, run = _find(path)
     try:
         return found, run, atomic_files.open_file(found)
     except FileNotFoundError:
         # With keep_last=1, the process that writes there may have replaced the checkpoint since it was verified
-        if run is None or max(run[0].numbers(), default=-1) <= run[1]["number"]:
+        if run is None or max(run.folder.numbers(), default=-1) <= run.manifest["number"]:
             raise
         return _open(path)
 
 
-def _find(path: Path) -> tuple[Path, tuple[RunFolder, Manifest] | None]:
+def _find(path: Path) -> tuple[Path, Checkpoint | None]:
     path = path if path.name else path.resolve()  # Path(".") has no name
     zip_path = path.with_name(f"{path.name}.zip")
     if path.is_dir() and (RunFolder(path).numbers() or not zip_path.exists()):
@@ -347,7 +349,7 @@ def _find(path: Path) -> tuple[Path, tuple[RunFolder, Manifest] | None]:
                 f"{zip_path.name!r} to load the file.",
                 stacklevel=6,
             )
-        return path / manifest["state"]["file"], (folder, manifest)
+        return path / manifest["state"]["file"], Checkpoint(folder, manifest)
     if not path.is_file() and zip_path.exists():
         path = zip_path
     return path, checkpoint_of(path)

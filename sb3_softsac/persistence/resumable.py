@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
 
 import torch as th
+from gymnasium import spaces
 from stable_baselines3.common.base_class import maybe_make_env
 from stable_baselines3.common.buffers import ReplayBuffer as SB3ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
@@ -71,6 +72,13 @@ class Unread(NamedTuple):
         """VecNormalize's."""
         return env_state.statistics(self.env)
 
+    def vec_normalize(self, observation_space: spaces.Space[Any]) -> VecNormalize | None:
+        """
+        :param observation_space: of the model
+        :return: a VecNormalize with the statistics; None: the file has none
+        """
+        return None if self.statistics is None else env_state.vec_normalize(self.statistics, observation_space)
+
     @property
     def is_transposed(self) -> bool:
         """Whether VecTransposeImage puts the channels of images first."""
@@ -93,7 +101,7 @@ class ResumableAlgorithm(RolloutAlgorithm):
     _unread: Unread | None = None
     _tensorboard_run: str | None = None  # folder of the run within tensorboard_log
     _buffer_size_in_file: int | None = None  # if load() was asked for less, to save memory
-    _made_from: dict[str, Any] | None = None  # values of the arguments that something was made from
+    _made_from: dict[str, Any]  # values of the arguments that something was made from
 
     # Attributes of this process, in no copy and no file
     OF_PROCESS: tuple[str, ...] = ("_callback", "_late_callbacks", "run_folders", "after_step")
@@ -412,7 +420,7 @@ class ResumableAlgorithm(RolloutAlgorithm):
                     "machine": model_file.machine(self.device, self._known_threads()),
                     "random": self._pending.random_states or encode(get_random_states(self.device)),
                     "exploration": encode(self._exploration_state()),
-                    "ent_coef": encode((self._made_from or vars(self)).get("ent_coef")),
+                    "ent_coef": encode(self._made_from["ent_coef"]),
                     "env": self._env_state(),
                     "frozen": model_file.frozen_parameters(self),
                     "mid_step": self._is_interrupted,

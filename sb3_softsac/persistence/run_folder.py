@@ -23,7 +23,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import filelock
 import numpy as np
@@ -183,7 +183,7 @@ class RunFolder:
         write_state: Callable[[BinaryIO], tuple[int, str]],
         buffer: SB3ReplayBuffer | None,
         keep_last: int,
-    ) -> Manifest:
+    ) -> None:
         """
         Write a checkpoint.
 
@@ -191,7 +191,6 @@ class RunFolder:
         :param write_state: writes the model file, returns its size and SHA-256
         :param buffer: replay buffer to save; None: none
         :param keep_last: number of checkpoints to keep
-        :return: manifest of the new checkpoint
         :raises CheckpointError: if another process writes to the same folder
         :raises OSError: if the disk is full, ...; older checkpoints remain valid
         """
@@ -219,7 +218,6 @@ class RunFolder:
         self.last = manifest
         self._remember(buffer)
         self._clean(keep_last)
-        return manifest
 
     def _other_writer(self) -> CheckpointError:
         return CheckpointError(
@@ -294,10 +292,17 @@ def has_checkpoints(path: str | Path) -> bool:
     return bool(RunFolder(atomic_files.as_path(path)).numbers())
 
 
-def checkpoint_of(path: Path) -> tuple[RunFolder, Manifest] | None:
+class Checkpoint(NamedTuple):
+    """One checkpoint of a run folder."""
+
+    folder: RunFolder
+    manifest: Manifest
+
+
+def checkpoint_of(path: Path) -> Checkpoint | None:
     """
     :param path: model file
-    :return: folder and manifest of the checkpoint that it is part of; None: it is not part of any
+    :return: the checkpoint that it is part of; None: it is not part of any
     :raises CheckpointError: if the checkpoint is damaged
     """
     match = STATE.fullmatch(path.name)
@@ -308,7 +313,7 @@ def checkpoint_of(path: Path) -> tuple[RunFolder, Manifest] | None:
     if manifest["state"]["file"] != path.name:
         return None
     folder.verify(manifest)
-    return folder, manifest
+    return Checkpoint(folder, manifest)
 
 
 def _rows(name: str) -> tuple[int, int]:

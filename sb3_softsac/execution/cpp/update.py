@@ -15,13 +15,10 @@ from torch.optim import Adam, AdamW
 from sb3_softsac import distributions, heads, losses, networks
 from sb3_softsac.execution.cpp import build, matmul
 from sb3_softsac.execution.cpp.support import (
-    Attributes,
     Kind,
     Module,
     NotPlain,
     Stack,
-    Watch,
-    hooks_of_gradient,
     parameters_of,
     plain_actor,
     plain_layers,
@@ -31,6 +28,7 @@ from sb3_softsac.execution.cpp.support import (
 from sb3_softsac.execution.device_replay import gathered
 from sb3_softsac.execution.learner import Learner
 from sb3_softsac.execution.report import Report, reason_of
+from sb3_softsac.execution.watch import Attributes, Watch, hooks_of_gradient
 from sb3_softsac.execution.way import Declined, Done, Outcome, Updates
 from sb3_softsac.gradient_step import SATURATED
 from sb3_softsac.heads import CategoricalHead
@@ -247,13 +245,16 @@ class CppUpdate:
         self._norms = layers.batch_norms()
         self._metrics = self._columns(*update.metric_names())
         self._option_names, self._numbers_key = update.option_names(), None
-        self._adam = {name: number for part in optimizers._fields for name, number in _adam(part, optimizers).items()}
+        self._adam = {}
+        for name, trained in optimizers._asdict().items():
+            self._adam |= _adam(name, trained)
         self._n_weights = sum(p.numel() for part in optimizers for p in part.parameters)
         return update
 
-    def _columns(self, *groups: list[str]) -> "tuple[Columns, Columns]":
+    def _columns(
+        self, of_categorical: list[str], of_critics: list[str], of_actor: list[str], of_ent_coef: list[str]
+    ) -> tuple[Columns, Columns]:
         """Where the metrics are that ``gradient_step.update`` returns, too."""
-        of_categorical, of_critics, of_actor, of_ent_coef = groups
         is_categorical = isinstance(self.learner.policy.critic.head, CategoricalHead)
         first = 0 if is_categorical else len(of_categorical)
         if is_categorical:
@@ -319,10 +320,10 @@ def _require_adam(name: str, trained: Trained) -> None:
         require(not groups[0].options[option], f"the {name} optimizer has the option {option}")
 
 
-def _adam(name: str, optimizers: Optimizers) -> dict[str, float]:
+def _adam(name: str, trained: Trained) -> dict[str, float]:
     options = ("beta1", "beta2", "eps", "weight_decay", "decoupled_weight_decay")
-    groups = getattr(optimizers, name).groups
-    return {f"{name}_{option}": float(groups[0].options[option]) if groups else 0.0 for option in options}
+    values = trained.groups[0].options if trained.groups else dict.fromkeys(options, 0.0)
+    return {f"{name}_{option}": float(values[option]) for option in options}
 
 
 def _with_states(name: str, trained: Trained, stack: Stack) -> list[list[th.Tensor]]:
