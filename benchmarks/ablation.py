@@ -7,7 +7,8 @@ What each part of ``compact`` brings: runs that leave one out, or change it, bes
 
 Reads runs in ``results/ablation``, and those of the whole in ``results/learning_compact``. Beside their scores (means
 of the last five evaluations) it says how much arithmetic is in the matrix products of a step: a part that brings
-little may still be cheap, and one that brings much dear.
+little may still be cheap, and one that brings much dear. So each score is compared twice: with that of the whole after
+as many steps, and after as much arithmetic, which is after fewer steps.
 """
 
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ from record import RESULTS, ROOT, fill_documents, markdown_table, relative
 FOLDER, WHOLE_FOLDER = RESULTS / "ablation", RESULTS / "learning_compact"
 CONFIG = ROOT / "hyperparams" / "compact.yml"
 WHOLE = "SoftSAC compact"
+LAST_PART = 0.2  # of a run: its last five evaluations of twenty
 # What is done to `compact`, by what `learning_report.differences` says
 VARIANTS = {
     "policy_kwargs.normalization=null": "no batch norm in hidden layers",
@@ -52,6 +54,20 @@ class Variant(NamedTuple):
         :return: mean over its runs; nan without any
         """
         return float(np.mean([run.score for run in self.runs[env_id]])) if env_id in self.runs else float("nan")
+
+    def score_after(self, part: float, env_id: str) -> float:
+        """
+        :param part: of the arithmetic of a whole run
+        :param env_id: one of the tasks
+        :return: mean over the runs of what their score would be if they had been stopped then
+        """
+        return float(np.mean([_score_after(part, run) for run in self.runs[env_id]]))
+
+
+def _score_after(part: float, run: Run) -> float:
+    end = run.learning_starts + part * (run.steps - run.learning_starts)
+    steps = np.linspace(end - LAST_PART * run.steps * part, end, 101)
+    return float(np.interp(steps, run.evaluations["steps"], run.evaluations["mean_return"]).mean())
 
 
 def options_of(run: Run) -> dict[str, Any]:
@@ -100,11 +116,13 @@ def table(variants: list[Variant], env_ids: list[str]) -> str:
     whole = variants[0]
     rows = []
     for variant in variants:
-        cells = [variant.name, f"{variant.operations / whole.operations:.2f}"]
+        part = variant.operations / whole.operations
+        cells = [variant.name, f"{part:.2f}"]
         for env_id in env_ids:
-            score, change = variant.score(env_id), variant.score(env_id) / whole.score(env_id) - 1.0
-            seeds = len(variant.runs.get(env_id, []))
-            shown = f"{score:,.0f}" + ("" if variant is whole else f" ({change:+.0%})")
+            score, seeds = variant.score(env_id), len(variant.runs.get(env_id, []))
+            others = [whole.score(env_id), *([whole.score_after(part, env_id)] if part < 1.0 else [])]
+            changes = ", ".join(f"{score / other - 1.0:+.0%}" for other in others)
+            shown = f"{score:,.0f}" + ("" if variant is whole else f" ({changes})")
             cells.append("" if seeds == 0 else shown + (f", {seeds} seeds" if seeds > 1 else ""))
         rows.append(cells)
     return markdown_table(["", "arithmetic", *env_ids], rows)

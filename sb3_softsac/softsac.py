@@ -317,6 +317,8 @@ class SoftSAC(ResumableAlgorithm):
             self._setup_lr_schedule()
         if "ent_coef" in changed:
             self._make_ent_coef()
+        if "gamma" in changed:
+            self._reward_scale = None  # is made again from the returns in the replay buffer
         if self.use_actor_target != (self.policy.actor_target is not None):
             if self.use_actor_target:
                 self.policy.make_actor_target()

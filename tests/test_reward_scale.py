@@ -204,3 +204,24 @@ def test_rewards_of_a_batch_that_is_not_gathered_yet() -> None:
     scaled = with_scaled_rewards(batch, 0.5)
     assert scaled.numbers.tolist() == [[0.0, 1.0, 2.0], [1.5, 4.0, 5.0], [3.0, 7.0, 8.0]]
     assert batch.numbers[1, 0] == 3.0 and scaled.places is batch.places
+
+
+@pytest.mark.parametrize(("before", "after"), [(0.5, 0.99), (0.99, 0.5)])
+@pytest.mark.parametrize("is_loaded", [False, True])
+@pytest.mark.parametrize("kind", ["std", "bounded"])
+def test_other_discount_factor(tmp_path: Path, before: float, after: float, is_loaded: bool, kind: str) -> None:
+    """Returns that are discounted otherwise have another scale, and the largest one would stay for good."""
+    options = {**SMALL, "policy_kwargs": {"n_atoms": 21, "net_arch": [8]}, "normalize_rewards": kind}
+    if kind == "std":
+        options["policy_kwargs"] = {"net_arch": [8]}
+    model = SoftSAC("MlpPolicy", "Pendulum-v1", gamma=before, **options).learn(120)
+    if is_loaded:
+        model.save(tmp_path / "model.zip")
+        model = SoftSAC.load(tmp_path / "model.zip", "Pendulum-v1", gamma=after)
+    model.gamma = after
+    model.learn(30, reset_num_timesteps=False)
+    assert model._reward_scale is not None and model.replay_buffer is not None
+    expected = RewardScale()
+    expected.update_from(model.replay_buffer, after)
+    assert model._reward_scale.max_return == pytest.approx(expected.max_return)
+    assert model._reward_scale.divisor() == pytest.approx(expected.divisor(), rel=1e-3)

@@ -379,6 +379,24 @@ def test_subclass_of_our_buffer() -> None:
     assert model.replay_buffer.n_steps == 3 and not model.replay_buffer.dones.any()
 
 
+@pytest.mark.parametrize("how", ["load", "set_env", "in mid-episode"])
+def test_frugal_buffer_of_sb3_ends_episodes_at_a_reset(tmp_path: pathlib.Path, how: str) -> None:
+    """Its newest next observation is the next one that comes, which may be the first of another episode."""
+    model = make_model(
+        replay_buffer_class=SB3ReplayBuffer,
+        optimize_memory_usage=True,
+        replay_buffer_kwargs={"handle_timeout_termination": False},
+    ).learn(30)
+    if how == "set_env":
+        model.set_env(make_vec_env("Pendulum-v1"))
+    else:
+        model.save(tmp_path / "model.zip")
+        model = SoftSAC.load(tmp_path / "model.zip", "Pendulum-v1", device="cpu", force_reset=how == "load")
+    model.learn(10, reset_num_timesteps=False)
+    assert model.replay_buffer is not None
+    assert model.replay_buffer.dones[:40, 0].tolist() == 29 * [0.0] + [float(how != "in mid-episode")] + 10 * [0.0]
+
+
 def test_target_actor_is_not_noted_in_the_policy_kwargs(tmp_path: pathlib.Path) -> None:
     policy_kwargs = {"net_arch": [16]}
     make_model(use_actor_target=True, policy_kwargs=policy_kwargs).save(tmp_path / "model.zip")

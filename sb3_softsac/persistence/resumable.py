@@ -89,6 +89,7 @@ class ResumableAlgorithm(RolloutAlgorithm):
     """Base class of ``SoftSAC``: ``learn``, ``save`` and ``load``."""
 
     actor_target: Any  # SoftSAC's, or None
+    _reward_scale: Any  # SoftSAC's, or None
     # Left out by every save(); ("replay_buffer",) keeps files small
     save_exclude: tuple[str, ...] = ()
     run_folders: dict[Path, RunFolder] | None = None  # folders with checkpoints of this run, by path
@@ -556,6 +557,8 @@ class ResumableAlgorithm(RolloutAlgorithm):
         self._loaded = self._may_continue_episode = True
         if kwargs.get("tensorboard_log", self.tensorboard_log) != self.tensorboard_log:
             self._tensorboard_run = None
+        if kwargs.get("gamma", self.gamma) != self.gamma:
+            self._reward_scale = None  # is that of returns discounted by the old one
         vars(self).update(kwargs)
         self._stats_window_size = vars(self).pop("stats_window_size", self._stats_window_size)
         for name in ("ep_info_buffer", "ep_success_buffer"):
@@ -645,12 +648,16 @@ class ResumableAlgorithm(RolloutAlgorithm):
             self._end_stored_episodes()
 
     def _end_stored_episodes(self) -> None:
-        """End the episodes in the replay buffer, so that they get no hindsight goals from the next ones."""
+        """End the episodes in SB3's replay buffers, so that they get nothing from the next ones."""
         buffer = self.replay_buffer
-        if isinstance(buffer, HerReplayBuffer) and buffer.size() > 0:
+        if buffer is None or buffer.size() == 0:
+            return
+        if isinstance(buffer, HerReplayBuffer):  # hindsight goals
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # SB3 warns that it truncates
                 buffer.truncate_last_trajectory()
+        elif getattr(buffer, "optimize_memory_usage", False):  # the next observation of the newest row
+            buffer.dones[(buffer.pos - 1) % buffer.buffer_size] = True
 
     def _log_state(self) -> Any:
         """Values recorded since the last dump of the logger, but only the names of images and figures."""
