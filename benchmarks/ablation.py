@@ -24,7 +24,6 @@ from record import RESULTS, ROOT, fill_documents, markdown_table, relative
 FOLDER, WHOLE_FOLDER = RESULTS / "ablation", RESULTS / "learning_compact"
 CONFIG = ROOT / "hyperparams" / "compact.yml"
 WHOLE = "SoftSAC compact"
-LAST_PART = 0.2  # of a run: its last five evaluations of twenty
 # What is done to `compact`, by what `learning_report.differences` says
 VARIANTS = {
     "policy_kwargs.normalization=null": "no batch norm in hidden layers",
@@ -61,13 +60,7 @@ class Variant(NamedTuple):
         :param env_id: one of the tasks
         :return: mean over the runs of what their score would be if they had been stopped then
         """
-        return float(np.mean([_score_after(part, run) for run in self.runs[env_id]]))
-
-
-def _score_after(part: float, run: Run) -> float:
-    end = run.learning_starts + part * (run.steps - run.learning_starts)
-    steps = np.linspace(end - LAST_PART * run.steps * part, end, 101)
-    return float(np.interp(steps, run.evaluations["steps"], run.evaluations["mean_return"]).mean())
+        return float(np.mean([run.mean_before(part * run.updated[-1]) for run in self.runs[env_id]]))
 
 
 def options_of(run: Run) -> dict[str, Any]:

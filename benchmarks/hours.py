@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from learning_report import COLOURS, Arms, Run, draw_arm, read_runs, tidy
+from learning_report import COLOURS, WINDOW, Arms, Run, draw_arm, read_runs, tidy
 from matplotlib import pyplot as plt
 from record import RESULTS, fill_documents, markdown_table, relative
 from rliable import metrics
@@ -30,7 +30,6 @@ CURVES = (RESULTS / "learning", RESULTS / "learning_compact")
 OUTPUT = RESULTS / "hours"
 IN_README = ("Humanoid-v5", "HalfCheetah-v5")
 MINUTES = (10, 20, 30, 40, 50)
-WINDOW = 0.2  # a return after t minutes is the mean over those from 0.8 t to t
 
 
 class Curve(NamedTuple):
@@ -44,8 +43,7 @@ class Curve(NamedTuple):
         :param run: one of them
         :return: (N,) training time at its N evaluations
         """
-        updated = np.maximum(run.evaluations["steps"] - run.learning_starts, 0)
-        return np.asarray(updated / self.rate / 60)
+        return np.asarray(run.updated / self.rate / 60)
 
     def end(self) -> float:
         """:return: minutes, when the first of the runs ends"""
@@ -56,8 +54,7 @@ class Curve(NamedTuple):
         :param minutes: training time
         :return: interquartile mean over the runs of the mean return shortly before
         """
-        times = np.linspace((1 - WINDOW) * minutes, minutes, 101)
-        means = [np.interp(times, self.minutes(run), run.evaluations["mean_return"]).mean() for run in self.runs]
+        means = [run.mean_before(minutes * 60 * self.rate) for run in self.runs]
         return float(metrics.aggregate_iqm(np.array(means)[:, None]))
 
 

@@ -29,6 +29,9 @@ BOOTSTRAP_SAMPLES = 2000
 DIAGNOSTICS = ("entropy", "log_std", "saturated_actions", "ent_coef", "q_value", "critic_loss")
 
 
+WINDOW = 0.2  # a return after t is the mean over those from 0.8 t to t
+
+
 class Run(NamedTuple):
     """One run, as recorded."""
 
@@ -46,6 +49,19 @@ class Run(NamedTuple):
     def score(self) -> float:
         """Mean of the last evaluations; never the best ones."""
         return float(self.evaluations["mean_return"][-LAST:].mean())
+
+    @property
+    def updated(self) -> np.ndarray:
+        """(N,) environment steps since the first update."""
+        return np.maximum(self.evaluations["steps"] - self.learning_starts, 0)
+
+    def mean_before(self, updated: float) -> float:
+        """
+        :param updated: environment steps since the first update
+        :return: mean return over the last part of these, ``WINDOW``
+        """
+        steps = np.linspace((1 - WINDOW) * updated, updated, 101)
+        return float(np.interp(steps, self.updated, self.evaluations["mean_return"]).mean())
 
     @property
     def hours(self) -> np.ndarray:
