@@ -25,11 +25,9 @@ REFERENCE = "SB3 SAC"
 NAMES = {"softsac": "SoftSAC", "sac": REFERENCE}
 COLOURS = {"SoftSAC": "C0", "SoftSAC compact": "C3", REFERENCE: "0.45"}
 LAST = 5  # evaluations that are a run's score
+WINDOW = 0.2  # a return after t is the mean over those from 0.8 t to t
 BOOTSTRAP_SAMPLES = 2000
 DIAGNOSTICS = ("entropy", "log_std", "saturated_actions", "ent_coef", "q_value", "critic_loss")
-
-
-WINDOW = 0.2  # a return after t is the mean over those from 0.8 t to t
 
 
 class Run(NamedTuple):
