@@ -177,6 +177,7 @@ class ReplayBuffer(SB3ReplayBuffer):
         self._free_slots: list[int] = []
         self._newest_next_obs = self._zeros_obs((self.n_envs,))
         self.n_added = 0  # rows ever added, including overwritten and removed ones
+        self.n_imported = 0  # of these, rows that came from datasets and other buffers
         self.seed(None)
         if psutil is not None and self.nbytes > psutil.virtual_memory().available:
             warnings.warn(
@@ -343,7 +344,13 @@ class ReplayBuffer(SB3ReplayBuffer):
     def get_state(self) -> dict[str, Any]:
         """The state besides the rows."""
         newest = map_obs(np.copy, self._newest_next_obs)
-        return {"pos": self.pos, "full": self.full, "newest_next_obs": newest, "rng": self.rng.bit_generator.state}
+        return {
+            "pos": self.pos,
+            "full": self.full,
+            "n_imported": self.n_imported,
+            "newest_next_obs": newest,
+            "rng": self.rng.bit_generator.state,
+        }
 
     def set_state(self, state: dict[str, Any]) -> None:
         """
@@ -352,6 +359,7 @@ class ReplayBuffer(SB3ReplayBuffer):
         map_obs(lambda storage, new: storage.__setitem__(..., new), self._newest_next_obs, state["newest_next_obs"])
         self.rng.bit_generator.state = state["rng"]
         self.pos, self.full = int(state["pos"]), bool(state["full"])
+        self.n_imported = int(state.get("n_imported", 0))  # not in older files
         self.mark_changed()
 
     def copy_transitions(self, other: SB3ReplayBuffer) -> int:
@@ -382,6 +390,7 @@ class ReplayBuffer(SB3ReplayBuffer):
             next_obs = map_obs(lambda storage, at=next_at: np.asarray(storage[at]), source)
             infos = [{"TimeLimit.truncated": bool(timeout)} for timeout in other.timeouts[at]]
             self.add(obs, next_obs, actions[at], other.rewards[at], other.dones[at], infos)
+        self.n_imported += n_new
         return n_new * self.n_envs
 
     def add_dataset(self, dataset: Any) -> int:
@@ -453,6 +462,7 @@ class ReplayBuffer(SB3ReplayBuffer):
         map_obs(lambda storage, new: storage.__setitem__(..., new[is_part_end]), self._newest_next_obs, next_obs)
 
         self.n_added += n_rows
+        self.n_imported += n_rows
         self.full = self.full or self.pos + n_rows >= self.buffer_size
         self.pos = (self.pos + n_rows) % self.buffer_size
         return n_rows * n_envs

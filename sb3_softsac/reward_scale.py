@@ -15,6 +15,7 @@ class RewardScale:
     https://arxiv.org/abs/2502.15280). The replay buffer holds the environment's rewards.
     """
 
+    n_imported = 0  # rows of the replay buffer from elsewhere than the environment that are taken in
     bounded_by: str | None = None  # SHA-256 of the offline data that max_return takes in
 
     def __init__(self) -> None:
@@ -43,19 +44,16 @@ class RewardScale:
         if returns:
             self._add(np.concatenate(returns))
 
-    def bound_by(self, offline: ReplayBuffer, sha256: str, gamma: float) -> None:
+    def bound_by(self, buffer: SB3ReplayBuffer, gamma: float) -> None:
         """
-        Let the returns of offline data stay within the bound, too. The standard deviation remains that of the
-        environment's.
+        Let the returns of other data stay within the bound, too. The standard deviation remains as it is.
 
-        :param offline: its transitions
-        :param sha256: of these
+        :param buffer: the data
         :param gamma: discount factor
         """
-        if self.bounded_by != sha256:
-            theirs = RewardScale()
-            theirs.update_from(offline, gamma)
-            self.max_return, self.bounded_by = max(self.max_return, theirs.max_return), sha256
+        theirs = RewardScale()
+        theirs.update_from(buffer, gamma)
+        self.max_return = max(self.max_return, theirs.max_return)
 
     def end_episodes(self) -> None:
         """All environments are reset."""

@@ -141,6 +141,7 @@ class SoftSAC(ResumableAlgorithm):
     NOT_IN_FILES = (
         *ResumableAlgorithm.NOT_IN_FILES,
         *("actor", "critic", "critic_target", "actor_target", "_ent_coef", "offline_data", "_has_offline_data"),
+        "_scaled_buffer",
     )
 
     _runner: Runner | None = None
@@ -148,6 +149,7 @@ class SoftSAC(ResumableAlgorithm):
     _compiles = False  # stays with the run, also when it is continued from a file
     _threads: int | None = None  # stays with the run, too
     _reward_scale: RewardScale | None = None
+    _scaled_buffer: SB3ReplayBuffer | None = None  # which the scale of rewards takes in
     _held_noise: HeldNoise | None = None
     _offline_source: offline.Source | None = None
     _has_offline_data = False  # it has been read: from then on, offline_data=None means that the user wants it no more
@@ -269,6 +271,7 @@ class SoftSAC(ResumableAlgorithm):
         check_options(self)
         self._adopt_sb3_classes()
         self._setup_replay_buffer()
+        self._scaled_buffer = self.replay_buffer  # a file's scale takes in the rows that it gets from there
         buffer, n_steps = self.replay_buffer, self.n_steps
         assert self.replay_buffer_class is not None
         if buffer is None:
@@ -423,6 +426,8 @@ class SoftSAC(ResumableAlgorithm):
         :param seed: None: leave all as they are
         """
         super().set_random_seed(seed)
+        if seed is not None:
+            self._held_noise = None
         if seed is not None and isinstance(self.replay_buffer, ReplayBuffer):
             self.replay_buffer.seed(seed)
         if seed is not None and self._offline_source is not None:
@@ -587,14 +592,22 @@ class SoftSAC(ResumableAlgorithm):
             self._reward_scale.end_episodes()
 
     def _set_reward_scale(self) -> None:
-        """Begin with what is in the replay buffer, if rewards have not been scaled until now."""
-        if self.normalize_rewards is not None and self._reward_scale is None:
+        """Begin with what is in the replay buffer; later, take in what did not come from the environment."""
+        if self.normalize_rewards is None:
+            return
+        buffer, source = self.replay_buffer, self._offline_source
+        n_imported = getattr(buffer, "n_imported", 0)
+        if self._reward_scale is None:
             self._reward_scale = RewardScale()
-            if self.replay_buffer is not None:
-                self._reward_scale.update_from(self.replay_buffer, self.gamma)
-        if self.normalize_rewards == "bounded" and self._offline_source is not None and self.offline_data is not None:
-            assert self._reward_scale is not None
-            self._reward_scale.bound_by(self.offline_data, self._offline_source["sha256"], self.gamma)
+            if buffer is not None:
+                self._reward_scale.update_from(buffer, self.gamma)
+        elif buffer is not None and (buffer is not self._scaled_buffer or n_imported != self._reward_scale.n_imported):
+            self._reward_scale.bound_by(buffer, self.gamma)
+        self._scaled_buffer, self._reward_scale.n_imported = buffer, n_imported
+        if self.normalize_rewards == "bounded" and source is not None and self.offline_data is not None:
+            if self._reward_scale.bounded_by != source["sha256"]:
+                self._reward_scale.bound_by(self.offline_data, self.gamma)
+                self._reward_scale.bounded_by = source["sha256"]
 
     def _reward_divisor(self) -> float:
         """What sampled rewards are divided by."""

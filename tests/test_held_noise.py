@@ -51,3 +51,16 @@ def test_predictions_do_not_use_it() -> None:
     obs = np.zeros(3, dtype=np.float32)
     drawn = {float(model.predict(obs)[0][0]) for _ in range(5)}
     assert len(drawn) == 5
+
+
+def test_a_new_seed_draws_new_noise() -> None:
+    """Else what was drawn before would be held for some steps more."""
+    model = SoftSAC("MlpPolicy", "Pendulum-v1", max_noise_repeat=16, **SMALL).learn(30)
+    obs = th.zeros(1, 3)
+    drawn = []
+    for left in (10, 0):
+        assert model._held_noise is not None
+        model._held_noise.steps_left[:] = left
+        model.set_random_seed(3)
+        drawn.append(model._explore(obs))
+    assert th.equal(*drawn)

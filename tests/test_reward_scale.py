@@ -225,3 +225,37 @@ def test_other_discount_factor(tmp_path: Path, before: float, after: float, is_l
     expected.update_from(model.replay_buffer, after)
     assert model._reward_scale.max_return == pytest.approx(expected.max_return)
     assert model._reward_scale.divisor() == pytest.approx(expected.divisor(), rel=1e-3)
+
+
+def large_episode() -> dict[str, np.ndarray]:
+    none = np.zeros(20, dtype=bool)
+    rewards = np.full(20, -1e4)
+    return {"observations": np.zeros((21, 3)), "actions": np.zeros((20, 1)), "rewards": rewards,
+            "terminations": none, "truncations": none}  # fmt: skip
+
+
+@pytest.mark.parametrize("is_saved", [False, True])
+@pytest.mark.parametrize("way", ["dataset", "file", "buffer", "none"])
+def test_later_data_stays_within_the_bound(way: str, is_saved: bool, tmp_path: Path) -> None:
+    """The first learn() begins with what is in the buffer; what comes from elsewhere after it counts as well."""
+    options = {**SMALL, "policy_kwargs": {"n_atoms": 21, "net_arch": [8]}, "normalize_rewards": "bounded"}
+    model = SoftSAC("MlpPolicy", "Pendulum-v1", **options).learn(40)
+    assert model.replay_buffer is not None and model._reward_scale is not None
+    before, var = model._reward_scale.max_return, model._reward_scale.statistics.var
+    other = SoftSAC("MlpPolicy", "Pendulum-v1", **options)
+    assert other.replay_buffer is not None
+    other.replay_buffer.add_dataset([large_episode()])
+    if way == "dataset":
+        model.replay_buffer.add_dataset([large_episode()])
+    elif way == "file":
+        other.save_replay_buffer(tmp_path / "buffer")
+        model.load_replay_buffer(tmp_path / "buffer")
+    elif way == "buffer":
+        model.replay_buffer = other.replay_buffer
+    if is_saved:
+        model.save(tmp_path / "model")
+        model = SoftSAC.load(tmp_path / "model", "Pendulum-v1")
+    model.learn(0, reset_num_timesteps=False)
+    assert model._reward_scale is not None and model._reward_scale.statistics.var == var
+    largest = pytest.approx(1e4 * (1 - 0.99**20) / (1 - 0.99), rel=1e-5)
+    assert model._reward_scale.max_return == (before if way == "none" else largest)

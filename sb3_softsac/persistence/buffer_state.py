@@ -25,7 +25,8 @@ SETTINGS = {
 }
 # Attributes that ReplayBuffer.get_rows and get_state handle
 OWN = {
-    *("observations", "actions", "rewards", "dones", "timeouts", "pos", "full", "rng", "n_added"),
+    *("observations", "actions", "rewards", "dones", "timeouts", "pos", "full", "rng"),
+    *("n_added", "n_imported"),
     *("_side_slot", "_side_obs", "_free_slots", "_newest_next_obs"),
 }
 SMALL, LARGE = 1 << 20, 1 << 24  # bytes of a segment
