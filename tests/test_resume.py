@@ -1334,6 +1334,23 @@ def test_training_on_without_improvement(tmp_path: Path) -> None:
     assert loaded.num_timesteps - ended >= 20  # more than the first evaluation
 
 
+def test_improvement_that_is_saved_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """best_model.zip is written before the stop callback hears of the improvement."""
+    ends = []
+    for part in ("whole", "resumed"):
+        model = make_model(learning_starts=10_000) if part == "whole" else load(tmp_path / "best_model.zip")
+        stop = sb3_callbacks.StopTrainingOnNoModelImprovement(1, min_evals=1)
+        evaluation = EvalCallback(
+            pendulum(), callback_after_eval=stop, eval_freq=10, n_eval_episodes=1,
+            best_model_save_path=str(tmp_path) if part == "whole" else None, verbose=0,
+        )  # fmt: skip
+        means = iter([1.0, 3.0, 2.0, 2.0, 2.0] if part == "whole" else [2.0, 2.0, 2.0])
+        monkeypatch.setattr(sb3_callbacks, "evaluate_policy", lambda *_, means=means, **__: ([next(means)], [1]))
+        model.learn(1000, callback=evaluation)
+        ends.append((model.num_timesteps, stop.n_calls, stop.no_improvement_evals, stop.last_best_mean_reward))
+    assert ends[0] == ends[1] == (40, 4, 2, 3.0)
+
+
 def test_infos_of_a_monitor_that_are_not_plain(tmp_path: Path) -> None:
     class Odd(gym.Wrapper):
         def step(self, action: Any) -> Any:

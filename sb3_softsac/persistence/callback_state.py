@@ -123,6 +123,9 @@ def _restore_one(each: BaseCallback, saved: list[Any], restarts_stops: bool, lat
         folder = each.best_model_save_path
         if folder is not None and not os.path.exists(os.path.join(folder, "best_model.zip")):
             each.best_mean_reward = -float("inf")  # a new folder gets its own best model
+    elif isinstance(each, StopTrainingOnNoModelImprovement) and isinstance(each.parent, EvalCallback):
+        if each.parent.best_mean_reward > each.last_best_mean_reward:
+            each.on_step()  # it has not seen the evaluation that saved its best model
     if is_late and isinstance(each, EvalCallback):
         late.append(each)
     elif is_late:
