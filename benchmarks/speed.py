@@ -67,6 +67,7 @@ class Arm(NamedTuple):
     options: dict[str, Any] = {}  # noqa: RUF012
     is_plain: bool = True  # False: with something that SoftSAC's C++ does not know
     preset: str | None = None  # with the hyperparameters of this configuration instead of the cell's
+    residual_expansion: int = 4  # the configuration's
     is_published: bool = False  # with the algorithm's own default hyperparameters instead of the cell's
 
 
@@ -94,6 +95,10 @@ ARMS = {
     ),
     "sbx": Arm("SBX", "C1", "sbx.SAC", 200, 9),
     "compact": Arm("SoftSAC compact", "C3", "sb3_softsac.SoftSAC", 80, 60, {"compile": True}, preset="compact"),
+    "half_wide": Arm(
+        *("SoftSAC compact, blocks half as wide", "C6", "sb3_softsac.SoftSAC", 120, 60, {"compile": True}),
+        **{"preset": "compact", "residual_expansion": 2},
+    ),
     "crossq": Arm("CrossQ, sb3-contrib", "C4", "sb3_contrib.CrossQ", 12, 3, is_published=True),
 }
 CELLS = {
@@ -109,7 +114,7 @@ CELLS = {
     "envs4": Cell("4 HalfCheetahs", "HalfCheetah-v5", 768, n_envs=4, gradient_steps=-1),
     "envs16": Cell("16 HalfCheetahs", "HalfCheetah-v5", 768, n_envs=16, gradient_steps=-1),
 }
-COMPILED = ("compiled", "inductor", "bf16", "compact")
+COMPILED = ("compiled", "inductor", "bf16", "compact", "half_wide")
 IN_BUFFER = ("sb3", "eager", "compiled")  # arms of the cell "buffer"
 
 Settings = dict[str, Any]
@@ -174,6 +179,7 @@ def make_model(settings: Settings) -> tuple[Any, float]:
     }
     if arm.preset is not None:
         hyperparameters = importlib.import_module("sb3_softsac").preset(arm.preset)
+        hyperparameters["policy_kwargs"]["residual_expansion"] = arm.residual_expansion
         settings["batch_size"] = hyperparameters["batch_size"]
     elif arm.is_published:
         hyperparameters = {}

@@ -21,11 +21,15 @@ from gymnasium import spaces
 from hypothesis import given
 from hypothesis import strategies as st
 from resume_script import differences, pendulum, plain
+from stable_baselines3 import HerReplayBuffer
+from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer
 from stable_baselines3.common.buffers import ReplayBuffer as SB3ReplayBuffer
-from stable_baselines3.common.vec_env import VecNormalize
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.envs import BitFlippingEnv
+from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
 from sb3_softsac import CheckpointCallback, CheckpointError, ReplayBuffer, SoftSAC, checkpoint, datasets
-from sb3_softsac.buffers import map_obs
+from sb3_softsac.buffers import map_obs, rows_by_age
 from sb3_softsac.execution import device_replay
 from sb3_softsac.persistence import atomic_files
 
@@ -424,6 +428,53 @@ def transitions(buffer: ReplayBuffer) -> list[bytes]:
             parts = (buffer.observations[row, e], next_obs, buffer.actions[row, e], buffer.rewards[row, e], terminated)  # type: ignore[index]
             found.append(b"".join(np.asarray(part, dtype=np.float32).tobytes() for part in parts))
     return sorted(found)
+
+
+SB3_BUFFERS: dict[str, dict[str, Any]] = {
+    "sb3": {"replay_buffer_class": SB3ReplayBuffer},
+    "frugal": {
+        "replay_buffer_class": SB3ReplayBuffer, "optimize_memory_usage": True,
+        "replay_buffer_kwargs": {"handle_timeout_termination": False},
+    },
+    "n_steps": {"replay_buffer_class": NStepReplayBuffer, "replay_buffer_kwargs": {"n_steps": 3}},
+    "dict": {"replay_buffer_class": DictReplayBuffer},
+    "her": {"replay_buffer_class": HerReplayBuffer, "replay_buffer_kwargs": {"copy_info_dict": True}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", SB3_BUFFERS)
+def test_files_with_buffers_of_sb3(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that keeps such a buffer is as good a source of data as any other."""
+    has_goals = kind in ("dict", "her")
+    policy = "MultiInputPolicy" if has_goals else "MlpPolicy"
+
+    def env() -> VecEnv:
+        bits = {"n_bits": 3, "continuous": True, "max_steps": 5}
+        return make_vec_env(lambda: BitFlippingEnv(**bits), n_envs=2) if has_goals else pendulum(2)
+
+    model = SoftSAC(policy, env(), **{**SMALL, "buffer_size": 90, "learning_starts": 200}, **SB3_BUFFERS[kind])
+    model.learn(120).save(tmp_path / "model")
+    theirs = model.replay_buffer
+    assert theirs is not None
+    # The next observation of the oldest row that is kept frugally is overwritten
+    order = rows_by_age(theirs)[int(kind == "frugal") :]
+    other = SoftSAC(policy, env(), offline_data=tmp_path / "model.zip", **SMALL)
+    ours = other.offline_data
+    assert isinstance(ours, ReplayBuffer) and ours.size() == len(order)
+    places = np.arange(ours.size() * 2)
+    obs = map_obs(lambda storage: storage[: len(order)], ours.observations)
+    next_obs = np.roll(theirs.observations, -1, axis=0) if kind == "frugal" else theirs.next_observations
+    for mine, his in ((obs, theirs.observations), (ours.get_next_obs(places), next_obs)):
+        for part, whole in zip(*map(list_of_parts, (mine, his)), strict=True):
+            np.testing.assert_array_equal(part.reshape(-1), whole[order].reshape(-1))
+    for name in ("actions", "rewards", "dones", "timeouts"):
+        np.testing.assert_array_equal(getattr(ours, name)[: ours.size()], getattr(theirs, name)[order])
+    assert command(monkeypatch, "export-dataset", tmp_path / "model", f"some/{kind}-v0") == 0
+    assert minari.load_dataset(f"some/{kind}-v0").total_steps == len(places)
+
+
+def list_of_parts(obs: Any) -> list[np.ndarray]:
+    return list(obs.values()) if isinstance(obs, dict) else [obs]
 
 
 def test_new_episodes_of_the_policy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from gymnasium import spaces
+from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer
 from stable_baselines3.common.buffers import ReplayBuffer as SB3ReplayBuffer
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
@@ -28,6 +29,9 @@ OWN = {
     *("observations", "actions", "rewards", "dones", "timeouts", "pos", "full", "rng"),
     *("n_added", "n_imported"),
     *("_side_slot", "_side_obs", "_free_slots", "_newest_next_obs"),
+}
+SB3_CLASSES: dict[str, type[SB3ReplayBuffer]] = {
+    full_name(each): each for each in (SB3ReplayBuffer, DictReplayBuffer, NStepReplayBuffer, HerReplayBuffer)
 }
 SMALL, LARGE = 1 << 20, 1 << 24  # bytes of a segment
 Segment = tuple[int, int]  # first row, one past the last
@@ -156,6 +160,25 @@ def read_rows(
         name: archive.array(f"{prefix}{name}.npy", np.dtype(dtype), (None if _varies(name) else n_rows, *shape))
         for name, (dtype, shape) in description["arrays"].items()
     }
+
+
+def empty_like(
+    description: dict[str, Any], observation_space: spaces.Space[Any], action_space: spaces.Space[Any]
+) -> SB3ReplayBuffer:
+    """
+    :param description: result of :func:`describe`
+    :param observation_space: of the model
+    :param action_space: of the model
+    :return: empty buffer with such arrays: of SB3's class if it was one, else ours
+    """
+    n_rows, n_envs = int(description["buffer_size"]), int(description["n_envs"])
+    buffer_class = SB3_CLASSES.get(description["class"], ReplayBuffer)
+    options: dict[str, Any] = {"device": "cpu", "n_envs": n_envs}
+    if buffer_class is HerReplayBuffer:
+        options["env"] = None  # which would compute rewards of new goals
+    if buffer_class is SB3ReplayBuffer and "next_observations" not in description["arrays"]:
+        options.update(optimize_memory_usage=True, handle_timeout_termination=False)
+    return buffer_class(n_rows * n_envs, observation_space, action_space, **options)
 
 
 def restore(

@@ -266,17 +266,19 @@ class ModelFile:
         """
         :param observation_space: of the model
         :param action_space: of the model
-        :return: the replay buffer of the file, with as many rows and environments
-        :raises CheckpointError: if there is none, or if it is of another class
+        :return: the replay buffer of the file, or one of ours with the transitions of SB3's, HER's included
+        :raises CheckpointError: if there is none, or if it is of a user's class
         """
         if self.replay is None:
             raise CheckpointError(f"{self.name} has no replay buffer.")
         with naming(f"the replay buffer in {self.name}"):
-            layout = self.replay["description"]
-            n_rows, n_envs = int(layout["buffer_size"]), int(layout["n_envs"])
-            buffer = ReplayBuffer(n_rows * n_envs, observation_space, action_space, "cpu", n_envs)
+            buffer = buffer_state.empty_like(self.replay["description"], observation_space, action_space)
         self.restore_replay(buffer)
-        return buffer
+        if isinstance(buffer, ReplayBuffer):
+            return buffer
+        own = ReplayBuffer(buffer.buffer_size * buffer.n_envs, observation_space, action_space, "cpu", buffer.n_envs)
+        own.copy_transitions(buffer)
+        return own
 
     def restore_replay(self, buffer: SB3ReplayBuffer) -> None:
         """
