@@ -83,7 +83,15 @@ def rescaled_actions(actions: np.ndarray, there: spaces.Space[Any], here: spaces
     return clipped.astype(actions.dtype)
 
 
-def _named(name: str, obs: Obs) -> dict[str, np.ndarray]:
+def _whole_rows(buffer: SB3ReplayBuffer) -> np.ndarray:
+    """
+    The rows in use, oldest first. With optimize_memory_usage, SB3 stores next observations in the following row: in a
+    full buffer, the newest is where the oldest observation was.
+    """
+    return rows_by_age(buffer)[int(buffer.full and not hasattr(buffer, "next_observations")) :]
+
+
+def named(name: str, obs: Obs) -> dict[str, np.ndarray]:
     """One name for an array, one with each key for a dict of arrays."""
     return {f"{name}.{key}": value for key, value in obs.items()} if isinstance(obs, dict) else {name: obs}
 
@@ -306,13 +314,13 @@ class ReplayBuffer(SB3ReplayBuffer):
         slots = self._side_slot[first:last].ravel()
         on_side = np.flatnonzero(slots)
         return {
-            **_named("observations", map_obs(lambda storage: storage[first:last], self.observations)),
+            **named("observations", map_obs(lambda storage: storage[first:last], self.observations)),
             "actions": self.actions[first:last],
             "rewards": self.rewards[first:last],
             "dones": self.dones[first:last],
             "timeouts": self.timeouts[first:last],
             "side_index": on_side,
-            **_named("side_observations", map_obs(lambda side: side[slots[on_side] - 1], self._side_obs)),
+            **named("side_observations", map_obs(lambda side: side[slots[on_side] - 1], self._side_obs)),
         }
 
     def set_rows(self, first: int, rows: dict[str, np.ndarray]) -> None:
@@ -324,7 +332,7 @@ class ReplayBuffer(SB3ReplayBuffer):
         :raises ValueError: if a next observation belongs to none of these rows, or two belong to one
         """
         last = first + len(rows["actions"])
-        for name, storage in _named("observations", self.observations).items():
+        for name, storage in named("observations", self.observations).items():
             storage[first:last] = rows[name]
         for name in ("actions", "rewards", "dones", "timeouts"):
             getattr(self, name)[first:last] = rows[name]
@@ -337,7 +345,7 @@ class ReplayBuffer(SB3ReplayBuffer):
             self._grow_side()
         slots = np.array([self._free_slots.pop() for _ in range(on_side.size)], dtype=np.int32)
         self._side_slot[first:last].reshape(-1)[on_side] = slots + 1
-        for name, side in _named("side_observations", self._side_obs).items():
+        for name, side in named("side_observations", self._side_obs).items():
             side[slots] = rows[name]
         self.mark_changed()
 
@@ -371,13 +379,10 @@ class ReplayBuffer(SB3ReplayBuffer):
         :param other: buffer with the same spaces
         :return: number of transitions added
         """
-        # With optimize_memory_usage, SB3 stores next observations in the following row, the newest in the oldest row
         is_shifted = not hasattr(other, "next_observations")
-        n_lost = int(is_shifted and other.full)
-        n_rows = other.size() - n_lost
-        n_new = min(n_rows * other.n_envs // self.n_envs, self.buffer_size)
-        order = rows_by_age(other)[n_lost:]
-        kept = order[n_rows - -(-n_new * self.n_envs // other.n_envs) :]
+        order = _whole_rows(other)
+        n_new = min(len(order) * other.n_envs // self.n_envs, self.buffer_size)
+        kept = order[len(order) - -(-n_new * self.n_envs // other.n_envs) :]
         rows = np.tile(kept, other.n_envs)[-n_new * self.n_envs :].reshape(self.n_envs, n_new)
         actions = rescaled_actions(other.actions, other.action_space, self.action_space)
         env_indices = np.repeat(np.arange(other.n_envs), len(kept))[-n_new * self.n_envs :].reshape(self.n_envs, n_new)
@@ -409,8 +414,15 @@ class ReplayBuffer(SB3ReplayBuffer):
         from sb3_softsac import datasets  # it imports this module
 
         if isinstance(dataset, SB3ReplayBuffer):
-            return self.copy_transitions(dataset)
+            datasets.check_buffer(dataset, self)
+            return self._add_buffer(dataset)
         return self.add_stream(datasets.read(dataset, self))
+
+    def _add_buffer(self, other: SB3ReplayBuffer) -> int:
+        n_all = len(_whole_rows(other)) * other.n_envs
+        n_added = self.copy_transitions(other)
+        self._warn_of_rest(n_all - n_added, n_all)
+        return n_added
 
     def add_stream(self, stream: Stream) -> int:
         """
@@ -422,12 +434,7 @@ class ReplayBuffer(SB3ReplayBuffer):
         n_all, n_envs = len(stream.rewards), self.n_envs
         n_rows = min(n_all // n_envs, self.buffer_size)
         first = n_all - n_rows * n_envs
-        if first >= n_envs or n_rows == 0:
-            warnings.warn(
-                f"{first} of {n_all} transitions, the oldest, were left out: the replay buffer has "
-                f"buffer_size={self.buffer_size * n_envs} for {n_envs} environment(s).",
-                stacklevel=3,
-            )
+        self._warn_of_rest(first, n_all)
         if n_rows == 0:
             return 0
         if self.size() > 0:
@@ -466,6 +473,15 @@ class ReplayBuffer(SB3ReplayBuffer):
         self.full = self.full or self.pos + n_rows >= self.buffer_size
         self.pos = (self.pos + n_rows) % self.buffer_size
         return n_rows * n_envs
+
+    def _warn_of_rest(self, n_left_out: int, n_all: int) -> None:
+        """Unless that is what cannot be split evenly among the environments."""
+        if n_left_out >= self.n_envs or 0 < n_left_out == n_all:
+            warnings.warn(
+                f"{n_left_out} of {n_all} transitions, the oldest, were left out: the replay buffer has "
+                f"buffer_size={self.buffer_size * self.n_envs} for {self.n_envs} environment(s).",
+                stacklevel=4,
+            )
 
     def sample(self, batch_size: int, env: VecNormalize | None = None) -> ReplayBatch:  # type: ignore[override]
         """

@@ -14,10 +14,11 @@ import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.buffers import ReplayBuffer as SB3ReplayBuffer
 from stable_baselines3.common.preprocessing import is_image_space, is_image_space_channels_first
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
-from sb3_softsac.buffers import Obs, ReplayBuffer, Stream, map_obs, rows_by_age
+from sb3_softsac.buffers import Obs, ReplayBuffer, Stream, map_obs, named, rows_by_age
 
 FIELDS = ("observations", "actions", "rewards", "terminations", "truncations")
 ROUNDING = 1e-6  # of the range of actions: further beyond it is not the rounding of float32
@@ -66,6 +67,23 @@ def read(dataset: Any, buffer: ReplayBuffer) -> Stream:
     return Stream(
         *(map_obs(lambda *arrays: np.concatenate(arrays), *columns) for columns in zip(*shifted, strict=True))
     )
+
+
+def check_buffer(theirs: SB3ReplayBuffer, buffer: ReplayBuffer) -> None:
+    """
+    :param theirs: another replay buffer, SB3's or ours
+    :param buffer: replay buffer that its transitions have to fit
+    :raises ValueError: naming what does not fit
+    """
+    there, here = ({**named("observations", each.observations), "actions": each.actions, "rewards": each.rewards}
+                   for each in (theirs, buffer))  # fmt: skip
+    for name, storage in here.items():
+        if name not in there:
+            raise ValueError(f"The other replay buffer has no {name}, only {_names(there)}.")
+        rows, what = there[name][: theirs.size()], f"{name} of the other replay buffer"
+        _require_shape(rows, (len(rows), theirs.n_envs, *storage.shape[2:]), what)
+        if rows.dtype.kind == "f" and not (is_finite := np.isfinite(rows)).all():
+            raise ValueError(f"{what} has values that are not finite, in row {np.argwhere(~is_finite)[0][0]}.")
 
 
 def load(dataset_id: str) -> Any:

@@ -144,7 +144,7 @@ def _read(data: Any, model: Any) -> ReplayBuffer:
             buffer = file.read_buffer(*spaces)
     elif isinstance(data, SB3ReplayBuffer):
         buffer = ReplayBuffer(max(data.size() * data.n_envs, 1), *spaces, "cpu")
-        buffer.copy_transitions(data)
+        buffer.add_dataset(data)
     else:
         stream = datasets.read(data, ReplayBuffer(1, *spaces, "cpu"))
         buffer = ReplayBuffer(len(stream.rewards), *spaces, "cpu")

@@ -251,6 +251,26 @@ def test_other_buffers() -> None:
     buffer = make_buffer()
     assert buffer.add_dataset(theirs) == 1
     assert buffer.sample(1).rewards.item() == 1.0
+    for _ in range(15):
+        theirs.add(np.zeros((1, 3)), np.ones((1, 3)), np.zeros((1, 2)), np.ones(1), np.zeros(1), [{}])
+    small = make_buffer(size=4)
+    with pytest.warns(UserWarning, match=r"6 of 10 transitions, the oldest, were left out.*buffer_size=4") as caught:
+        assert small.add_dataset(theirs) == 4
+    assert caught[0].filename == __file__
+    theirs.rewards[3] = np.nan
+    other = spaces.Box(-1.0, 1.0, (4,))
+    for wrong, message in (
+        (theirs, "rewards of the other replay buffer has values that are not finite, in row 3"),
+        (
+            SB3ReplayBuffer(10, other, ACTIONS, "cpu"),
+            r"observations .* has the shape \(0, 1, 4\), expected \(0, 1, 3\)",
+        ),
+        (SB3ReplayBuffer(10, BOX, other, "cpu"), r"actions .* has the shape \(0, 1, 4\), expected \(0, 1, 2\)"),
+        (DictReplayBuffer(10, DICT, ACTIONS, "cpu"), "no observations, only .*'observations.state'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            small.add_dataset(wrong)
+    assert small.size() == 4 and np.isfinite(small.rewards).all()
 
 
 def test_actions_beyond_the_bounds_are_clipped_with_one_warning() -> None:
@@ -786,7 +806,7 @@ def test_device_replay_declines() -> None:
         ({"offline_data": 3}, "dataset=3 cannot be iterated over"),
         ({"offline_data": "no/data-v0"}, "There is no Minari dataset 'no/data-v0'"),
         ({"offline_data": [draw_episode(3, BOX, np.random.default_rng(0))]}, "actions of episode 0 has the shape"),
-        ({"offline_data": make_buffer()}, "offline_data has no transitions"),
+        ({"offline_data": SB3ReplayBuffer(10, *PENDULUM, "cpu")}, "offline_data has no transitions"),
     ],
 )
 def test_offline_options(options: dict[str, Any], message: str) -> None:
