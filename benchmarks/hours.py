@@ -1,7 +1,7 @@
 """
 Return over hours on two cores: what has been learned when the same time is spent.
 
-    python benchmarks/speed_ratio.py run --arms sb3 compiled compact --threads 2 --rounds 10 \\
+    python benchmarks/speed_ratio.py run --arms sb3 compiled compact --threads 2 --rounds 8 \\
         --cells halfcheetah hopper walker2d ant_shipped humanoid_shipped --output benchmarks/results/speed/hours.jsonl
     python benchmarks/hours.py
 

@@ -111,7 +111,7 @@ def table() -> str:
             f"{record['mean_return']:.1f} ± {record['std_return']:.1f}",
             f"{task.goal:g}",
         ])  # fmt: skip
-    return markdown_table(["environment", "configuration", "seed", f"return, {EPISODES} episodes", "goal"], rows)
+    return markdown_table(["environment", "configuration", "seed", f"return, {EPISODES} episodes", "target"], rows)
 
 
 def main() -> None:

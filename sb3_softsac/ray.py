@@ -45,7 +45,7 @@ class RayVecEnv(VecEnv):
 
     :param env_fns: functions that make the environments. They run in the actors.
     :param envs_per_actor: how many environments share an actor, and so a process. Sharing saves calls, which pays if a
-        step takes less than about a millisecond.
+        step takes about a millisecond or less.
     :param actor_options: for ``.options()`` of all actors: resources and placement, such as
         ``{"num_cpus": 1, "scheduling_strategy": "SPREAD"}``
     :param max_restarts: how often an actor that has died is replaced. Its environments are then newly made, with the

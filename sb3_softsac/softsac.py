@@ -65,7 +65,7 @@ class SoftSAC(ResumableAlgorithm):
     :param batch_size: minibatch size, B
     :param tau: Polyak coefficient of the targets, in [0, 1]
     :param gamma: discount factor, in [0, 1]
-    :param train_freq: environment steps (or ``(n, "episode")``) between updates
+    :param train_freq: steps of the vectorised environment (or ``(n, "episode")``) between updates, as in SB3
     :param gradient_steps: updates after each rollout; -1: one per collected step
     :param action_noise: noise added to the scaled actions
     :param replay_buffer_class: None: ``sb3_softsac.buffers.ReplayBuffer``
@@ -106,8 +106,8 @@ class SoftSAC(ResumableAlgorithm):
         critics (returns can still be: see ``train/clipped_target_mass``)
     :param max_noise_repeat: hold the noise of an action for n <= ``max_noise_repeat`` steps, P(n) ~ n^-2 (FlashSAC)
     :param offline_data: take a part of each minibatch from this data, which new transitions do not replace (RLPD,
-        https://arxiv.org/abs/2302.02948): a Minari dataset or its id, the path of a model file (its replay buffer), or
-        anything else that ``ReplayBuffer.add_dataset`` takes. The run's files hold only a reference to it. The
+        https://arxiv.org/abs/2302.02948): a Minari dataset or its id, the path of a model file or checkpoint folder
+        (its replay buffer), or anything else that ``ReplayBuffer.add_dataset`` takes. The run's files hold only a reference to it. The
         attribute is then a replay buffer
     :param offline_fraction: part of each minibatch that is offline data, in [0, 1]
     :param compile: compile the updates; ``"auto"``: if the run will have at least ``MIN_COMPILED_UPDATES`` of them. On
@@ -118,8 +118,8 @@ class SoftSAC(ResumableAlgorithm):
     :param buffer_on_device: keep a copy of the replay buffer on the GPU, where the updates gather their minibatches.
         ``"auto"``: if it takes at most half of the free memory. Minibatches are the same. After writing to the buffer's
         arrays, call its ``mark_changed()``
-    :param num_threads: torch's CPU threads. ``"auto"``: as many as the networks keep busy, but no more than there are
-        free cores when ``learn()`` starts, unless you have set the number in torch or in the environment
+    :param num_threads: torch's CPU threads. ``"auto"``: as many as the networks keep busy, but no more than this
+        process may use and, on a machine without shares, than are free when ``learn()`` starts, unless you have set the number in torch or in the environment
         (``OMP_NUM_THREADS``, ``MKL_NUM_THREADS``)
     :raises ValueError: for action spaces that are not bounded boxes, and for invalid option values
     """
