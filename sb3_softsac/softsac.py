@@ -107,8 +107,8 @@ class SoftSAC(ResumableAlgorithm):
     :param max_noise_repeat: hold the noise of an action for n <= ``max_noise_repeat`` steps, P(n) ~ n^-2 (FlashSAC)
     :param offline_data: take a part of each minibatch from this data, which new transitions do not replace (RLPD,
         https://arxiv.org/abs/2302.02948): a Minari dataset or its id, the path of a model file or checkpoint folder
-        (its replay buffer), or anything else that ``ReplayBuffer.add_dataset`` takes. The run's files hold only a reference to it. The
-        attribute is then a replay buffer
+        (its replay buffer), or anything else that ``ReplayBuffer.add_dataset`` takes. The run's files hold only a
+        reference to it. The attribute is then a replay buffer
     :param offline_fraction: part of each minibatch that is offline data, in [0, 1]
     :param compile: compile the updates; ``"auto"``: if the run will have at least ``MIN_COMPILED_UPDATES`` of them. On
         the CPU, actors that the C++ supports then also explore in it. The result is the same up to rounding. If
@@ -119,8 +119,8 @@ class SoftSAC(ResumableAlgorithm):
         ``"auto"``: if it takes at most half of the free memory. Minibatches are the same. After writing to the buffer's
         arrays, call its ``mark_changed()``
     :param num_threads: torch's CPU threads. ``"auto"``: as many as the networks keep busy, but no more than this
-        process may use and, on a machine without shares, than are free when ``learn()`` starts, unless you have set the number in torch or in the environment
-        (``OMP_NUM_THREADS``, ``MKL_NUM_THREADS``)
+        process may use and, on a machine without shares, than are free when ``learn()`` starts, unless you have set the
+        number in torch or in the environment (``OMP_NUM_THREADS``, ``MKL_NUM_THREADS``)
     :raises ValueError: for action spaces that are not bounded boxes, and for invalid option values
     """
 
