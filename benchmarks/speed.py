@@ -96,9 +96,10 @@ ARMS = {
     "sbx": Arm("SBX", "C1", "sbx.SAC", 200, 9),
     "compact": Arm("SoftSAC compact", "C3", "sb3_softsac.SoftSAC", 80, 60, {"compile": True}, preset="compact"),
     "half_wide": Arm(
-        "compact, blocks half as wide", "C6", "sb3_softsac.SoftSAC", 120, 60, {"compile": True},
-        preset="compact", residual_expansion=2,
-    ),  # fmt: skip
+        *("compact, blocks half as wide", "C6", "sb3_softsac.SoftSAC", 120.0, 60.0, {"compile": True}),
+        preset="compact",
+        residual_expansion=2,
+    ),
     "crossq": Arm("CrossQ, sb3-contrib", "C4", "sb3_contrib.CrossQ", 12, 3, is_published=True),
 }
 CELLS = {
