@@ -280,6 +280,12 @@ class ReplayBuffer(SB3ReplayBuffer):
         """
         self.n_added += self.buffer_size
 
+    def end_episodes(self) -> None:
+        """The environments are about to be reset: what is added next is of other episodes, whatever it looks like."""
+        if self.size() > 0:
+            newest = (self.pos - 1) % self.buffer_size
+            self._keep_newest_on_side(newest, np.flatnonzero(self._side_slot[newest] == 0))
+
     def rows_since(self, n_added: int) -> list[tuple[int, int]]:
         """
         :param n_added: value of ``n_added`` at an earlier time
@@ -386,6 +392,8 @@ class ReplayBuffer(SB3ReplayBuffer):
         rows = np.tile(kept, other.n_envs)[-n_new * self.n_envs :].reshape(self.n_envs, n_new)
         actions = rescaled_actions(other.actions, other.action_space, self.action_space)
         env_indices = np.repeat(np.arange(other.n_envs), len(kept))[-n_new * self.n_envs :].reshape(self.n_envs, n_new)
+        ends = other.ends if isinstance(other, ReplayBuffer) else other.dones.astype(bool)
+        joins = np.diff(env_indices, append=env_indices[:, -1:]) != 0  # where another environment's transitions follow
         for step in range(n_new):
             at = rows[:, step], env_indices[:, step]
             obs = map_obs(lambda storage, at=at: np.asarray(storage[at]), other.observations)
@@ -395,6 +403,9 @@ class ReplayBuffer(SB3ReplayBuffer):
             next_obs = map_obs(lambda storage, at=next_at: np.asarray(storage[at]), source)
             infos = [{"TimeLimit.truncated": bool(timeout)} for timeout in other.timeouts[at]]
             self.add(obs, next_obs, actions[at], other.rewards[at], other.dones[at], infos)
+            newest = (self.pos - 1) % self.buffer_size
+            is_cut = (ends[at] | joins[:, step]) & (self._side_slot[newest] == 0)
+            self._keep_newest_on_side(newest, np.flatnonzero(is_cut))
         self.n_imported += n_new
         return n_new * self.n_envs
 
@@ -420,7 +431,9 @@ class ReplayBuffer(SB3ReplayBuffer):
 
     def _add_buffer(self, other: SB3ReplayBuffer) -> int:
         n_all = len(_whole_rows(other)) * other.n_envs
+        self.end_episodes()
         n_added = self.copy_transitions(other)
+        self.end_episodes()
         self._warn_of_rest(n_all - n_added, n_all)
         return n_added
 
@@ -437,9 +450,7 @@ class ReplayBuffer(SB3ReplayBuffer):
         self._warn_of_rest(first, n_all)
         if n_rows == 0:
             return 0
-        if self.size() > 0:
-            newest = (self.pos - 1) % self.buffer_size
-            self._keep_newest_on_side(newest, np.flatnonzero(self._side_slot[newest] == 0))
+        self.end_episodes()
         rows = (self.pos + np.arange(n_rows)) % self.buffer_size
         self._release_slots(rows)
 
@@ -536,7 +547,9 @@ class ReplayBuffer(SB3ReplayBuffer):
         # With one environment, draw no random number for it
         places = rows if self.n_envs == 1 else rows * self.n_envs + self.rng.integers(self.n_envs, size=len(rows))
         returns, last_places, discounts = self._returns(places, env)
-        dones = self._at(self.dones, last_places) * (1.0 - self._at(self.timeouts, last_places))
+        dones = self._at(self.dones, last_places)
+        if self.handle_timeout_termination:
+            dones *= 1.0 - self._at(self.timeouts, last_places)
         return Drawn(places, last_places, returns, dones, discounts)
 
     def _get_samples(  # type: ignore[override]
@@ -590,7 +603,7 @@ class ReplayBuffer(SB3ReplayBuffer):
         ends = (self._at(self._side_slot, following) != 0) | is_newest
         last_step = np.where(ends.any(axis=1), ends.argmax(axis=1), self.n_steps - 1)
         rewards = self._normalize_reward(self._at(self.rewards, following), env)
-        gammas = self.gamma ** np.arange(self.n_steps + 1, dtype=np.float32)
+        gammas = float(self.gamma) ** np.arange(self.n_steps + 1, dtype=np.float32)
         returns = np.where(steps <= last_step[:, None], rewards * gammas[:-1], np.float32(0.0)).sum(axis=1)
         return returns, following[np.arange(len(places)), last_step], gammas[last_step + 1]
 

@@ -231,6 +231,10 @@ class SaveBestTrainingReturnCallback(BaseCallback):
         self._is_there = self._path.exists()
 
     def _on_step(self) -> bool:
+        # SB3 tells nothing of rollouts to callbacks within EveryNTimesteps and its like
+        all_callbacks = getattr(self.model, "_callback", None)
+        if self.model._episode_num != self._episodes_seen and callback_state.is_on_event(self, all_callbacks):
+            self._on_rollout_end()
         return True
 
     def _on_rollout_end(self) -> None:

@@ -160,6 +160,7 @@ def _set_returns(buffer: ReplayBuffer, model: Any) -> None:
     """As in the other part of the minibatches."""
     online = model.replay_buffer
     buffer.n_steps, buffer.gamma = getattr(online, "n_steps", 1), getattr(online, "gamma", model.gamma)
+    buffer.handle_timeout_termination = getattr(online, "handle_timeout_termination", True)
 
 
 def _reference(data: Any) -> str | None:

@@ -13,46 +13,48 @@ class RewardScale:
     """
     Running standard deviation of discounted returns, by which rewards are divided when they are sampled (SimbaV2,
     https://arxiv.org/abs/2502.15280). The replay buffer holds the environment's rewards.
+
+    :param gamma: discount factor
     """
 
+    gamma: float | None = None  # not in older files
     n_imported = 0  # rows of the replay buffer from elsewhere than the environment that are taken in
     bounded_by: str | None = None  # SHA-256 of the offline data that max_return takes in
 
-    def __init__(self) -> None:
+    def __init__(self, gamma: float) -> None:
+        self.gamma = gamma
         self.returns = np.zeros(0)  # of the episodes in progress, (E,)
         self.max_return = 0.0  # largest absolute value until now
         self.statistics = RunningMeanStd(shape=())
 
-    def update(self, rewards: np.ndarray, dones: np.ndarray, gamma: float) -> None:
+    def update(self, rewards: np.ndarray, dones: np.ndarray) -> None:
         """
         :param rewards: of a step, (E,)
         :param dones: which episodes have ended, terminated or truncated, (E,)
-        :param gamma: discount factor
         """
-        self._add(self._next_returns(rewards, dones, gamma))
+        self._add(self._next_returns(rewards, dones))
 
-    def update_from(self, buffer: SB3ReplayBuffer, gamma: float) -> None:
+    def update_from(self, buffer: SB3ReplayBuffer) -> None:
         """
         Take in what a replay buffer holds already.
 
         :param buffer: replay buffer, SB3's or ours
-        :param gamma: discount factor
         """
         # Ours also marks where a reset or a dataset has cut an episode short
         ends = buffer.ends if isinstance(buffer, ReplayBuffer) else buffer.dones
-        returns = [self._next_returns(buffer.rewards[row], ends[row], gamma) for row in rows_by_age(buffer).tolist()]
+        returns = [self._next_returns(buffer.rewards[row], ends[row]) for row in rows_by_age(buffer).tolist()]
         if returns:
             self._add(np.concatenate(returns))
 
-    def bound_by(self, buffer: SB3ReplayBuffer, gamma: float) -> None:
+    def bound_by(self, buffer: SB3ReplayBuffer) -> None:
         """
         Let the returns of other data stay within the bound, too. The standard deviation remains as it is.
 
         :param buffer: the data
-        :param gamma: discount factor
         """
-        theirs = RewardScale()
-        theirs.update_from(buffer, gamma)
+        assert self.gamma is not None
+        theirs = RewardScale(self.gamma)
+        theirs.update_from(buffer)
         self.max_return = max(self.max_return, theirs.max_return)
 
     def end_episodes(self) -> None:
@@ -69,10 +71,11 @@ class RewardScale:
         std = float(np.sqrt(self.statistics.var + EPSILON))
         return std if bound is None else max(std, self.max_return / bound)
 
-    def _next_returns(self, rewards: np.ndarray, dones: np.ndarray, gamma: float) -> np.ndarray:
+    def _next_returns(self, rewards: np.ndarray, dones: np.ndarray) -> np.ndarray:
+        assert self.gamma is not None
         if len(self.returns) != len(rewards):
             self.returns = np.zeros(len(rewards))
-        before = gamma * self.returns
+        before = self.gamma * self.returns
         returns: np.ndarray = before + rewards
         self.returns = np.where(dones, 0.0, np.where(np.isfinite(returns), returns, before))
         return returns

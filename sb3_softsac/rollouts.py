@@ -28,6 +28,7 @@ from stable_baselines3.sac.policies import SACPolicy
 
 from sb3_softsac.buffers import map_obs
 from sb3_softsac.type_aliases import TorchObs
+from sb3_softsac.validation import check_outer_wrappers
 
 
 class RolloutAlgorithm(OffPolicyAlgorithm):
@@ -105,7 +106,8 @@ class RolloutAlgorithm(OffPolicyAlgorithm):
         told = None
         while rollout.continue_training and (lack := self._lack_of(replay_buffer)) is not None:
             if self.num_timesteps >= self._total_timesteps:
-                warnings.warn(f"Nothing was learned: training ended before {lack}", stacklevel=3)
+                what = "Updates were left out" if self._n_updates > 0 else "Nothing was learned"
+                warnings.warn(f"{what}: training ended before {lack}", stacklevel=3)
                 return rollout._replace(continue_training=False)  # no update
             if lack != told:
                 self._say(f"Updates are delayed: they are due before {lack}")
@@ -121,6 +123,11 @@ class RolloutAlgorithm(OffPolicyAlgorithm):
         if self.num_timesteps <= self.learning_starts or self.gradient_steps == 0:
             return None
         if isinstance(buffer, HerReplayBuffer) and not np.any(buffer.ep_length > 0):
+            if buffer.full:
+                raise ValueError(
+                    f"buffer_size={self.buffer_size} holds no whole episode of {self.n_envs} environment(s), of which "
+                    "HerReplayBuffer draws goals: choose one of at least two episodes times the number of environments."
+                )
             return (
                 "the end of the first episode, which HerReplayBuffer needs. Set learning_starts to more than the steps "
                 "of an episode times the number of environments."
@@ -217,7 +224,12 @@ class RolloutAlgorithm(OffPolicyAlgorithm):
         normalize, last_obs, new_original_obs = self._vec_normalize_env, self._last_obs, new_obs
         if normalize is not None:
             last_obs, new_original_obs = self._last_original_obs, self._original_obs()
-            reward = normalize.get_original_reward()
+            original_reward = normalize.get_original_reward()
+            if self.env is not normalize:
+                check_outer_wrappers(
+                    cast(VecEnv, self.env), rewards=(reward, normalize.normalize_reward(original_reward))
+                )
+            reward = original_reward
         next_obs = deepcopy(new_original_obs)
         for i in np.flatnonzero(dones).tolist():
             terminal_obs = infos[i].get("terminal_observation")

@@ -320,8 +320,6 @@ class SoftSAC(ResumableAlgorithm):
             self._setup_lr_schedule()
         if "ent_coef" in changed:
             self._make_ent_coef()
-        if "gamma" in changed:
-            self._reward_scale = None  # is made again from the returns in the replay buffer
         if self.use_actor_target != (self.policy.actor_target is not None):
             if self.use_actor_target:
                 self.policy.make_actor_target()
@@ -334,9 +332,11 @@ class SoftSAC(ResumableAlgorithm):
     def _convert_device(self) -> None:
         """A device can be assigned by its name, but the networks stay where they are."""
         self.device = th.device(self.device)
-        if self.device.type != self.policy.device.type:
+        there = self.policy.device
+        indices = {self.device.index, there.index} - {None}
+        if self.device.type != there.type or len(indices) > 1:
             raise ValueError(
-                f"device={self.device} has no effect on networks that are on {self.policy.device}: save the model, and "
+                f"device={self.device} has no effect on networks that are on {there}: save the model, and "
                 f"load it with SoftSAC.load(..., device={str(self.device)!r})."
             )
 
@@ -351,9 +351,10 @@ class SoftSAC(ResumableAlgorithm):
             self.policy_class = COUNTERPARTS[self.policy_class]
             if self.replay_buffer_class in (SB3ReplayBuffer, DictReplayBuffer, NStepReplayBuffer):
                 self.replay_buffer_class = None
-                # SB3 notes them here for its NStepReplayBuffer; they are the model's own n_steps and gamma
-                own = ("n_steps", "gamma")
-                self.replay_buffer_kwargs = {k: v for k, v in self.replay_buffer_kwargs.items() if k not in own}
+                # Of its NStepReplayBuffer; usually the model's own n_steps and gamma, which SB3 notes here
+                self.n_steps = self.replay_buffer_kwargs.pop("n_steps", self.n_steps)
+                if self.replay_buffer_kwargs.get("gamma") == self.gamma:
+                    del self.replay_buffer_kwargs["gamma"]
         elif not issubclass(self.policy_class, SoftSACPolicy):
             raise ValueError(
                 f"policy={self.policy_class.__name__} is not a SoftSAC policy: use 'MlpPolicy', 'CnnPolicy', "
@@ -583,7 +584,9 @@ class SoftSAC(ResumableAlgorithm):
         infos: list[dict[str, Any]],
     ) -> None:
         if self._reward_scale is not None:
-            self._reward_scale.update(reward, dones, self.gamma)
+            normalize = self._vec_normalize_env
+            stored = reward if normalize is None else normalize.get_original_reward()
+            self._reward_scale.update(stored, dones)
         super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
 
     def _reset_episodes(self) -> None:
@@ -597,17 +600,20 @@ class SoftSAC(ResumableAlgorithm):
             return
         buffer, source = self.replay_buffer, self._offline_source
         n_imported = getattr(buffer, "n_imported", 0)
-        if self._reward_scale is None:
-            self._reward_scale = RewardScale()
+        scale = self._reward_scale
+        if scale is not None and scale.gamma is None:
+            scale.gamma = self.gamma
+        if scale is None or scale.gamma != self.gamma:
+            self._reward_scale = scale = RewardScale(self.gamma)
             if buffer is not None:
-                self._reward_scale.update_from(buffer, self.gamma)
-        elif buffer is not None and (buffer is not self._scaled_buffer or n_imported != self._reward_scale.n_imported):
-            self._reward_scale.bound_by(buffer, self.gamma)
-        self._scaled_buffer, self._reward_scale.n_imported = buffer, n_imported
+                scale.update_from(buffer)
+        elif buffer is not None and (buffer is not self._scaled_buffer or n_imported != scale.n_imported):
+            scale.bound_by(buffer)
+        self._scaled_buffer, scale.n_imported = buffer, n_imported
         if self.normalize_rewards == "bounded" and source is not None and self.offline_data is not None:
-            if self._reward_scale.bounded_by != source["sha256"]:
-                self._reward_scale.bound_by(self.offline_data, self.gamma)
-                self._reward_scale.bounded_by = source["sha256"]
+            if scale.bounded_by != source["sha256"]:
+                scale.bound_by(self.offline_data)
+                scale.bounded_by = source["sha256"]
 
     def _reward_divisor(self) -> float:
         """What sampled rewards are divided by."""

@@ -17,6 +17,7 @@ from stable_baselines3.common.type_aliases import TrainFrequencyUnit
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecTransposeImage, unwrap_vec_normalize
 
 from sb3_softsac import networks, offline, schedules
+from sb3_softsac.buffers import map_obs
 from sb3_softsac.heads import CategoricalHead, ScalarHead, head_of
 
 MIN_IMAGE_SIZE = 36  # of NatureCNN's three layers: ((36 - 8) / 4 + 1 - 4) / 2 + 1 = 3, the last one's kernel
@@ -134,6 +135,23 @@ def check_wrappers(env: VecEnv) -> None:
                 f"normalise them: swap the two, VecNormalize({name}(env, ...))."
             )
         env = env.venv
+
+
+def check_outer_wrappers(env: VecEnv, **values: tuple[Any, Any]) -> None:
+    """
+    :param env: with all its wrappers
+    :param values: observations or rewards by name: those of ``env``, and those of the VecNormalize in it
+    :raises ValueError: if a wrapper around VecNormalize changes them: the replay buffer does not see that
+    """
+    for name, (outer, inner) in values.items():
+        same: list[bool] = []
+        map_obs(lambda a, b, same=same: same.append(np.array_equal(a, b, equal_nan=True)), outer, inner)
+        if not all(same):
+            wrapper = type(env).__name__
+            raise ValueError(
+                f"{wrapper}, or a wrapper within, is wrapped around VecNormalize and changes its {name}, which has no "
+                f"effect on what is learned: swap the two, VecNormalize({wrapper}(env, ...))."
+            )
 
 
 def check_starts(space: spaces.Space[Any]) -> None:

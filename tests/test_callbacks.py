@@ -10,7 +10,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import pytest
-from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.callbacks import BaseCallback, CallbackList, EvalCallback, EveryNTimesteps
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
@@ -148,3 +148,39 @@ def test_folder_that_is_a_file(tmp_path: pathlib.Path) -> None:
     (tmp_path / "run").write_text("")
     with pytest.raises(ValueError, match=r"^save_path='.*run' is a file: choose a folder\.$"):
         make_model().learn(5, CheckpointCallback(100, tmp_path / "run"))
+
+
+@pytest.mark.parametrize("way", ["list", "every", "evaluation"])
+def test_best_training_model_on_events(way: str, tmp_path: pathlib.Path) -> None:
+    """SB3 does not tell callbacks within others of rollouts."""
+    env = make_vec_env("Pendulum-v1", env_kwargs={"max_episode_steps": 20})
+    callback: BaseCallback = SaveBestTrainingReturnCallback(save_path=str(tmp_path), min_episodes=1)
+    if way == "every":
+        callback = EveryNTimesteps(10, CallbackList([callback]))
+    elif way == "evaluation":
+        evaluation: Any = {"eval_freq": 30, "n_eval_episodes": 1, "verbose": 0}
+        callback = EvalCallback(make_vec_env("Pendulum-v1"), callback_after_eval=callback, **evaluation)
+    make_model(env).learn(60, callback=callback)
+    assert (tmp_path / "best_training_model.zip").exists()
+
+
+def test_signals_reach_checkpoints_on_new_best_models(tmp_path: pathlib.Path) -> None:
+    """SB3 does not start the callback for new best models."""
+    checkpoints = CheckpointCallback(1, tmp_path / "run", on_signal=("SIGUSR1",))
+    evaluation = EvalCallback(
+        make_vec_env("Pendulum-v1"), callback_on_new_best=checkpoints, eval_freq=1000, n_eval_episodes=1, verbose=0
+    )
+
+    class Interrupting(BaseCallback):
+        def _on_step(self) -> bool:
+            if self.num_timesteps == 5:
+                os.kill(os.getpid(), signal.SIGUSR1)
+            return True
+
+    before = signal.getsignal(signal.SIGUSR1)
+    try:
+        with pytest.raises(SystemExit):
+            make_model().learn(20, [evaluation, Interrupting()])
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert SoftSAC.load(tmp_path / "run").num_timesteps == 5

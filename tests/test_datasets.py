@@ -831,6 +831,13 @@ CONTINUED: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.mark.processes
+def test_offline_data_can_be_left_out_at_load(tmp_path: Path) -> None:
+    make_model(offline_data=pendulum_episodes()).learn(40).save(tmp_path / "model")
+    loaded = SoftSAC.load(tmp_path / "model", pendulum(), offline_data=None)
+    loaded.learn(10)
+    assert loaded.offline_data is None and loaded._offline_source is None
+
+
 def test_runs_with_offline_data_are_continued(tmp_path: Path) -> None:
     """In another process, which finds the data by itself: the runs that were not interrupted, to the last bit."""
     with resume_script.new_process() as pool:

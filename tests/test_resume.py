@@ -35,7 +35,7 @@ from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize, VecTransposeImage
 
 from sb3_softsac import CheckpointCallback, CheckpointError, ReplayBuffer, SoftSAC, SoftSACPolicy, checkpoint
-from sb3_softsac.persistence import model_file
+from sb3_softsac.persistence import buffer_state, model_file
 from sb3_softsac.persistence.run_folder import RunFolder
 
 pytestmark = pytest.mark.processes
@@ -1349,6 +1349,83 @@ def test_improvement_that_is_saved_counts(tmp_path: Path, monkeypatch: pytest.Mo
         model.learn(1000, callback=evaluation)
         ends.append((model.num_timesteps, stop.n_calls, stop.no_improvement_evals, stop.last_best_mean_reward))
     assert ends[0] == ends[1] == (40, 4, 2, 3.0)
+
+
+class FrozenExtractor(FlattenExtractor):
+    """A part is frozen from the beginning, as if it were pretrained."""
+
+    def __init__(self, space: gym.Space[Any]):
+        super().__init__(space)
+        self.frozen = th.nn.Linear(self.features_dim, self.features_dim).requires_grad_(False)
+
+    def forward(self, observations: th.Tensor) -> th.Tensor:
+        return self.frozen(super().forward(observations))
+
+
+@pytest.mark.filterwarnings("ignore:Written with pickle")
+@pytest.mark.parametrize("has_target", [False, True])
+def test_other_actor_target_with_frozen_layers(has_target: bool, tmp_path: Path) -> None:
+    policy_kwargs = {"net_arch": [8], "features_extractor_class": FrozenExtractor}
+    model = make_model(use_actor_target=has_target, policy_kwargs=policy_kwargs)
+    model.learn(40)
+    model.save(tmp_path / "model.zip")
+    loaded = load(tmp_path / "model.zip", use_actor_target=not has_target, allow_pickle=True)
+    loaded.learn(20)
+    assert (loaded.actor_target is None) == has_target
+    assert not loaded.actor.features_extractor.frozen.weight.requires_grad
+
+
+def test_new_entropy_coefficient_is_not_frozen(tmp_path: Path) -> None:
+    model = make_model(ent_coef="auto_0.1")
+    assert model.log_ent_coef is not None
+    model.log_ent_coef.requires_grad_(False)
+    model.learn(40)
+    model.save(tmp_path / "model.zip")
+    for kwargs, is_frozen in (({}, True), ({"ent_coef": "auto_0.2"}, False)):
+        loaded = load(tmp_path / "model.zip", **kwargs)
+        assert loaded.log_ent_coef is not None
+        before = loaded.log_ent_coef.item()
+        loaded.learn(10)
+        assert (loaded.log_ent_coef.item() == before) == is_frozen
+
+
+@pytest.mark.parametrize("ent_coef", [0.1, "auto_0.1"])
+def test_entropy_coefficient_that_was_left_out(ent_coef: Any, tmp_path: Path) -> None:
+    """As with any other argument, it is then the constructor's default."""
+    model = make_model(ent_coef=ent_coef)
+    model.learn(30)
+    model.save(tmp_path / "model.zip", exclude=["ent_coef"])
+    loaded = load(tmp_path / "model.zip")
+    assert loaded.ent_coef == "auto" and loaded.log_ent_coef is not None and loaded.log_ent_coef.item() == 0.0
+    loaded.learn(10)
+
+
+def test_policy_is_that_of_the_file(tmp_path: Path) -> None:
+    saved_model(tmp_path / "model.zip")
+    with pytest.raises(ValueError, match=r"load\(\) got policy='CnnPolicy'"):
+        load(tmp_path / "model.zip", policy="CnnPolicy")
+
+
+def test_actions_that_were_converted_are_saved_in_their_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The segments that are there hold actions of the old range."""
+    monkeypatch.setattr(buffer_state, "SMALL", 64)  # bytes of a segment
+
+    def env(limit: float) -> VecEnv:
+        action_space = gym.spaces.Box(-limit, limit, (1,))
+        make = lambda: gym.wrappers.TransformAction(gym.make("Pendulum-v1"), lambda a: a, action_space)  # noqa: E731
+        return DummyVecEnv([make])
+
+    model = make_model(env(1.0), learning_starts=1000)
+    model.learn(40, CheckpointCallback(40, tmp_path))
+    assert model.replay_buffer is not None
+    first = model.replay_buffer.actions[:10].copy()
+    space = gym.spaces.Box(-2.0, 2.0, (1,))
+    with pytest.warns(UserWarning, match="they are converted"):
+        model = load(tmp_path, env(2.0), custom_objects={"action_space": space})
+    model.learn(10, CheckpointCallback(10, tmp_path))
+    loaded = load(tmp_path, env(2.0))
+    assert loaded.num_timesteps == 50 and loaded.replay_buffer is not None
+    np.testing.assert_allclose(loaded.replay_buffer.actions[:10], first / 2.0, rtol=1e-6)
 
 
 def test_infos_of_a_monitor_that_are_not_plain(tmp_path: Path) -> None:

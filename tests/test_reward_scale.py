@@ -41,9 +41,9 @@ def returns_slowly(rewards: np.ndarray, dones: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("n_envs", [1, 3])
 def test_divisor(n_envs: int) -> None:
     rewards, dones = series(200, n_envs)
-    scale = RewardScale()
+    scale = RewardScale(GAMMA)
     for step in range(len(rewards)):
-        scale.update(rewards[step], dones[step], GAMMA)
+        scale.update(rewards[step], dones[step])
     expected = returns_slowly(rewards, dones)
     assert scale.divisor() == pytest.approx(expected.std(), rel=1e-3)
     assert scale.divisor(5.0) == pytest.approx(max(expected.std(), np.abs(expected).max() / 5.0), rel=1e-3)
@@ -51,14 +51,14 @@ def test_divisor(n_envs: int) -> None:
 
 
 def test_new_episodes_and_other_environments() -> None:
-    scale = RewardScale()
-    scale.update(np.array([3.0, 4.0]), np.array([False, False]), GAMMA)
-    scale.update(np.array([1.0, 1.0]), np.array([True, False]), GAMMA)
+    scale = RewardScale(GAMMA)
+    scale.update(np.array([3.0, 4.0]), np.array([False, False]))
+    scale.update(np.array([1.0, 1.0]), np.array([True, False]))
     np.testing.assert_allclose(scale.returns, [0.0, 1.0 + GAMMA * 4.0])
-    scale.update(np.array([1.0, 1.0, 1.0]), np.array([False] * 3), GAMMA)
+    scale.update(np.array([1.0, 1.0, 1.0]), np.array([False] * 3))
     np.testing.assert_allclose(scale.returns, 1.0)
     scale.end_episodes()
-    scale.update(np.array([2.0, 2.0, 2.0]), np.array([False] * 3), GAMMA)
+    scale.update(np.array([2.0, 2.0, 2.0]), np.array([False] * 3))
     np.testing.assert_allclose(scale.returns, 2.0)
     assert scale.max_return == pytest.approx(1.0 + GAMMA * 4.0)
 
@@ -66,17 +66,17 @@ def test_new_episodes_and_other_environments() -> None:
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("from_buffer", [False, True])
 def test_rewards_that_are_not_finite_are_left_out(bad: float, from_buffer: bool) -> None:
-    scale = RewardScale()
+    scale = RewardScale(GAMMA)
     rewards = np.array([[1.0, 2.0], [bad, 2.0], [1.0, bad], [bad, bad]], dtype=np.float32)
     if from_buffer:
         box = spaces.Box(-1.0, 1.0, (1,))
         buffer = SB3ReplayBuffer(8, box, box, "cpu", n_envs=2)
         for row in rewards:
             buffer.add(*np.zeros((3, 2, 1)), row, np.zeros(2), [{}, {}])
-        scale.update_from(buffer, GAMMA)
+        scale.update_from(buffer)
     else:
         for row in rewards:
-            scale.update(row, np.zeros(2, dtype=bool), GAMMA)
+            scale.update(row, np.zeros(2, dtype=bool))
     kept = np.array([1.0, 2.0, 2.0 + 2.0 * GAMMA, 1.0 + GAMMA**2])
     assert scale.statistics.count == pytest.approx(4, abs=1e-3)
     assert scale.divisor() == pytest.approx(kept.std(), rel=1e-3) and scale.max_return == pytest.approx(kept.max())
@@ -160,8 +160,8 @@ def test_it_begins_with_a_buffer(buffer_class: type[SB3ReplayBuffer]) -> None:
         else:
             for row in rows:
                 buffer.add(np.zeros(1), np.zeros(1), np.zeros(1), rewards[row], ends[row], [{}])
-    scale, expected = RewardScale(), returns_slowly(rewards[80:], ends[80:])
-    scale.update_from(buffer, GAMMA)
+    scale, expected = RewardScale(GAMMA), returns_slowly(rewards[80:], ends[80:])
+    scale.update_from(buffer)
     assert scale.max_return == pytest.approx(np.abs(expected).max())
     assert scale.divisor() == pytest.approx(expected.std(), rel=1e-3)
     np.testing.assert_array_equal(scale.returns, 0.0)
@@ -169,19 +169,19 @@ def test_it_begins_with_a_buffer(buffer_class: type[SB3ReplayBuffer]) -> None:
 
 def test_nothing_is_scaled_before_the_first_reward() -> None:
     """Relabelled rewards of hindsight replay would become thousands."""
-    scale = RewardScale()
+    scale = RewardScale(GAMMA)
     for _ in range(100):
-        scale.update(np.zeros(2), np.zeros(2, dtype=bool), GAMMA)
+        scale.update(np.zeros(2), np.zeros(2, dtype=bool))
     assert scale.divisor() == scale.divisor(5.0) == 1.0
-    scale.update(np.array([0.0, 2.0]), np.zeros(2, dtype=bool), GAMMA)
+    scale.update(np.array([0.0, 2.0]), np.zeros(2, dtype=bool))
     assert scale.divisor(5.0) == pytest.approx(0.4)
 
 
 def test_dones_may_be_integers() -> None:
     """SubprocVecEnv passes on what an environment returns."""
-    scale = RewardScale()
+    scale = RewardScale(GAMMA)
     for dones in (np.array([0, 0]), np.array([0, 1])):
-        scale.update(np.array([1.0, 1.0]), dones, GAMMA)
+        scale.update(np.array([1.0, 1.0]), dones)
     np.testing.assert_allclose(scale.returns, [1.0 + GAMMA, 0.0])
 
 
@@ -221,8 +221,8 @@ def test_other_discount_factor(tmp_path: Path, before: float, after: float, is_l
     model.gamma = after
     model.learn(30, reset_num_timesteps=False)
     assert model._reward_scale is not None and model.replay_buffer is not None
-    expected = RewardScale()
-    expected.update_from(model.replay_buffer, after)
+    expected = RewardScale(after)
+    expected.update_from(model.replay_buffer)
     assert model._reward_scale.max_return == pytest.approx(expected.max_return)
     assert model._reward_scale.divisor() == pytest.approx(expected.divisor(), rel=1e-3)
 
@@ -259,3 +259,29 @@ def test_later_data_stays_within_the_bound(way: str, is_saved: bool, tmp_path: P
     assert model._reward_scale is not None and model._reward_scale.statistics.var == var
     largest = pytest.approx(1e4 * (1 - 0.99**20) / (1 - 0.99), rel=1e-5)
     assert model._reward_scale.max_return == (before if way == "none" else largest)
+
+
+@pytest.mark.parametrize("buffer_class", [None, SB3ReplayBuffer])
+def test_it_begins_with_episodes_that_resets_have_ended(buffer_class: type[SB3ReplayBuffer] | None) -> None:
+    model = SoftSAC("MlpPolicy", "Pendulum-v1", replay_buffer_class=buffer_class, **SMALL)
+    for _ in range(4):
+        model.learn(10)
+    assert model.replay_buffer is not None
+    model.normalize_rewards = "std"
+    model.learn(0)
+    rewards = model.replay_buffer.rewards[:40].astype(np.float64).reshape(4, 10)
+    expected = [
+        abs(sum(0.99 ** (step - i) * r for i, r in enumerate(row[: step + 1]))) for row in rewards for step in range(10)
+    ]
+    assert model._reward_scale is not None
+    assert model._reward_scale.max_return == pytest.approx(max(expected), rel=1e-5)
+
+
+def test_gamma_in_custom_objects(tmp_path: Path) -> None:
+    model = SoftSAC("MlpPolicy", "Pendulum-v1", normalize_rewards="std", **SMALL).learn(60)
+    model.save(tmp_path / "model")
+    divisors = [
+        SoftSAC.load(tmp_path / "model", "Pendulum-v1", **kwargs)._reward_divisor()
+        for kwargs in ({}, {"gamma": 0.5}, {"custom_objects": {"gamma": 0.5}})
+    ]
+    assert divisors[0] == model._reward_divisor() and divisors[1] == divisors[2] < 0.5 * divisors[0]

@@ -4,13 +4,16 @@ import io
 import pathlib
 import warnings
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
 from stable_baselines3 import SAC, HerReplayBuffer
+from stable_baselines3.common.buffers import NStepReplayBuffer
 from stable_baselines3.common.buffers import ReplayBuffer as SB3ReplayBuffer
 from stable_baselines3.common.callbacks import CheckpointCallback, EvalCallback
 from stable_baselines3.common.env_util import make_vec_env
@@ -20,7 +23,7 @@ from stable_baselines3.common.noise import NormalActionNoise
 from stable_baselines3.common.save_util import load_from_zip_file
 from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.utils import set_random_seed
-from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
 
 from sb3_softsac import CheckpointError, ReplayBuffer, SoftSAC
 from sb3_softsac.policies import CnnPolicy, MultiInputPolicy, SoftSACPolicy
@@ -641,3 +644,116 @@ def test_small_images() -> None:
     # A network of one's own takes what it can
     small = FakeImageEnv(screen_height=20, screen_width=40, n_channels=1, discrete=False)
     SoftSAC("CnnPolicy", small, buffer_size=10, policy_kwargs={"features_extractor_class": FlattenExtractor})
+
+
+class Counting(gym.Env):
+    """All observations are alike, and rewards count the steps of the episode: 1, 2, 3, ..."""
+
+    observation_space = gym.spaces.Discrete(2)
+    action_space = gym.spaces.Box(-1.0, 1.0, (1,))
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[int, dict[str, Any]]:
+        super().reset(seed=seed)
+        self.step_number = 0
+        return 0, {}
+
+    def step(self, action: Any) -> tuple[int, float, bool, bool, dict[str, Any]]:
+        self.step_number += 1
+        return 0, float(self.step_number), False, self.step_number >= 9, {}
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("kind", ["own", "n_steps"])
+def test_no_return_goes_on_behind_a_reset(kind: str, seed: int, tmp_path: Path) -> None:
+    """Whatever resets the environments, ends an episode in the replay buffer, even if no observation shows it."""
+    rng = np.random.default_rng(seed)
+    options = {**SMALL, "gamma": 1.0, "learning_starts": 1000, "buffer_size": 600}
+    if kind == "own":
+        options["n_steps"] = 3
+    else:
+        options |= {
+            "replay_buffer_class": NStepReplayBuffer, "replay_buffer_kwargs": {"n_steps": 3, "gamma": 1.0}, "n_steps": 3
+        }  # fmt: skip
+
+    def make_env(n_envs: int) -> VecEnv:
+        return DummyVecEnv([Counting] * n_envs)
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`n_steps=3` is ignored|.* was rearranged|.* were left out")
+        model = SoftSAC("MlpPolicy", make_env(2), **options)
+        for _ in range(10):
+            what = rng.choice(["learn", "load", "environment", "resized", "dataset"])
+            if what == "environment":
+                model.set_env(make_env(model.n_envs))
+            elif what in ("load", "resized"):
+                model.save(tmp_path / "model")
+                # With another number of environments, all transitions are dealt anew
+                n_envs = int(rng.integers(1, 4)) if kind == "own" and what == "resized" else model.n_envs
+                model = SoftSAC.load(tmp_path / "model", make_env(n_envs))
+            elif what == "dataset" and isinstance(model.replay_buffer, ReplayBuffer):
+                model.replay_buffer.add_dataset(deepcopy(model.replay_buffer))
+            model.learn(int(rng.integers(1, 20)), reset_num_timesteps=bool(rng.integers(2)))
+    buffer = model.replay_buffer
+    assert buffer is not None and not buffer.full and buffer.size() > 10
+    rewards = buffer.rewards[: buffer.size()]
+    are_longest = []
+    for env, row in np.ndindex(buffer.n_envs, buffer.size()):
+        possible = [rewards[row, env]]
+        for next_row in range(row + 1, min(row + 3, buffer.size())):
+            if rewards[next_row, env] != rewards[next_row - 1, env] + 1.0:
+                break
+            possible.append(possible[-1] + rewards[next_row, env])
+        place = mock.patch.object(np.random, "randint", lambda *_, env=env, **__: np.array([env]))
+        own_place = mock.patch.object(buffer, "rng", mock.Mock(integers=lambda *_, env=env, **__: np.array([env])))
+        with place if kind == "n_steps" else own_place:
+            sample = buffer._get_samples(np.array([row]))
+        assert sample.rewards.item() in possible, (row, env)
+        are_longest.append(sample.rewards.item() == possible[-1])
+    # Where transitions were dealt anew, the next one in a column may happen to fit
+    assert np.mean(are_longest) > (0.9 if kind == "own" else 0.999)
+
+
+def test_n_steps_of_sb3s_files(tmp_path: Path) -> None:
+    """Also those of a buffer that the user has chosen, with its own gamma."""
+    kwargs = {"n_steps": 5, "gamma": 0.9}
+    theirs = SAC("MlpPolicy", "Pendulum-v1", replay_buffer_class=NStepReplayBuffer, replay_buffer_kwargs=kwargs)
+    theirs.save(tmp_path / "model")
+    loaded = SoftSAC.load(tmp_path / "model", "Pendulum-v1", allow_pickle=True)
+    assert isinstance(loaded.replay_buffer, ReplayBuffer)
+    assert (loaded.replay_buffer.n_steps, loaded.replay_buffer.gamma, loaded.gamma) == (5, 0.9, 0.99)
+
+
+def test_replay_buffers_of_old_versions(tmp_path: Path) -> None:
+    """SB3 before 2.1 did not know truncation: its load_replay_buffer completes them."""
+    theirs = SAC("MlpPolicy", "Pendulum-v1", learning_starts=100, buffer_size=300).learn(210)
+    del theirs.replay_buffer.timeouts, theirs.replay_buffer.handle_timeout_termination
+    theirs.save_replay_buffer(tmp_path / "buffer")
+    model = SoftSAC("MlpPolicy", "Pendulum-v1", **SMALL)
+    model.load_replay_buffer(tmp_path / "buffer", allow_pickle=True)
+    assert model.replay_buffer is not None and model.replay_buffer.size() == 210
+    assert model.replay_buffer.dones.sum() == 1 and model.replay_buffer.timeouts.sum() == 0
+
+
+def test_her_needs_room_for_episodes() -> None:
+    env = gym.wrappers.TimeLimit(BitFlippingEnv(n_bits=12, continuous=True, max_steps=10**6), 60)
+    her: dict[str, Any] = {"replay_buffer_class": HerReplayBuffer, "learning_starts": 70, "seed": 0}
+    model = SoftSAC("MultiInputPolicy", env, device="cpu", batch_size=8, buffer_size=100, **her)
+    with pytest.raises(ValueError, match=r"buffer_size=100 holds no whole episode .* at least two episodes"):
+        model.learn(600)
+
+
+@pytest.mark.parametrize("kind", ["offline", "loaded"])
+def test_time_limits_as_terminations(kind: str, tmp_path: Path) -> None:
+    """handle_timeout_termination=False is an option of all transitions that are sampled."""
+    as_terminations = {"replay_buffer_kwargs": {"handle_timeout_termination": False}}
+    options = {**SMALL, "policy_kwargs": {"net_arch": [8]}}
+    model = SoftSAC("MlpPolicy", DummyVecEnv([Counting]), **options).learn(90)
+    model.save(tmp_path / "model")
+    if kind == "loaded":
+        buffer = SoftSAC.load(tmp_path / "model", DummyVecEnv([Counting]), **as_terminations).replay_buffer
+    else:
+        source = {"offline_data": tmp_path / "model.zip", **as_terminations}
+        buffer = SoftSAC("MlpPolicy", DummyVecEnv([Counting]), **options, **source).offline_data
+    assert model.replay_buffer is not None and buffer is not None
+    assert model.replay_buffer.sample(500).dones.sum() == 0
+    assert 0.05 < buffer.sample(500).dones.mean() < 0.2

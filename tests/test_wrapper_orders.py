@@ -12,6 +12,7 @@ from stable_baselines3.common.callbacks import EvalCallback
 from stable_baselines3.common.vec_env import (
     DummyVecEnv,
     VecEnv,
+    VecEnvWrapper,
     VecExtractDictObs,
     VecFrameStack,
     VecMonitor,
@@ -132,3 +133,39 @@ def test_vec_normalize_below_what_changes_observations(name: str) -> None:
         SoftSAC("MlpPolicy", env, **SMALL)
     # What leaves observations alone may be anywhere
     SoftSAC("MlpPolicy", VecMonitor(VecNormalize(DummyVecEnv([lambda: gym.make("Pendulum-v1")]))), **SMALL).learn(20)
+
+
+class Changing(VecEnvWrapper):
+    """Multiplies what passes through it by other factors, in spaces that stay the same."""
+
+    def __init__(self, venv: VecEnv, of_obs: float = 1.0, of_rewards: float = 1.0):
+        super().__init__(venv)
+        self.of_obs, self.of_rewards = of_obs, of_rewards
+
+    def reset(self) -> Any:
+        return self.venv.reset() * self.of_obs
+
+    def step_wait(self) -> Any:
+        obs, rewards, dones, infos = self.venv.step_wait()
+        return obs * self.of_obs, rewards * self.of_rewards, dones, infos
+
+
+@pytest.mark.parametrize("norm_reward", [False, True])
+@pytest.mark.parametrize("name", ["observations", "rewards", None])
+def test_values_that_a_wrapper_changes(name: str | None, norm_reward: bool) -> None:
+    """The replay buffer holds what was there before VecNormalize: the policy would see other values than it learns."""
+    factors = {"of_obs": 0.5 if name == "observations" else 1.0, "of_rewards": 2.0 if name == "rewards" else 1.0}
+
+    def make_env(is_outer: bool) -> VecEnv:
+        env: VecEnv = DummyVecEnv([lambda: gym.make("Pendulum-v1")])
+        if is_outer:
+            return VecMonitor(Changing(VecNormalize(env, norm_reward=norm_reward), **factors))
+        return VecNormalize(Changing(env, **factors), norm_reward=norm_reward)
+
+    SoftSAC("MlpPolicy", make_env(is_outer=False), **SMALL).learn(10)
+    model = SoftSAC("MlpPolicy", make_env(is_outer=True), **SMALL)
+    if name is None:
+        model.learn(10)
+    else:
+        with pytest.raises(ValueError, match=f"wrapped around VecNormalize and changes its {name}.* swap the two"):
+            model.learn(10)

@@ -37,6 +37,7 @@ class Variant(NamedTuple):
     batch_size: int
     n_threads: int  # compiled code divides its work among them
     with_steps: bool  # the optimisers' steps are compiled, too
+    precision: str  # of matrix products
 
 
 class Structure:
@@ -153,7 +154,8 @@ class Inductor:
     def _variant(self, updates: Updates) -> Variant:
         what = updates.dues[updates.first]
         with_steps = all(map(has_pure_step, self.learner.involved(what)))
-        return Variant(what, updates.options, updates.minibatches.size, th.get_num_threads(), with_steps)
+        now = th.get_num_threads(), with_steps, th.get_float32_matmul_precision()
+        return Variant(what, updates.options, updates.minibatches.size, *now)
 
     def _compile(self, variant: Variant) -> Run:
         check_torch()

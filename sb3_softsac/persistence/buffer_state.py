@@ -256,6 +256,7 @@ def adopt(buffer: SB3ReplayBuffer, template: SB3ReplayBuffer) -> SB3ReplayBuffer
     if type(template) is not ReplayBuffer or type(buffer) is ReplayBuffer or isinstance(buffer, HerReplayBuffer):
         return buffer
     template.copy_transitions(buffer)
+    template.end_episodes()
     return template
 
 

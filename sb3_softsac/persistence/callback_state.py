@@ -186,6 +186,15 @@ def walk(callback: BaseCallback | None) -> Iterator[BaseCallback]:
     return (each for each, _ in _walk(callback))
 
 
+def is_on_event(callback: BaseCallback, root: BaseCallback | None) -> bool:
+    """
+    :param callback: callback within ``root``
+    :param root: callback of ``learn()``
+    :return: whether it is only called on an event of another one, such as ``EveryNTimesteps``
+    """
+    return any(each is callback and not sees_all_steps for each, sees_all_steps in _walk(root))
+
+
 def _walk(callback: BaseCallback | None, sees_all_steps: bool = True) -> Iterator[tuple[BaseCallback, bool]]:
     if callback is None:
         return

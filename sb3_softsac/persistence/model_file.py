@@ -227,7 +227,9 @@ def freeze(model: Any, names: list[str] | None, what: str) -> None:
     """
     if names is None:
         return
-    added = sorted(set(frozen_parameters(model)) - set(names))
+    # An actor target is never trained, and may be made or dropped at load()
+    names = [name for name in names if not name.startswith("actor_target.")]
+    added = sorted(name for name in {*frozen_parameters(model)} - {*names} if not name.startswith("actor_target."))
     if added:  # by the constructor of a network, so on purpose
         warnings.warn(
             f"The continuation may differ: {', '.join(added)} is frozen here, but was trained in {what}.", stacklevel=4
@@ -379,7 +381,10 @@ def read_replay_buffer(path: str | Path | BinaryIO, buffer: SB3ReplayBuffer, all
             f"{path} was not written by SoftSAC. If it is a pickle of SB3's save_replay_buffer and you trust it, pass "
             f"allow_pickle=True (with the RL Zoo: set {TRUSTS_PICKLES}=1): unpickling can run any code."
         )
-    return buffer_state.adopt(load_from_pkl(path), buffer)  # type: ignore[arg-type]
+    loaded = load_from_pkl(path)  # type: ignore[arg-type]
+    if not hasattr(loaded, "handle_timeout_termination"):  # SB3 before 2.1
+        loaded.handle_timeout_termination, loaded.timeouts = False, np.zeros_like(loaded.dones)
+    return buffer_state.adopt(loaded, buffer)
 
 
 def _is_zip(path: str | Path | BinaryIO) -> bool:

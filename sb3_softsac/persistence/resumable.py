@@ -19,17 +19,17 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.base_class import maybe_make_env
 from stable_baselines3.common.buffers import ReplayBuffer as SB3ReplayBuffer
-from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
 from stable_baselines3.common.distributions import StateDependentNoiseDistribution
 from stable_baselines3.common.logger import Logger, configure
 from stable_baselines3.common.noise import VectorizedActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, RolloutReturn
 from stable_baselines3.common.utils import check_for_correct_spaces, get_latest_run_id, get_system_info
-from stable_baselines3.common.vec_env import VecEnv, VecNormalize
+from stable_baselines3.common.vec_env import VecEnv, VecNormalize, VecTransposeImage, unwrap_vec_wrapper
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
-from sb3_softsac.buffers import map_obs
+from sb3_softsac.buffers import ReplayBuffer, map_obs
 from sb3_softsac.persistence import atomic_files, buffer_state, callback_state, model_file
 from sb3_softsac.persistence.archive import ArchiveReader, ArchiveWriter, CheckpointError, naming
 from sb3_softsac.persistence.codec import NotEncodable, decode, encode
@@ -38,7 +38,7 @@ from sb3_softsac.persistence.model_file import ModelFile
 from sb3_softsac.persistence.random_states import get_random_states, set_random_states
 from sb3_softsac.persistence.run_folder import RunFolder
 from sb3_softsac.rollouts import RolloutAlgorithm, with_usual_strides
-from sb3_softsac.validation import check_env, check_wrappers
+from sb3_softsac.validation import check_env, check_outer_wrappers, check_wrappers
 
 TENSORBOARD_NAME = "SoftSAC"
 LOGGER_STATE = ("name_to_value", "name_to_count", "name_to_excluded")
@@ -89,7 +89,9 @@ class ResumableAlgorithm(RolloutAlgorithm):
     """Base class of ``SoftSAC``: ``learn``, ``save`` and ``load``."""
 
     actor_target: Any  # SoftSAC's, or None
-    _reward_scale: Any  # SoftSAC's, or None
+    ent_coef: Any  # these are SoftSAC's
+    offline_data: Any
+    _has_offline_data: bool
     # Left out by every save(); ("replay_buffer",) keeps files small
     save_exclude: tuple[str, ...] = ()
     run_folders: dict[Path, RunFolder] | None = None  # folders with checkpoints of this run, by path
@@ -234,17 +236,30 @@ class ResumableAlgorithm(RolloutAlgorithm):
             if own_logger is not None:
                 self._custom_logger = False
         if resets:
-            self._last_obs = map_obs(with_usual_strides, self._last_obs)
-            if self._vec_normalize_env is not None:
-                self._last_original_obs = self._original_obs()
+            self._take_first_obs()
         if self.tensorboard_log is not None and self.logger.dir is not None:
             within = os.path.relpath(self.logger.dir, self.tensorboard_log)
             self._tensorboard_run = os.path.basename(within) if within.startswith(os.pardir) else within
+        for each in callback_state.walk(self._callback):
+            if isinstance(each, EvalCallback) and each.callback_on_new_best is not None:
+                each.callback_on_new_best.on_training_start(locals(), globals())  # SB3 does not
         if not reset_num_timesteps:
             self._restore_at_learn()
         random_states = None if reset_num_timesteps else self._pending.random_states
         self._pending = Pending(random_states=random_states)
         return total_timesteps, self._callback
+
+    def _take_first_obs(self) -> None:
+        """The environments have been reset."""
+        assert self.env is not None
+        self._last_obs = map_obs(with_usual_strides, self._last_obs)
+        normalize = self._vec_normalize_env
+        if normalize is None:
+            return
+        self._last_original_obs = self._original_obs()
+        if self.env is not normalize and unwrap_vec_wrapper(self.env, VecTransposeImage) is None:
+            normalized = normalize.normalize_obs(self._last_original_obs)
+            check_outer_wrappers(self.env, observations=(self._last_obs, normalized))
 
     def _note_used_env(self) -> None:
         """Begin a new episode if the environment is no longer where ``load()`` left it."""
@@ -508,14 +523,16 @@ class ResumableAlgorithm(RolloutAlgorithm):
             _check_data(data, kwargs, file.name)
             # What the state in the file was made from; in older files, that is the attribute
             made_from = decode(file.index["ent_coef"]) if "ent_coef" in file.index else data.get("ent_coef")
-            has_new_ent_coef = kwargs.get("ent_coef", data.get("ent_coef", made_from)) != made_from
             env = None if env is None else cls._wrap_env(env, data.get("verbose", 0))
             goes_on = _fit_to_env(data, env) and not force_reset
             if not goes_on:
                 data.update(_last_obs=None, _rollout=None)
             continues_random_states = env is not None and "random" in file.index and "seed" not in kwargs
             model = cls(policy=data["policy_class"], env=env, device=device, _init_setup_model=False)  # type: ignore[arg-type, call-arg]
-            _check_names(kwargs, {*data, *dir(model), *inspect.signature(cls).parameters})
+            parameters = {*inspect.signature(cls).parameters} - {"policy", "_init_setup_model"}
+            _check_names(kwargs, {*data, *dir(model), *parameters})
+            ent_coef = kwargs.get("ent_coef", data.get("ent_coef", model.ent_coef))
+            has_new_ent_coef = ent_coef != made_from
             model._set_up(data, kwargs, is_seeded=not continues_random_states)
             model._restore_policy(file, has_new_ent_coef, has_policy_kwargs)
             model._buffer_size_in_file = data.get("buffer_size")  # the zoo's push_to_hub saves the model again
@@ -557,9 +574,9 @@ class ResumableAlgorithm(RolloutAlgorithm):
         self._loaded = self._may_continue_episode = True
         if kwargs.get("tensorboard_log", self.tensorboard_log) != self.tensorboard_log:
             self._tensorboard_run = None
-        if kwargs.get("gamma", self.gamma) != self.gamma:
-            self._reward_scale = None  # is that of returns discounted by the old one
         vars(self).update(kwargs)
+        if "offline_data" in kwargs and self.offline_data is None:
+            self._has_offline_data = True  # the user wants it no more
         self._stats_window_size = vars(self).pop("stats_window_size", self._stats_window_size)
         for name in ("ep_info_buffer", "ep_success_buffer"):
             setattr(self, name, deque(getattr(self, name) or (), maxlen=self._stats_window_size))
@@ -574,7 +591,10 @@ class ResumableAlgorithm(RolloutAlgorithm):
         except CheckpointError as error:
             hint = "" if has_policy_kwargs else " The file has no policy_kwargs: pass policy_kwargs=... to load()."
             raise CheckpointError(f"{error}{hint}") from error
-        model_file.freeze(self, file.index.get("frozen"), file.name)
+        frozen = file.index.get("frozen")
+        if frozen is not None and has_new_ent_coef:
+            frozen = [name for name in frozen if name != "log_ent_coef"]
+        model_file.freeze(self, frozen, file.name)
         if self.use_sde:
             self.policy.reset_noise()  # type: ignore[operator]
 
@@ -594,8 +614,11 @@ class ResumableAlgorithm(RolloutAlgorithm):
         assert file.run is not None
         folder, manifest = file.run
         buffer = self.replay_buffer if reads_replay else None
-        if buffer is not None and file.replay and file.replay["description"] != buffer_state.describe(buffer):
-            buffer = None  # rearranged rows are not those of the segments
+        if buffer is not None and file.replay:
+            here = buffer_state.describe(buffer), buffer_state.action_bounds(buffer)
+            there = file.replay["description"], file.replay.get("action_bounds", here[1])
+            if there != here:
+                buffer = None  # rearranged rows and converted actions are not those of the segments
         folder.continues(manifest, buffer)
         self.run_folders = {folder.path.resolve(): folder}
 
@@ -648,16 +671,22 @@ class ResumableAlgorithm(RolloutAlgorithm):
             self._end_stored_episodes()
 
     def _end_stored_episodes(self) -> None:
-        """End the episodes in SB3's replay buffers, so that they get nothing from the next ones."""
+        """End the episodes in the replay buffer, so that they get nothing from the next ones."""
         buffer = self.replay_buffer
         if buffer is None or buffer.size() == 0:
             return
-        if isinstance(buffer, HerReplayBuffer):  # hindsight goals
+        newest = (buffer.pos - 1) % buffer.buffer_size
+        if isinstance(buffer, ReplayBuffer):
+            buffer.end_episodes()
+        elif isinstance(buffer, HerReplayBuffer):  # hindsight goals
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # SB3 warns that it truncates
                 buffer.truncate_last_trajectory()
         elif getattr(buffer, "optimize_memory_usage", False):  # the next observation of the newest row
-            buffer.dones[(buffer.pos - 1) % buffer.buffer_size] = True
+            buffer.dones[newest] = True
+        elif getattr(buffer, "handle_timeout_termination", False):  # n-step returns
+            goes_on = buffer.dones[newest] == 0.0
+            buffer.dones[newest, goes_on] = buffer.timeouts[newest, goes_on] = 1.0
 
     def _log_state(self) -> Any:
         """Values recorded since the last dump of the logger, but only the names of images and figures."""
