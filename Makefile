@@ -93,7 +93,7 @@ format: $(INSTALLED_DEV)  ## format the code and sort the imports
 	$(BIN)/python -m ruff check --select I --fix $(CHECKED)
 	$(BIN)/python -m ruff format $(CHECKED)
 
-check-format: $(INSTALLED_DEV)
+check-format: $(INSTALLED_DEV)  ## check that the code is formatted
 	$(BIN)/python -m ruff format --check $(CHECKED)
 
 commit-checks: check-format lint type test  ## all of the checks above, before a commit
