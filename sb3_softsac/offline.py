@@ -144,7 +144,8 @@ def _read(data: Any, model: Any) -> ReplayBuffer:
             buffer = file.read_buffer(*spaces)
     elif isinstance(data, SB3ReplayBuffer):
         buffer = ReplayBuffer(max(data.size() * data.n_envs, 1), *spaces, "cpu")
-        buffer.add_dataset(data)
+        datasets.check_buffer(data, buffer)
+        buffer.copy_transitions(data)
     else:
         stream = datasets.read(data, ReplayBuffer(1, *spaces, "cpu"))
         buffer = ReplayBuffer(len(stream.rewards), *spaces, "cpu")
