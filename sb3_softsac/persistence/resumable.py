@@ -667,8 +667,8 @@ class ResumableAlgorithm(RolloutAlgorithm):
                 stacklevel=3,
             )
             self._last_obs, self._rollout = None, None
-        if self._last_obs is None:
-            self._end_stored_episodes()
+        if self._last_obs is None and isinstance(self.replay_buffer, HerReplayBuffer):
+            self._end_stored_episodes()  # else, learn() does
 
     def _end_stored_episodes(self) -> None:
         """End the episodes in the replay buffer, so that they get nothing from the next ones."""
