@@ -118,6 +118,10 @@ class ResumableAlgorithm(RolloutAlgorithm):
     def _setup_replay_buffer(self) -> None:
         """Create the replay buffer, unless it exists or there is no environment."""
 
+    @abstractmethod
+    def _adopt_sb3_classes(self) -> None:
+        """Use our counterparts of SB3's classes in a file of its ``SAC``."""
+
     def _note_deleted_buffer(self) -> None:
         """SB3's users free memory with ``del model.replay_buffer``: from then on, it is None."""
         vars(self).setdefault("replay_buffer", None)
@@ -574,6 +578,7 @@ class ResumableAlgorithm(RolloutAlgorithm):
         self._loaded = self._may_continue_episode = True
         if kwargs.get("tensorboard_log", self.tensorboard_log) != self.tensorboard_log:
             self._tensorboard_run = None
+        self._adopt_sb3_classes()
         vars(self).update(kwargs)
         if "offline_data" in kwargs and self.offline_data is None:
             self._has_offline_data = True  # the user wants it no more
