@@ -143,7 +143,13 @@ def test_what_cannot_be_resumed(tmp_path: Path, algo: str, message: str, monkeyp
 
 @pytest.mark.parametrize(
     ("folder", "n_tables"),
-    [("learning", 2), ("learning_compiled", 2), ("learning_compact", 1), ("learning_offline", 1)],
+    [
+        ("learning", 2),
+        ("learning_compiled", 2),
+        ("learning_compact", 1),
+        ("learning_half_wide", 1),
+        ("learning_offline", 1),
+    ],
 )
 def test_documents_show_the_recorded_results(folder: str, n_tables: int) -> None:
     tables = learning_report.report_tables(learning_report.read_runs(RESULTS / folder))
