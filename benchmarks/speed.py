@@ -67,7 +67,7 @@ class Arm(NamedTuple):
     options: dict[str, Any] = {}  # noqa: RUF012
     is_plain: bool = True  # False: with something that SoftSAC's C++ does not know
     preset: str | None = None  # with the hyperparameters of this configuration instead of the cell's
-    residual_expansion: int = 4  # the configuration's
+    residual_expansion: int | None = None  # instead of the configuration's
     is_published: bool = False  # with the algorithm's own default hyperparameters instead of the cell's
 
 
@@ -180,7 +180,8 @@ def make_model(settings: Settings) -> tuple[Any, float]:
     }
     if arm.preset is not None:
         hyperparameters = importlib.import_module("sb3_softsac").preset(arm.preset)
-        hyperparameters["policy_kwargs"]["residual_expansion"] = arm.residual_expansion
+        if arm.residual_expansion is not None:
+            hyperparameters["policy_kwargs"]["residual_expansion"] = arm.residual_expansion
         settings["batch_size"] = hyperparameters["batch_size"]
     elif arm.is_published:
         hyperparameters = {}

@@ -40,7 +40,7 @@ class RewardScale:
 
         :param buffer: replay buffer, SB3's or ours
         """
-        # Ours also marks where a reset or a dataset has cut an episode short
+        # In ours, dones do not tell where a reset or a dataset has cut an episode short
         ends = buffer.ends if isinstance(buffer, ReplayBuffer) else buffer.dones
         returns = [self._next_returns(buffer.rewards[row], ends[row]) for row in rows_by_age(buffer).tolist()]
         if returns:

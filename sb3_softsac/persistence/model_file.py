@@ -38,6 +38,7 @@ from sb3_softsac.persistence.codec import KIND, NotEncodable, decode, encode
 from sb3_softsac.persistence.run_folder import Checkpoint, RunFolder, checkpoint_of
 
 PICKLED = ":serialized:"  # SB3's key
+ACTOR_TARGET = "actor_target."  # prefix of its parameters: it is never trained, and may be made or dropped at load()
 TRUSTS_PICKLES = "SB3_SOFTSAC_ALLOW_PICKLE"
 """Environment variable: with the value 1, as if ``allow_pickle=True`` were passed everywhere."""
 
@@ -203,9 +204,10 @@ def read_parameters(archive: ArchiveReader, model: BaseAlgorithm, left_out: set[
 
 
 def _trainable(model: Any) -> dict[str, th.Tensor]:
-    """Parameters of the policy, and the logarithm of a learned entropy coefficient."""
+    """Parameters of the policy, but not of the actor target, and the logarithm of a learned entropy coefficient."""
     learned = {} if model.log_ent_coef is None else {"log_ent_coef": model.log_ent_coef}
-    return dict(model.policy.named_parameters()) | learned
+    of_policy = {n: p for n, p in model.policy.named_parameters() if not n.startswith(ACTOR_TARGET)}
+    return of_policy | learned
 
 
 def frozen_parameters(model: Any) -> list[str]:
@@ -223,19 +225,19 @@ def freeze(model: Any, names: list[str] | None, what: str) -> None:
     :param model: ``SoftSAC``
     :param names: result of :func:`frozen_parameters`; None: not in the file
     :param what: name of the file
-    :raises CheckpointError: if the policy lacks one of them; the entropy coefficient may be fixed by now
+    :raises CheckpointError: if the policy lacks one of them
     """
     if names is None:
         return
-    # An actor target is never trained, and may be made or dropped at load()
-    names = [name for name in names if not name.startswith("actor_target.")]
-    added = sorted(name for name in {*frozen_parameters(model)} - {*names} if not name.startswith("actor_target."))
+    added = sorted(set(frozen_parameters(model)) - set(names))
     if added:  # by the constructor of a network, so on purpose
         warnings.warn(
             f"The continuation may differ: {', '.join(added)} is frozen here, but was trained in {what}.", stacklevel=4
         )
     parameters = _trainable(model)
-    for name in set(names) - ({"log_ent_coef"} - parameters.keys()):
+    for name in names:
+        if name.startswith(ACTOR_TARGET):  # in older files
+            continue
         if name not in parameters:
             raise CheckpointError(f"{what} has a frozen parameter {name}, which the policy lacks.")
         parameters[name].requires_grad_(False)
